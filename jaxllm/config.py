@@ -1,0 +1,152 @@
+"""What an engine is told when it is made: small frozen dataclasses, checked when they are made.
+
+Each field carries its help text, and the command line's flags are made from these fields, so an option is
+written once: here. `EngineConfig.create(model, **options)` takes every field of every part by its own name.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
+Policy = Literal["fcfs", "priority"]
+
+
+def option(default: Any, help: str, *, flag: bool = True) -> Any:
+    """A dataclass field with its help text; `flag=False` keeps it off the command line."""
+    return field(default=default, metadata={"help": help, "flag": flag})
+
+
+def _require(condition: bool, name: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r}: must be {wanted}")
+
+
+def _positive(name: str, value: object, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    _require(whole and value >= 1, name, value, "a whole number of at least 1")  # pyright: ignore[reportOperatorIssue]
+
+
+def _one_of(name: str, value: object, kind: Any) -> None:
+    _require(value in get_args(kind), name, value, f"one of {', '.join(map(repr, get_args(kind)))}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights to load, and how."""
+
+    model: str = field(metadata={"help": "a name, Hugging Face repo id, folder, or GGUF file", "flag": False})
+    tokenizer: str | None = option(None, "repo id or folder of the tokenizer, where it is not the model's own")
+    revision: str | None = option(None, "branch, tag or commit of the Hugging Face repo")
+    cache_dir: Path | None = option(None, "where downloads are kept (default: huggingface_hub's own folder)")
+    token: str | None = option(None, "Hugging Face access token for gated repos")
+    load_format: LoadFormat = option("auto", "what the weights are stored as; 'dummy' makes random ones")
+    dtype: DType = option("auto", "weights and activations; 'auto' takes the checkpoint's own")
+    max_model_len: int | None = option(None, "most tokens of one request, prompt and output (default: the model's)")
+    trust_remote_code: bool = option(False, "let transformers run the tokenizer code that a repo ships")
+    seed: int = option(0, "seed for requests that give none, and for dummy weights")
+    max_logprobs: int = option(20, "most logprobs a request may ask for at a position; -1: the whole vocabulary")
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model) and isinstance(self.model, str), "model", self.model, "a name, repo id or path")
+        _one_of("load_format", self.load_format, LoadFormat)
+        _one_of("dtype", self.dtype, DType)
+        _positive("max_model_len", self.max_model_len, optional=True)
+        _require(self.max_logprobs >= -1, "max_logprobs", self.max_logprobs, "-1 or a count")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The pages that keys and values live in."""
+
+    page_size: int = option(16, "tokens a page holds")
+    memory_utilization: float = option(0.9, "share of the device's memory for weights, pages and temporaries")
+    kv_cache_memory: int | None = option(None, "bytes for pages on each device, instead of memory_utilization")
+    num_pages: int | None = option(None, "number of pages, instead of a size in bytes")
+    enable_prefix_caching: bool = option(True, "keep finished requests' pages for prompts that begin the same")
+
+    def __post_init__(self) -> None:
+        power_of_two = isinstance(self.page_size, int) and self.page_size >= 1 and self.page_size.bit_count() == 1
+        _require(power_of_two, "page_size", self.page_size, "a power of two")
+        _require(0 < self.memory_utilization <= 1, "memory_utilization", self.memory_utilization, "in (0, 1]")
+        _positive("kv_cache_memory", self.kv_cache_memory, optional=True)
+        _positive("num_pages", self.num_pages, optional=True)
+        both = self.kv_cache_memory is not None and self.num_pages is not None
+        _require(not both, "num_pages", self.num_pages, "left out when kv_cache_memory is given")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Who runs in a step, and with how many tokens."""
+
+    max_num_seqs: int | None = option(None, "most requests in one step (default: 256, on CPU 64)")
+    max_num_batched_tokens: int | None = option(None, "most tokens in one step (default: 2048, on CPU 512)")
+    policy: Policy = option("fcfs", "who is served first: in order of arrival, or by priority (low values first)")
+    enable_chunked_prefill: bool = option(True, "spread a long prompt over several steps")
+    async_scheduling: bool = option(True, "plan the next step while the device works on this one")
+
+    def __post_init__(self) -> None:
+        _positive("max_num_seqs", self.max_num_seqs, optional=True)
+        _positive("max_num_batched_tokens", self.max_num_batched_tokens, optional=True)
+        _one_of("policy", self.policy, Policy)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is laid out over devices."""
+
+    tensor_parallel_size: int = option(1, "devices that share each layer's heads and columns")
+
+    def __post_init__(self) -> None:
+        _positive("tensor_parallel_size", self.tensor_parallel_size)
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """How the step's programs are compiled."""
+
+    compilation_cache: bool = option(True, "keep compiled programs on disk for the next start")
+    compilation_cache_dir: Path | None = option(None, "where (default: a folder of the user's own cache)")
+    enforce_eager: bool = option(False, "skip compiling ahead: a program compiles when it is first needed")
+    attention_backend: str = option("auto", "name of a registered paged-attention kernel")
+    progress: bool = option(True, "show progress bars while loading and compiling")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """All that an engine is told, in parts."""
+
+    model: ModelConfig
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    compile: CompileConfig = CompileConfig()
+
+    @classmethod
+    def create(cls, model: str, **options: Any) -> Self:
+        """Makes a config from flat options, each a field of one of the parts.
+
+        Raises:
+            TypeError: an option that no part has; the message offers the nearest names.
+            ValueError: a value out of range; the message names the option.
+        """
+        names = {f.name: part.name for part, f in option_fields()}
+        values: dict[str, dict[str, Any]] = {part: {} for part in names.values()}
+        for name, value in options.items():
+            if name not in names or name == "model":
+                near = difflib.get_close_matches(name, names, n=3)
+                raise TypeError(f"unknown option {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+            values[names[name]][name] = value
+        values["model"]["model"] = model
+        parts = {f.name: f.type for f in dataclasses.fields(cls)}
+        return cls(**{part: parts[part](**given) for part, given in values.items()})
+
+
+def option_fields() -> list[tuple[dataclasses.Field[Any], dataclasses.Field[Any]]]:
+    """Every option as (the part's field in EngineConfig, the option's field in that part)."""
+    return [(part, f) for part in dataclasses.fields(EngineConfig) for f in dataclasses.fields(part.type)]
