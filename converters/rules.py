@@ -1,0 +1,230 @@
+"""Mapping tables: which tensors of a checkpoint make a parameter, and how.
+
+A table is data. `Table.assign` lays it over the names that a model and a checkpoint really have; transforms
+turn arrays from the Hugging Face form into the engine's, as views where numpy allows.
+
+The engine's forms, where `group` is the number of query heads that share a key-value head:
+
+    qkv         [embed, kv_heads, group + 2, head_dim]   per key-value head: its query heads, then k, then v
+    output      [heads, head_dim, embed]
+    gate_up     [embed, 2, mlp]
+    embedding   [padded vocab, embed]
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that transforms need.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: key-value heads, as the checkpoint has them.
+        head_dim: width of a head.
+        kv_copies: how many times each key-value head is repeated, so that every device owns one.
+        vocab_size: rows of the checkpoint's embedding table.
+        padded_vocab_size: rows of the engine's, a multiple of the devices that share it.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    padded_vocab_size: int
+    kv_copies: int = 1
+
+    @property
+    def group(self) -> int:
+        """Query heads for each repeated key-value head."""
+        return self.num_heads // (self.num_kv_heads * self.kv_copies)
+
+
+Transform = Callable[[Sequence[np.ndarray], Geometry], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One parameter's origin.
+
+    Attributes:
+        target: the parameter's path; `{}` stands for the layer's number.
+        sources: Hugging Face tensor names in the order the transform takes them, with `{}` likewise.
+        transform: makes the parameter from the sources' arrays.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    transform: Transform
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one parameter comes from: names as the checkpoint has them, and the transform."""
+
+    sources: tuple[str, ...]
+    transform: Transform
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A table laid over one model and one checkpoint.
+
+    Attributes:
+        origins: for each parameter that can be made, its origin, in the parameters' order.
+        missing: tensors that the model needs and the checkpoint lacks, and parameters without a rule.
+        unread: tensors of the checkpoint that nothing asks for.
+    """
+
+    origins: dict[str, Origin]
+    missing: tuple[str, ...]
+    unread: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A family's rules.
+
+    Attributes:
+        rules: one for each kind of parameter; a rule whose target a model lacks is not used.
+        ignored: regular expressions of tensors that may be left unread, such as rotary `inv_freq` buffers.
+        renames: (written, stored) beginnings of names: where the name in a rule is not in the checkpoint, it
+            is looked for with each beginning replaced in turn.
+    """
+
+    rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+
+    def __iter__(self) -> Iterator[Rule]:
+        return iter(self.rules)
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    def assign(self, parameters: Collection[str], tensors: Collection[str]) -> Assignment:
+        """Finds the origin of every parameter among a checkpoint's tensors.
+
+        Args:
+            parameters: the model's paths, such as `layers.0.attention.qkv.weight`.
+            tensors: the checkpoint's names, such as `model.layers.0.self_attn.q_proj.weight`.
+        """
+        rules = {rule.target: rule for rule in self.rules}
+        names = set(tensors)
+        origins: dict[str, Origin] = {}
+        missing: list[str] = []
+        read: set[str] = set()
+        for path in parameters:
+            target, layer = _generalize(path)
+            if target not in rules:
+                missing.append(f"{path} (a parameter that no rule makes)")
+                continue
+            wanted = [source.format(layer) for source in rules[target].sources]
+            found = {name: stored for name in wanted if (stored := self._stored(name, names))}
+            missing += [name for name in wanted if name not in found]
+            read.update(found.values())
+            if len(found) == len(wanted):
+                origins[path] = Origin(tuple(found.values()), rules[target].transform)
+        allowed = [re.compile(pattern) for pattern in self.ignored]
+        left = [name for name in tensors if name not in read]
+        unread = [name for name in left if not any(p.fullmatch(name) for p in allowed)]
+        return Assignment(origins, tuple(missing), tuple(unread))
+
+    def _stored(self, name: str, names: set[str]) -> str | None:
+        for written, stored in (("", ""), *self.renames):
+            if name.startswith(written) and (renamed := stored + name[len(written) :]) in names:
+                return renamed
+        return None
+
+
+def _generalize(path: str) -> tuple[str, str]:
+    """Splits `layers.3.mlp.down.weight` into (`layers.{}.mlp.down.weight`, `3`)."""
+    layer = re.search(r"(?<=\.)\d+(?=\.)", path)
+    if layer is None:
+        return path, ""
+    return path[: layer.start()] + "{}" + path[layer.end() :], layer.group()
+
+
+def unchanged(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """The tensor as it is."""
+    return arrays[0]
+
+
+def transposed(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """`[out, in]`, as torch keeps a linear layer, to `[in, out]`."""
+    return arrays[0].T
+
+
+def vocabulary(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """Embedding or head `[vocab, embed]`, with rows of zeros up to the padded size."""
+    extra = geometry.padded_vocab_size - geometry.vocab_size
+    return np.pad(arrays[0], ((0, extra), (0, 0))) if extra else arrays[0]
+
+
+def qkv(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """Weights q, k, v, each `[heads * head_dim, embed]`, to the fused form."""
+    return _fuse_heads([a.T for a in arrays], geometry)
+
+
+def qkv_bias(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """Biases q, k, v, each `[heads * head_dim]`, to `[kv_heads, group + 2, head_dim]`."""
+    return _fuse_heads(arrays, geometry)
+
+
+def stacked_qkv(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """One weight `[(heads + 2 * kv_heads) * head_dim, embed]` holding q, k, v in turn, to the fused form."""
+    return qkv(_unstack(arrays[0], geometry), geometry)
+
+
+def stacked_qkv_bias(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """One bias `[(heads + 2 * kv_heads) * head_dim]` holding q, k, v in turn, to the fused form."""
+    return qkv_bias(_unstack(arrays[0], geometry), geometry)
+
+
+def output(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """Attention output weight `[embed, heads * head_dim]` to `[heads, head_dim, embed]`."""
+    return arrays[0].T.reshape(geometry.num_heads, geometry.head_dim, -1)
+
+
+def gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """Gate and up weights, each `[mlp, embed]`, to `[embed, 2, mlp]`."""
+    return np.stack([a.T for a in arrays], axis=1)
+
+
+def gate_up_bias(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """Gate and up biases, each `[mlp]`, to `[2, mlp]`."""
+    return np.stack(arrays)
+
+
+def stacked_gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """One weight `[2 * mlp, embed]` holding gate, then up, to `[embed, 2, mlp]`."""
+    return arrays[0].T.reshape(arrays[0].shape[1], 2, -1)
+
+
+def query_norm(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """A norm over all query heads at once: `[heads * head_dim]` to `[heads, head_dim]`."""
+    return arrays[0].reshape(geometry.num_heads, geometry.head_dim)
+
+
+def key_norm(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """A norm over all key heads at once: `[kv_heads * head_dim]` to `[kv_heads, head_dim]`, with copies."""
+    return np.repeat(arrays[0].reshape(-1, geometry.head_dim), geometry.kv_copies, axis=0)
+
+
+def _unstack(array: np.ndarray, geometry: Geometry) -> list[np.ndarray]:
+    heads, kv_heads = geometry.num_heads, geometry.num_kv_heads
+    ends = np.array([heads, heads + kv_heads]) * geometry.head_dim
+    return np.split(array, ends)
+
+
+def _fuse_heads(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """q, k, v, each `[..., heads * head_dim]`, to `[..., kv_heads, group + 2, head_dim]`."""
+    q, k, v = (a.reshape(*a.shape[:-1], -1, 1, geometry.head_dim) for a in arrays)
+    if geometry.kv_copies > 1:
+        k, v = (np.repeat(a, geometry.kv_copies, axis=-3) for a in (k, v))
+    q = q.reshape(*k.shape[:-2], geometry.group, geometry.head_dim)
+    return np.concatenate([q, k, v], axis=-2)
