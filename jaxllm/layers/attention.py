@@ -1,0 +1,145 @@
+"""Self-attention over paged keys and values."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxllm.layers.batch import Batch, Cache
+from jaxllm.layers.linear import Linear
+from jaxllm.layers.norm import RMSNorm
+from jaxllm.layers.rope import Rotation, rotate
+from jaxllm.parallel import partition_spec
+from pallas_kernels.paged_attention import PageGeometry, paged_attention, resolve_backend
+
+HeadNorm = Literal["each", "all"]
+"""Queries and keys are normalized head by head, or all heads of a token at once."""
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What sets one family's attention apart from another's.
+
+    Attributes:
+        scale: multiplies the scores.
+        soft_cap: bounds the scores: `soft_cap * tanh(score / soft_cap)`.
+        qkv_bias, output_bias: whether the products have biases.
+        head_norm: how queries and keys are normalized before they are rotated, if at all.
+        norm_epsilon, zero_centered: of these norms.
+    """
+
+    scale: float
+    soft_cap: float | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    head_norm: HeadNorm | None = None
+    norm_epsilon: float = 1e-6
+    zero_centered: bool = False
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (https://arxiv.org/abs/2305.13245), causal within each row of the batch.
+
+    The fused weight `[embed, kv_heads, group + 2, head_dim]` holds for each key-value head the query heads
+    that read it, then its key, then its value: cut along `kv_heads`, each device has what belongs together.
+
+    Args:
+        embed, heads, kv_heads, head_dim: sizes; `kv_heads` after repetition for tensor parallelism.
+        layer: which of the batch's slots the keys and values go to.
+        window: a token sees this many positions up to its own; None: all.
+    """
+
+    def __init__(
+        self,
+        embed: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        layer: int,
+        window: int | None,
+        options: AttentionOptions,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        group = heads // kv_heads
+        axes = ("embed", "kv_heads", None, None)
+        outputs = (kv_heads, group + 2, head_dim)
+        self.qkv = Linear((embed,), outputs, axes, bias=options.qkv_bias, dtype=dtype, rngs=rngs)
+        axes = ("heads", None, "embed")
+        inputs = (heads, head_dim)
+        self.output = Linear(inputs, (embed,), axes, bias=options.output_bias, dtype=dtype, rngs=rngs)
+        self.query_norm = _head_norm(heads, "heads", head_dim, options, dtype, rngs)
+        self.key_norm = _head_norm(kv_heads, "kv_heads", head_dim, options, dtype, rngs)
+        self.layer = layer
+        self.window = window
+        self.options = options
+
+    def __call__(
+        self, x: Float[Array, "tokens embed"], cache: Cache, batch: Batch, rotation: Rotation | None
+    ) -> tuple[Float[Array, "tokens embed"], Cache]:
+        """Attends, and returns the cache with this step's keys and values in it.
+
+        Args:
+            rotation: of the tokens' positions; None where the layer has no rotary embedding.
+        """
+        qkv = self.qkv(x)
+        tokens, _, _, head_dim = qkv.shape
+        q, k, v = qkv[:, :, :-2].reshape(tokens, -1, head_dim), qkv[:, :, -2], qkv[:, :, -1]
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        out, cache = self._attend(q, k, v, cache, batch)
+        return self.output(out), cache
+
+    def _attend(self, q: Array, k: Array, v: Array, cache: Cache, batch: Batch) -> tuple[Array, Cache]:
+        """Each device attends with its own heads over its own part of the pages."""
+        group, pool = batch.slots[self.layer]
+        attend = partial(
+            paged_attention,
+            scale=self.options.scale,
+            sliding_window=self.window,
+            soft_cap=self.options.soft_cap,
+            backend=batch.backend,
+        )
+        heads = partition_spec((None, "heads", None))
+        pages = pages_spec(batch.backend)
+        attend = jax.shard_map(
+            attend,
+            in_specs=(heads, heads, heads, pages, PartitionSpec()),
+            out_specs=(heads, pages),
+            check_vma=False,  # kernels say nothing about how their results vary over the mesh
+        )
+        out, pages = attend(q, k, v, cache[pool], batch.groups[group])
+        return out, (*cache[:pool], pages, *cache[pool + 1 :])
+
+
+def pages_spec(backend: str) -> PartitionSpec:
+    """How a backend's pools of pages are cut: along their heads."""
+    layout = resolve_backend(backend).layout(PageGeometry(1, 1, 1, 1, jnp.dtype(jnp.float32)))
+    axes: list[str | None] = [None] * len(layout.array.shape)
+    axes[layout.heads_axis] = "kv_heads"
+    return partition_spec(axes)
+
+
+def _head_norm(
+    heads: int, axis: str, head_dim: int, options: AttentionOptions, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> RMSNorm | None:
+    shapes = {"each": ((head_dim,), (None,)), "all": ((heads, head_dim), (axis, None))}
+    if options.head_norm is None:
+        return None
+    shape, axes = shapes[options.head_norm]
+    return RMSNorm(
+        shape,
+        axes,
+        epsilon=options.norm_epsilon,
+        zero_centered=options.zero_centered,
+        dtype=dtype,
+        rngs=rngs,
+    )

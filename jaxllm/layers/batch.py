@@ -1,0 +1,29 @@
+"""What every layer needs to know about a step."""
+
+from dataclasses import dataclass, field
+
+import jax
+from jaxtyping import Array, Int, Shaped
+
+from pallas_kernels.paged_attention import RaggedBatch
+
+Cache = tuple[Shaped[Array, "..."], ...]
+"""Pools of pages, each packed as the attention backend likes it."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one step, flat, decode rows first.
+
+    Attributes:
+        positions: each token's place in its sequence.
+        groups: where the keys of each cache group lie; layers of one kind share page ids and so a group.
+        slots: for each layer its group, and the index of its pool in the cache. Static.
+        backend: name of the attention backend. Static.
+    """
+
+    positions: Int[Array, " tokens"]
+    groups: tuple[RaggedBatch, ...]
+    slots: tuple[tuple[int, int], ...] = field(metadata={"static": True})
+    backend: str = field(default="auto", metadata={"static": True})

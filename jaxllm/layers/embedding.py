@@ -1,0 +1,71 @@
+"""Tables of vectors: tokens in, logits out, and learned positions."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxllm.layers.linear import contract
+from jaxllm.layers.parameter import parameter
+from jaxllm.parallel import partition_spec
+
+
+def padded_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of a table that is cut evenly over the devices."""
+    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
+
+
+def take_rows(table: Float[Array, "rows embed"], ids: Int[Array, " n"]) -> Float[Array, "n embed"]:
+    """`table[ids]`, for ids in range.
+
+    Two-byte rows are taken as bits: a gather on a bfloat16 array makes XLA on CPU turn the whole of it into
+    float32 and back, at every step.
+    """
+    if table.dtype.itemsize != 2:
+        return table.at[ids].get(mode="clip")
+    bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits.at[ids].get(mode="clip"), table.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table `[padded vocab, embed]`, each device holding a run of the rows.
+
+    Reads rows for tokens, and as a language model's head gives the products with all rows.
+    """
+
+    def __init__(
+        self, vocab_size: int, embed: int, *, tensor_parallel_size: int, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        rows = padded_size(vocab_size, tensor_parallel_size)
+        self.axes = ("vocab", "embed")
+        self.weight = parameter((rows, embed), self.axes, dtype, rngs)
+        self.vocab_size = vocab_size
+
+    def __call__(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens embed"]:
+        """Each device looks up the tokens it holds; their sum is what all see, and no table moves."""
+
+        def lookup(table: Array, tokens: Array) -> Array:
+            local = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+            mine = (local >= 0) & (local < table.shape[0])
+            rows = take_rows(table, local)
+            return jax.lax.psum(jnp.where(mine[:, None], rows, 0), "tensor")
+
+        specs = (partition_spec(self.axes), PartitionSpec())
+        return jax.shard_map(lookup, in_specs=specs, out_specs=PartitionSpec())(self.weight[...], tokens)
+
+    def logits(self, hidden: Float[Array, "n embed"]) -> Float[Array, "n vocab"]:
+        """Products with every row of the vocabulary, in float32, whole on each device."""
+        products = contract(hidden, self.weight[...].T)
+        replicated = jax.lax.with_sharding_constraint(products, PartitionSpec())
+        return replicated[:, : self.vocab_size]
+
+
+class PositionEmbedding(nnx.Module):
+    """Learned vectors for positions, on every device (GPT-2)."""
+
+    def __init__(self, positions: int, embed: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.weight = parameter((positions, embed), ("positions", "embed"), dtype, rngs)
+
+    def __call__(self, positions: Int[Array, " tokens"]) -> Float[Array, "tokens embed"]:
+        return take_rows(self.weight[...], positions)

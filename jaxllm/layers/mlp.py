@@ -1,0 +1,74 @@
+"""Feed-forward layers."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxllm.layers.linear import Linear
+
+Activation = Callable[[Float[Array, "..."]], Float[Array, "..."]]
+
+
+def _exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+# By the names that Hugging Face configs give them.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": _exact_gelu,
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "gelu_fast": jax.nn.gelu,
+    "quick_gelu": _quick_gelu,
+    "relu": jax.nn.relu,
+}
+
+
+def find_activation(name: str) -> Activation:
+    """The function of that name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={name!r}: not supported; supported are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class GatedMLP(nnx.Module):
+    """`down(activation(gate(x)) * up(x))` with gate and up in one weight `[embed, 2, mlp]`."""
+
+    def __init__(
+        self, embed: int, mlp: int, *, activation: str, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        self.gate_up = Linear((embed,), (2, mlp), ("embed", None, "mlp"), bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear((mlp,), (embed,), ("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "tokens embed"]) -> Float[Array, "tokens embed"]:
+        gate, up = jnp.moveaxis(self.gate_up(x).astype(jnp.float32), 1, 0)
+        return self.down((find_activation(self.activation)(gate) * up).astype(x.dtype))
+
+
+class MLP(nnx.Module):
+    """`down(activation(up(x)))` (GPT-2)."""
+
+    def __init__(
+        self, embed: int, mlp: int, *, activation: str, bias: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        self.up = Linear((embed,), (mlp,), ("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear((mlp,), (embed,), ("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "tokens embed"]) -> Float[Array, "tokens embed"]:
+        hidden = find_activation(self.activation)(self.up(x).astype(jnp.float32))
+        return self.down(hidden.astype(x.dtype))

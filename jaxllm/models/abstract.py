@@ -1,0 +1,90 @@
+"""Models without arrays: what they are made of, and how arrays become a model again.
+
+A model is defined as an nnx module and run as a flat tuple of arrays. `split` says which arrays those are
+without making any; whoever loads weights makes them, each in its sharding; `merge` gives the module inside a
+traced step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
+
+from jaxllm.layers.parameter import Initializer
+from jaxllm.models.base import CausalLM, DecoderConfig
+from jaxllm.parallel import Axes, partition_spec
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An array that a model is made of.
+
+    Attributes:
+        shape: of the whole, before it is cut over devices.
+        axes: the logical axes' names.
+        initializer: how random weights are made.
+    """
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: Axes
+    initializer: Initializer
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole, in bytes."""
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+    def sharding(self, mesh: Mesh) -> NamedSharding:
+        """How it is cut over the devices of a mesh."""
+        return NamedSharding(mesh, partition_spec(self.axes))
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Everything of a model but its arrays."""
+
+    graphdef: nnx.GraphDef[CausalLM]
+    state: nnx.State[Any, Any]
+
+
+def split(model: type[CausalLM], config: DecoderConfig) -> tuple[Structure, dict[str, Parameter]]:
+    """A model's structure and its parameters, by their dotted paths, in the order that `merge` takes them."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
+    parameters = {}
+    for path, variable in nnx.to_flat_state(state):
+        array: jax.ShapeDtypeStruct = variable.get_value()
+        axes, initializer = variable.get_metadata("axes"), variable.get_metadata("initializer")
+        name = ".".join(map(str, path))
+        parameters[name] = Parameter(array.shape, jnp.dtype(array.dtype), axes, initializer)
+    return Structure(graphdef, state), parameters
+
+
+def merge(structure: Structure, leaves: Sequence[Array]) -> CausalLM:
+    """The module with these arrays, in the order of `split`'s parameters."""
+    return nnx.merge(structure.graphdef, jax.tree.unflatten(jax.tree.structure(structure.state), leaves))
+
+
+def materialize(model: type[CausalLM], config: DecoderConfig, mesh: Mesh, seed: int) -> tuple[Array, ...]:
+    """Random weights, each made on the devices that hold it, in the order that `merge` takes them."""
+    _, parameters = split(model, config)
+    keys = jax.random.split(jax.random.key(seed), len(parameters))
+    make = {parameter: _maker(parameter, mesh) for parameter in dict.fromkeys(parameters.values())}
+    return tuple(make[parameter](key) for parameter, key in zip(parameters.values(), keys, strict=True))
+
+
+def _maker(parameter: Parameter, mesh: Mesh) -> Callable[[Array], Array]:
+    """One program for all parameters of a kind: a model has hundreds, of a dozen kinds."""
+
+    def make(key: Array) -> Array:
+        return parameter.initializer(key, parameter.shape, parameter.dtype)
+
+    return jax.jit(make, out_shardings=parameter.sharding(mesh))

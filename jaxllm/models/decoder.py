@@ -1,0 +1,118 @@
+"""The frame that families share: embedding, a stack of layers, a norm, a head."""
+
+from typing import Protocol
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxllm.layers.attention import Attention
+from jaxllm.layers.batch import Batch, Cache
+from jaxllm.layers.embedding import Embedding
+from jaxllm.layers.mlp import GatedMLP
+from jaxllm.layers.norm import Norm, RMSNorm
+from jaxllm.layers.rope import Rotation
+from jaxllm.models.base import CausalLM, DecoderConfig
+
+
+class Layer(Protocol):
+    """One of the stack."""
+
+    def __call__(
+        self, x: Float[Array, "tokens embed"], cache: Cache, batch: Batch, rotation: Rotation | None
+    ) -> tuple[Float[Array, "tokens embed"], Cache]: ...
+
+
+class Decoder(CausalLM):
+    """A stack of layers between an embedding and a head; a family gives `make_layer`."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embedding = make_embedding(config, rngs)
+        self.layers = nnx.List([self.make_layer(config, layer, rngs) for layer in range(config.num_layers)])
+        self.norm = self.make_norm(config, rngs)
+        self.head = None if config.tie_word_embeddings else make_embedding(config, rngs)
+
+    @staticmethod
+    def make_layer(config: DecoderConfig, layer: int, rngs: nnx.Rngs) -> Layer:
+        """The layer of that number."""
+        raise NotImplementedError
+
+    @staticmethod
+    def make_norm(config: DecoderConfig, rngs: nnx.Rngs) -> Norm:
+        """The norm before the head."""
+        return make_norm(config, rngs)
+
+    def embed(self, tokens: Int[Array, " tokens"], batch: Batch) -> Float[Array, "tokens embed"]:
+        """What enters the first layer."""
+        x = self.embedding(tokens)
+        if self.config.embedding_scale == 1.0:
+            return x
+        # Rounded to the model's dtype, as models were trained: sqrt(3072) is 55.5 in bfloat16, not 55.43.
+        return x * jnp.asarray(self.config.embedding_scale, x.dtype)
+
+    def __call__(
+        self, tokens: Int[Array, " tokens"], cache: Cache, batch: Batch
+    ) -> tuple[Float[Array, "tokens embed"], Cache]:
+        x = self.embed(tokens, batch)
+        ropes = self.config.layer_ropes
+        distinct = dict.fromkeys(ropes)
+        rotations = {rope: None if rope is None else rope.rotation(batch.positions) for rope in distinct}
+        for layer, rope in zip(self.layers, ropes, strict=True):
+            x, cache = layer(x, cache, batch, rotations[rope])
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "n embed"]) -> Float[Array, "n vocab"]:
+        logits = (self.embedding if self.head is None else self.head).logits(hidden)
+        cap = self.config.final_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def make_embedding(config: DecoderConfig, rngs: nnx.Rngs) -> Embedding:
+    """A table of the vocabulary."""
+    return Embedding(
+        config.vocab_size,
+        config.hidden_size,
+        tensor_parallel_size=config.tensor_parallel_size,
+        dtype=config.dtype,
+        rngs=rngs,
+    )
+
+
+def make_norm(config: DecoderConfig, rngs: nnx.Rngs) -> RMSNorm:
+    """A norm of hidden states."""
+    return RMSNorm(
+        (config.hidden_size,),
+        ("embed",),
+        epsilon=config.norm_eps,
+        zero_centered=config.attention.zero_centered,
+        dtype=config.dtype,
+        rngs=rngs,
+    )
+
+
+def make_attention(config: DecoderConfig, layer: int, rngs: nnx.Rngs) -> Attention:
+    """The attention of layer number `layer`."""
+    return Attention(
+        config.hidden_size,
+        config.num_heads,
+        config.cache_heads,
+        config.head_dim,
+        layer=layer,
+        window=config.layer_windows[layer],
+        options=config.attention,
+        dtype=config.dtype,
+        rngs=rngs,
+    )
+
+
+def make_mlp(config: DecoderConfig, rngs: nnx.Rngs) -> GatedMLP:
+    """A gated feed-forward layer."""
+    return GatedMLP(
+        config.hidden_size,
+        config.intermediate_size,
+        activation=config.activation,
+        bias=config.mlp_bias,
+        dtype=config.dtype,
+        rngs=rngs,
+    )

@@ -1,0 +1,6 @@
+"""Meshes of devices, and the one table that lays logical axes over them."""
+
+from jaxllm.parallel.axes import Axes, partition_spec
+from jaxllm.parallel.mesh import make_mesh
+
+__all__ = ["Axes", "make_mesh", "partition_spec"]

@@ -1,0 +1,29 @@
+"""Logical axes of parameters and activations, and the axes of the mesh that share them out."""
+
+from collections.abc import Sequence
+
+from jax.sharding import PartitionSpec
+
+Axes = tuple[str | None, ...]
+"""A name for each axis of an array; None where the axis has none and is never cut."""
+
+MESH_AXES: dict[str, str | None] = {
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "embed": None,
+    "positions": None,
+}
+
+
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """Where each axis lives on the mesh.
+
+    Raises:
+        ValueError: an axis that the table does not have.
+    """
+    unknown = [axis for axis in axes if axis is not None and axis not in MESH_AXES]
+    if unknown:
+        raise ValueError(f"axes={tuple(axes)!r}: {unknown[0]!r} is not one of {', '.join(MESH_AXES)}")
+    return PartitionSpec(*(None if axis is None else MESH_AXES[axis] for axis in axes))
