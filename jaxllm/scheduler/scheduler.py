@@ -1,0 +1,367 @@
+"""Continuous batching: each step lets computed tokens catch up with known tokens, within a budget.
+
+There are no phases. A request that was just admitted misses its prompt, a running one the token sampled
+last, a preempted one all that it had: `schedule` hands the step's budget to what is missing, for running
+requests first and then for waiting ones, in the policy's order.
+"""
+
+import heapq
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxllm.cache.manager import CacheManager, CacheStats, Prefix
+from jaxllm.config import Policy
+from jaxllm.scheduler.draft import StepDraft
+from jaxllm.scheduler.plan import RowPlan, StepPlan
+from jaxllm.scheduler.queues import FcfsQueue, PriorityQueue, WaitingQueue
+from jaxllm.scheduler.request import Request, RequestStatus
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Counts at one moment.
+
+    waste: share of the slots of held pages in which no token has been put.
+    """
+
+    num_waiting: int
+    num_running: int
+    num_preemptions: int
+    waste: float
+    cache: CacheStats
+
+
+class Scheduler:
+    """Plans steps for requests.
+
+    Steps may be planned ahead: `schedule` can be called again before `complete` has brought the tokens of the
+    step before. A token in flight counts as known, and its row may be planned for the next one.
+
+    What is promised:
+
+    - with nothing in flight, `schedule` finds something to run while requests are unfinished: what could
+      never run was refused by `add`, and the first running request may take the pages of all others;
+    - requests are admitted strictly in the policy's order: a large one at the head waits until its known
+      tokens fit, and nobody overtakes it;
+    - requests are preempted from the end of that order (the newest of the lowest priority), only for one
+      that is ahead of them, and not to admit somebody. They compute their tokens again when they come back.
+    """
+
+    def __init__(
+        self,
+        cache: CacheManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        policy: Policy = "fcfs",
+        enable_chunked_prefill: bool = True,
+    ) -> None:
+        """Makes a scheduler without requests.
+
+        Args:
+            max_num_seqs: rows, the most requests that run at a time.
+            max_num_batched_tokens: most tokens in one step.
+            max_model_len: most tokens of one request, prompt and output.
+            enable_chunked_prefill: a prompt may be spread over several steps. Otherwise it waits for a step
+                with room for all of it; only preempted requests are then computed in pieces, because their
+                outputs may have made them longer than a step.
+
+        Raises:
+            ValueError: a limit below 1, or an unknown policy.
+        """
+        limits = {
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "max_model_len": max_model_len,
+        }
+        for name, value in limits.items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if policy not in ("fcfs", "priority"):
+            raise ValueError(f"policy={policy!r}: must be 'fcfs' or 'priority'")
+        self.cache = cache
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.policy = policy
+        self.enable_chunked_prefill = enable_chunked_prefill
+        self.requests: dict[str, Request] = {}
+        """All unfinished requests, by id."""
+        self.running: list[Request] = []
+        """Those that have a row, in the policy's order."""
+        self._waiting: WaitingQueue = FcfsQueue() if policy == "fcfs" else PriorityQueue()
+        self._free_rows = list(range(max_num_seqs))
+        self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
+        self._num_added = 0
+        self._num_preemptions = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.requests)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that have been planned and not completed."""
+        return len(self._in_flight)
+
+    def stats(self) -> SchedulerStats:
+        """Counts as they are now; costs a look at every running request."""
+        cache = self.cache.stats()
+        unused = sum(self.cache.unused_slots(r.tables, r.num_computed_tokens) for r in self.running)
+        slots = cache.num_used * self.cache.page_size
+        waste = unused / slots if slots else 0.0
+        return SchedulerStats(self.num_waiting, self.num_running, self._num_preemptions, waste, cache)
+
+    # Requests come and go
+
+    def add(self, request: Request) -> None:
+        """Puts a new request among the waiting ones.
+
+        Raises:
+            ValueError: its id is that of an unfinished request; it has been added before; or it could never
+                run: longer than max_model_len, than a step where prompts are not chunked, or than all pages.
+        """
+        if request.request_id in self.requests:
+            raise ValueError(
+                f"request {request.request_id!r}: an unfinished request has this id; use another"
+            )
+        if request.arrival >= 0:
+            raise ValueError(f"request {request.request_id!r}: was added before; make a new Request")
+        self._check_fits(request)
+        request.arrival = self._num_added
+        self._num_added += 1
+        request.chain, request.tables = self.cache.chain(request.cache_salt), self.cache.no_tables()
+        self.requests[request.request_id] = request
+        self._waiting.push(request)
+
+    def _check_fits(self, request: Request) -> None:
+        prompt, total = len(request.prompt_token_ids), len(request.prompt_token_ids) + request.max_tokens
+        what = f"request {request.request_id!r}: {prompt} prompt tokens"
+        if total > self.max_model_len:
+            raise ValueError(
+                f"{what} and max_tokens={request.max_tokens} make {total}, more than "
+                f"max_model_len={self.max_model_len}; shorten the prompt or lower max_tokens"
+            )
+        if not self.enable_chunked_prefill and prompt > self.max_num_batched_tokens:
+            raise ValueError(
+                f"{what} are more than max_num_batched_tokens={self.max_num_batched_tokens}; "
+                f"raise it, or set enable_chunked_prefill=True"
+            )
+        pages = self.cache.growth(total - 1)  # the last token is sampled and never computed
+        if not self.enable_chunked_prefill:
+            pages = max(pages, self.cache.num_columns(prompt) * len(self.cache.groups))
+        if pages > self.cache.pool.num_pages:
+            raise ValueError(
+                f"{what} and max_tokens={request.max_tokens} need {pages} pages of {self.cache.page_size} "
+                f"tokens and the cache has {self.cache.pool.num_pages}; lower max_tokens, or give the cache more memory"
+            )
+
+    def finish(self, request_id: str, status: RequestStatus) -> Request | None:
+        """Ends a request and frees its row and pages. None if no unfinished request has this id.
+
+        Tokens of it that are still in flight are dropped when they arrive.
+
+        Raises:
+            ValueError: the status is not a finished one.
+        """
+        if not status.is_finished:
+            raise ValueError(f"status={status}: must be one of the FINISHED ones")
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            return None
+        if request.status is RequestStatus.RUNNING:
+            del self.running[bisect_left(self.running, self._order(request), key=self._order)]
+            self._vacate(request)
+        else:
+            self._waiting.remove(request)
+        request.status = status
+        return request
+
+    def abandon(self) -> list[Request]:
+        """For when a step has failed: ends what was running, with FINISHED_ERROR, and returns those requests.
+
+        Planned steps and cached pages are forgotten, since nobody knows what was written. Waiting requests
+        stay.
+        """
+        self._in_flight.clear()
+        failed = [r for r in self.requests.values() if r.status is RequestStatus.RUNNING or r.num_in_flight]
+        for request in failed:
+            self.finish(request.request_id, RequestStatus.FINISHED_ERROR)
+        self.cache.reset_prefix_cache()
+        return failed
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached pages. False, and nothing happens, while requests are running."""
+        return self.cache.reset_prefix_cache()
+
+    def _order(self, request: Request) -> tuple[int, int]:
+        return (request.priority if self.policy == "priority" else 0, request.arrival)
+
+    def _vacate(self, request: Request) -> None:
+        """Takes row and pages from a request that is no longer in `running`."""
+        assert request.row is not None
+        self.cache.close(request.tables, request.chain, request.token_ids, request.num_computed_tokens)
+        heapq.heappush(self._free_rows, request.row)
+        request.row, request.tables = None, self.cache.no_tables()
+
+    # Planning a step
+
+    def schedule(self) -> StepPlan:
+        """Plans the next step. The plan has no rows if nothing can run before tokens in flight arrive.
+
+        A plan with rows must be dispatched, in the order of planning, and then completed.
+        """
+        draft = StepDraft(self.max_num_batched_tokens)
+        self._continue_running(draft)
+        if not draft.short:
+            self._admit_waiting(draft)
+        plan, requests = draft.close()
+        if plan.rows:
+            self._in_flight.append((plan, requests))
+        return plan
+
+    def _continue_running(self, draft: StepDraft) -> None:
+        index = 0
+        while index < len(self.running) and draft.budget:
+            request = self.running[index]
+            index += 1
+            wanted = min(request.num_missing_tokens, draft.budget)
+            if wanted:
+                count = self._make_room(request, wanted, draft)
+                draft.short |= count < wanted
+                if count:
+                    self._plan_row(request, count, draft)
+
+    def _make_room(self, request: Request, wanted: int, draft: StepDraft) -> int:
+        """How many of the wanted tokens there are pages for, after preempting requests behind this one.
+
+        The last one takes what there is. If that is nothing it waits in its row, with its pages: those ahead
+        of it will take them if they must, and if they do not, it has nothing to compute again.
+        """
+        start = request.num_computed_tokens
+        self.cache.advance(request.tables, request.chain, request.token_ids, start)
+        while True:
+            room = self.cache.capacity(request.tables.num_columns, self.cache.pool.num_available) - start
+            if room >= wanted or self.running[-1] is request:
+                return min(room, wanted)
+            self._preempt(draft)
+
+    def _preempt(self, draft: StepDraft) -> None:
+        request = self.running.pop()
+        self._vacate(request)
+        request.status = RequestStatus.WAITING
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self._num_preemptions += 1
+        self._waiting.push(request)
+        draft.preempt(request)
+
+    def _admit_waiting(self, draft: StepDraft) -> None:
+        while self._waiting and self._free_rows and draft.budget:
+            request = self._waiting.peek()
+            if request.num_in_flight:
+                return  # the host cannot send a token that it has not read
+            prefix = self._find_prefix(request)
+            count = self._room_to_admit(request, prefix, draft)
+            if not count:
+                return
+            self._waiting.remove(request)
+            self._admit(request, prefix, draft)
+            self._plan_row(request, count, draft)
+
+    def _find_prefix(self, request: Request) -> Prefix:
+        if request.skip_prefix_cache:
+            return self.cache.no_prefix()
+        return self.cache.find_prefix(request.chain, request.token_ids)
+
+    def _room_to_admit(self, request: Request, prefix: Prefix, draft: StepDraft) -> int:
+        """How many tokens of a waiting request can be computed now, or 0 to leave it waiting.
+
+        It must fit with all tokens it knows, beside what those already planned still need for theirs;
+        otherwise half-computed prompts would push each other out.
+        """
+        start, known = prefix.num_tokens, len(request.token_ids)
+        columns = start // self.cache.page_size
+        available = self.cache.pool.num_available - prefix.num_idle
+        if self.cache.growth(known, start, columns) > available - draft.reserved:
+            return 0
+        missing = known - start
+        count = min(missing, draft.budget, self.cache.capacity(columns, available) - start)
+        whole = self.enable_chunked_prefill or request.num_preemptions > 0 or count == missing
+        return count if whole else 0
+
+    def _admit(self, request: Request, prefix: Prefix, draft: StepDraft) -> None:
+        request.tables = self.cache.open(prefix)
+        request.row = heapq.heappop(self._free_rows)
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = prefix.num_tokens
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = prefix.num_tokens
+            if not request.skip_prefix_cache:
+                self.cache.count_query(len(request.prompt_token_ids), prefix)
+        insort(self.running, request, key=self._order)
+        draft.admit(request)
+
+    def _plan_row(self, request: Request, count: int, draft: StepDraft) -> None:
+        """Enters a running request's next `count` tokens, for which there is room."""
+        start, columns = request.num_computed_tokens, request.tables.num_columns
+        draft.add_pages(request, columns, self.cache.extend(request.tables, start + count))
+        request.num_computed_tokens = start + count
+        known = request.num_known_tokens
+        samples = start + count == known
+        if samples:
+            request.num_in_flight += 1
+        else:
+            draft.reserved += self.cache.growth(known, start + count, request.tables.num_columns)
+        draft.add_row(request, start, count, samples)
+
+    # Its tokens arrive
+
+    def complete(self, plan: StepPlan, tokens: Sequence[Sequence[int]]) -> list[tuple[Request, list[int]]]:
+        """Takes the tokens of a step that has run.
+
+        Args:
+            plan: the oldest plan not yet completed.
+            tokens: for each of its rows the tokens sampled; none where the row did not sample.
+
+        Returns the requests that still live, in the order of the rows, with their new tokens (none where the
+        row did not sample). One that has now got max_tokens comes back finished, with FINISHED_LENGTH; those
+        finished since the step was planned are left out; one preempted since gets its token while it waits.
+
+        Raises:
+            ValueError: another plan is due, or the tokens do not match its rows.
+        """
+        if not plan.rows:
+            return []
+        if not self._in_flight or self._in_flight[0][0] is not plan:
+            raise ValueError(
+                "complete: not the oldest plan in flight; complete plans in the order they were made"
+            )
+        if [bool(new) for new in tokens] != [row.samples for row in plan.rows]:
+            raise ValueError("complete: tokens must be given for exactly the rows that sample")
+        _, requests = self._in_flight.popleft()
+        done = []
+        for row, request, sampled in zip(plan.rows, requests, tokens, strict=True):
+            if not request.status.is_finished:
+                done.append((request, self._take_tokens(request, row, sampled)))
+        return done
+
+    def _take_tokens(self, request: Request, row: RowPlan, sampled: Sequence[int]) -> list[int]:
+        new = [int(token) for token in sampled[: request.max_tokens - len(request.output_token_ids)]]
+        request.num_in_flight -= row.samples
+        request.output_token_ids.extend(new)
+        request.token_ids.extend(new)
+        if len(request.output_token_ids) == request.max_tokens:
+            self.finish(request.request_id, RequestStatus.FINISHED_LENGTH)
+        return new
