@@ -1,0 +1,259 @@
+"""What the engine counts and times: per request, and all together.
+
+Times are seconds of one monotonic clock, which the tests replace.
+"""
+
+import bisect
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+# Seconds, three to a decade from a tenth of a millisecond to a quarter of an hour.
+_TIME_BOUNDS = tuple(base * 10.0**power for power in range(-4, 3) for base in (1.0, 2.0, 5.0))
+_FINISH_REASONS: tuple[str, ...] = ("stop", "length", "abort", "error")
+_GAUGES: tuple[str, ...] = (
+    "requests_running",
+    "requests_waiting",
+    "pages_used",
+    "num_pages",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+)
+
+
+@dataclass
+class RequestMetrics:
+    """When things happened to one request, in seconds of the engine's clock; None until they happen."""
+
+    arrival_time: float
+    num_prompt_tokens: int
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+    num_generation_tokens: int = 0
+    """Tokens generated, all of the request's outputs together."""
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache."""
+    num_preemptions: int = 0
+    _last_token_times: dict[int, float] = field(default_factory=dict, repr=False)
+
+    @property
+    def time_in_queue(self) -> float | None:
+        """Seconds from arrival to the first step."""
+        return _between(self.arrival_time, self.first_scheduled_time)
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return _between(self.arrival_time, self.first_token_time)
+
+    @property
+    def end_to_end_time(self) -> float | None:
+        """Seconds from arrival to the end."""
+        return _between(self.arrival_time, self.finished_time)
+
+
+class Histogram:
+    """Counts of values in fixed buckets, with their sum: constant memory, however many values.
+
+    Args:
+        bounds: upper ends of the buckets, rising; a last bucket without an end is added.
+    """
+
+    def __init__(self, bounds: Sequence[float] = _TIME_BOUNDS) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.sum = 0.0
+        self._least, self._most = math.inf, -math.inf
+
+    @property
+    def count(self) -> int:
+        """Values seen."""
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float:
+        """Mean of the values; 0 if there are none."""
+        return self.sum / self.count if self.count else 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Adds a value, `times` times."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += times
+        self.sum += value * times
+        self._least, self._most = min(self._least, value), max(self._most, value)
+
+    def quantile(self, share: float) -> float:
+        """The value that `share` of the values do not exceed, linear in its bucket; 0 if there are none."""
+        wanted, seen = share * self.count, 0
+        for i, count in enumerate(self.counts):
+            if count and seen + count >= wanted:
+                low = max(self._least, self.bounds[i - 1] if i else self._least)
+                high = min(self._most, self.bounds[i] if i < len(self.bounds) else self._most)
+                return low + (high - low) * (wanted - seen) / count
+            seen += count
+        return 0.0
+
+
+class Metrics:
+    """Everything the engine counts. One thread writes; a snapshot may be taken from any."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._finished = dict.fromkeys(_FINISH_REASONS, 0)
+        self._totals = dict.fromkeys(
+            ("requests", "prompt_tokens", "generation_tokens", "preemptions", "steps", "scheduled_tokens"), 0
+        )
+        self._gauges = dict.fromkeys(_GAUGES, 0)
+        self.time_in_queue = Histogram()
+        self.time_to_first_token = Histogram()
+        self.inter_token_latency = Histogram()
+        self.end_to_end_time = Histogram()
+        self.step_time = Histogram()
+
+    def request_arrived(self, num_prompt_tokens: int, *, arrival_time: float | None = None) -> RequestMetrics:
+        """Counts a request and starts its own record.
+
+        Args:
+            num_prompt_tokens: tokens of its prompt.
+            arrival_time: when it arrived, on the engine's clock, if that was not now.
+        """
+        self._totals["requests"] += 1
+        self._totals["prompt_tokens"] += num_prompt_tokens
+        return RequestMetrics(self._clock() if arrival_time is None else arrival_time, num_prompt_tokens)
+
+    def request_scheduled(self, request: RequestMetrics, *, num_cached_tokens: int = 0) -> None:
+        """A step runs the request; only its first counts."""
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = self._clock()
+            request.num_cached_tokens = num_cached_tokens
+            self.time_in_queue.observe(request.first_scheduled_time - request.arrival_time)
+
+    def request_preempted(self, request: RequestMetrics) -> None:
+        """The request lost its pages, and will be computed again."""
+        request.num_preemptions += 1
+        self._totals["preemptions"] += 1
+
+    def tokens_generated(self, request: RequestMetrics, count: int, *, index: int = 0) -> None:
+        """Tokens of one of the request's outputs have reached the host.
+
+        Several that come at once share the time since the output's last token equally.
+        """
+        if count < 1:
+            return
+        now = self._clock()
+        if request.first_token_time is None:
+            request.first_token_time = now
+            self.time_to_first_token.observe(now - request.arrival_time)
+        last = request._last_token_times.get(index)
+        if last is not None:
+            self.inter_token_latency.observe((now - last) / count, count)
+        request._last_token_times[index] = request.last_token_time = now
+        request.num_generation_tokens += count
+        self._totals["generation_tokens"] += count
+
+    def request_finished(self, request: RequestMetrics, reason: str) -> None:
+        """All of the request's outputs have ended.
+
+        Args:
+            request: its record.
+            reason: "stop", "length", "abort" or "error".
+        """
+        request.finished_time = self._clock()
+        self._finished[reason] += 1
+        self.end_to_end_time.observe(request.finished_time - request.arrival_time)
+
+    def step_done(
+        self,
+        *,
+        seconds: float,
+        num_tokens: int,
+        running: int,
+        waiting: int,
+        pages_used: int,
+        num_pages: int,
+        prefix_cache_queries: int,
+        prefix_cache_hits: int,
+    ) -> None:
+        """Counts a step, and notes how things stand after it.
+
+        Args:
+            seconds: what the step took.
+            num_tokens: tokens it computed.
+            running: requests that hold a row.
+            waiting: requests that wait for one.
+            pages_used: pages that requests hold; cached pages that nobody holds are free.
+            num_pages: pages there are.
+            prefix_cache_queries: prompt tokens looked up in the prefix cache, ever.
+            prefix_cache_hits: prompt tokens found there, ever.
+        """
+        self.step_time.observe(seconds)
+        self._totals["steps"] += 1
+        self._totals["scheduled_tokens"] += num_tokens
+        self._gauges.update(
+            requests_running=running,
+            requests_waiting=waiting,
+            pages_used=pages_used,
+            num_pages=num_pages,
+            prefix_cache_queries=prefix_cache_queries,
+            prefix_cache_hits=prefix_cache_hits,
+        )
+
+    def snapshot(self) -> dict[str, float]:
+        """Everything counted, as one flat dict.
+
+        Names ending in `_total` only ever grow; `_seconds` are seconds; `_ratio` is from 0 to 1; other
+        names are how things stood after the last step.
+
+        - `uptime_seconds`: since the engine started.
+        - `requests_total`, `requests_finished_{stop,length,abort,error}_total`.
+        - `requests_running`, `requests_waiting`.
+        - `prompt_tokens_total`, `generation_tokens_total`.
+        - `scheduled_tokens_total`: tokens that steps computed, again after preemption included, prefix hits
+          not.
+        - `preemptions_total`, `steps_total`.
+        - `pages_used`, `num_pages`, `pages_used_ratio`.
+        - `prefix_cache_queries_total`, `prefix_cache_hits_total` (tokens), `prefix_cache_hit_ratio`.
+        - `{name}_seconds_{mean,p50,p90,p99}` and `{name}_count` for each name of `time_in_queue`,
+          `time_to_first_token`, `inter_token_latency`, `end_to_end_time`, `step_time`.
+        """
+        counts = {f"{name}_total": float(value) for name, value in self._totals.items()}
+        counts |= {f"requests_finished_{reason}_total": float(n) for reason, n in self._finished.items()}
+        gauges = self._gauges
+        counts |= {
+            "uptime_seconds": self._clock() - self._start,
+            "requests_running": float(gauges["requests_running"]),
+            "requests_waiting": float(gauges["requests_waiting"]),
+            "pages_used": float(gauges["pages_used"]),
+            "num_pages": float(gauges["num_pages"]),
+            "pages_used_ratio": _ratio(gauges["pages_used"], gauges["num_pages"]),
+            "prefix_cache_queries_total": float(gauges["prefix_cache_queries"]),
+            "prefix_cache_hits_total": float(gauges["prefix_cache_hits"]),
+            "prefix_cache_hit_ratio": _ratio(gauges["prefix_cache_hits"], gauges["prefix_cache_queries"]),
+        }
+        for name in (
+            "time_in_queue",
+            "time_to_first_token",
+            "inter_token_latency",
+            "end_to_end_time",
+            "step_time",
+        ):
+            counts |= _summary(name, getattr(self, name))
+        return counts
+
+
+def _between(start: float, end: float | None) -> float | None:
+    return None if end is None else end - start
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _summary(name: str, histogram: Histogram) -> dict[str, float]:
+    quantiles = {
+        f"{name}_seconds_p{round(share * 100)}": histogram.quantile(share) for share in (0.5, 0.9, 0.99)
+    }
+    return {f"{name}_seconds_mean": histogram.mean, f"{name}_count": float(histogram.count)} | quantiles
