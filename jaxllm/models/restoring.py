@@ -1,0 +1,72 @@
+"""Weights from an Orbax checkpoint of ours into the shards of a mesh."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from converters.orbax import OrbaxCheckpoint
+from converters.rules import Geometry
+from jaxllm.models.abstract import Parameter
+from jaxllm.models.fitting import made_shape, place, refuse_misfits
+from jaxllm.parallel import Axes
+
+
+def restore_weights(
+    checkpoint: OrbaxCheckpoint, parameters: Mapping[str, Parameter], geometry: Geometry, mesh: Mesh
+) -> tuple[Array, ...]:
+    """Restores every parameter; each device reads its part from disk.
+
+    What is stored is what one device would hold. Where the mesh needs copies of key-value heads or a padded
+    vocabulary, the host reads the array, one at a time, and spreads it.
+
+    Raises:
+        CheckpointError: arrays that are missing, left over or of the wrong shape, all in one message.
+    """
+    stored = {path: info.shape for path, info in checkpoint.tensors.items()}
+    refuse_misfits(
+        checkpoint.path,
+        missing=[path for path in parameters if path not in stored],
+        left_over=[path for path in stored if path not in parameters],
+        wrong_shape=[
+            f"{path} {list(stored[path])} (wanted: {list(parameter.shape)})"
+            for path, parameter in parameters.items()
+            if path in stored and _spread_shape(stored[path], parameter.axes, geometry) != parameter.shape
+        ],
+    )
+    direct = {
+        path: jax.ShapeDtypeStruct(parameter.shape, parameter.dtype, sharding=parameter.sharding(mesh))
+        for path, parameter in parameters.items()
+        if stored[path] == parameter.shape
+    }
+    restored = checkpoint.restore(direct)
+    for path, parameter in parameters.items():
+        if path not in direct:
+            array = spread(checkpoint.read(path, parameter.dtype), parameter.axes, geometry)
+            restored[path] = place(array, parameter, mesh)
+    return tuple(restored[path] for path in parameters)
+
+
+def spread(array: np.ndarray, axes: Axes, geometry: Geometry) -> np.ndarray:
+    """From the form that one device would hold to the one that a mesh's devices share."""
+    if "vocab" in axes:
+        extra = geometry.padded_vocab_size - geometry.vocab_size
+        return np.pad(array, [(0, extra if axis == "vocab" else 0) for axis in axes]) if extra else array
+    if "kv_heads" not in axes or geometry.kv_copies == 1:
+        return array
+    heads = axes.index("kv_heads")
+    if len(axes) - heads < 3:
+        return np.repeat(array, geometry.kv_copies, axis=heads)
+    # Fused: each key-value head comes with its queries, which its copies share out.
+    queries, kv = np.split(array, [-2], axis=heads + 1)
+    kv = np.repeat(kv, geometry.kv_copies, axis=heads)
+    queries = queries.reshape(*kv.shape[: heads + 1], geometry.group, geometry.head_dim)
+    return np.concatenate([queries, kv], axis=heads + 1)
+
+
+def _spread_shape(shape: tuple[int, ...], axes: Axes, geometry: Geometry) -> tuple[int, ...] | None:
+    if len(shape) != len(axes):
+        return None
+    return made_shape(lambda arrays: spread(arrays[0], axes, geometry), [shape])
