@@ -182,12 +182,14 @@ class CacheManager:
         return PageTables([list(table) for table in prefix.tables], first_held, columns)
 
     def extend(self, tables: PageTables, num_tokens: int) -> tuple[tuple[int, ...], ...]:
-        """Appends columns until the tables hold `num_tokens` tokens; the new pages of each group.
+        """Appends columns until the tables hold `num_tokens` tokens; the new pages of each group, () if none.
 
         Raises:
             RuntimeError: there are not enough pages; nothing is changed.
         """
-        count = max(0, self.num_columns(num_tokens) - tables.num_columns)
+        count = self.num_columns(num_tokens) - tables.num_columns
+        if count <= 0:
+            return ()
         pages = self.pool.allocate(count * len(self.groups))
         new = tuple(tuple(pages[g * count : (g + 1) * count]) for g in range(len(self.groups)))
         for table, added in zip(tables.groups, new, strict=True):

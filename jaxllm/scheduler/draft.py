@@ -18,7 +18,10 @@ class StepDraft:
         self.budget = budget
         self.reserved = 0
         self.short = False
-        self._rows: list[tuple[RowPlan, Request]] = []
+        self._decodes: list[RowPlan] = []
+        self._prefills: list[RowPlan] = []
+        self._decoding: list[Request] = []
+        self._prefilling: list[Request] = []
         self._admitted: list[str] = []
         self._page_updates: list[PageUpdate] = []
         self._preempted: list[str] = []
@@ -44,11 +47,20 @@ class StepDraft:
         """Enters a request's part and takes it from the budget."""
         assert request.row is not None
         self.budget -= num_tokens
-        self._rows.append((RowPlan(request.request_id, request.row, start, num_tokens, samples), request))
+        row = RowPlan(request.request_id, request.row, start, num_tokens, samples)
+        if num_tokens == 1:
+            self._decodes.append(row)
+            self._decoding.append(request)
+        else:
+            self._prefills.append(row)
+            self._prefilling.append(request)
 
     def close(self) -> tuple[StepPlan, list[Request]]:
         """The plan, and the request of each of its rows."""
-        self._rows.sort(key=lambda entry: entry[0].num_tokens != 1)
-        rows = tuple(row for row, _ in self._rows)
-        plan = StepPlan(rows, tuple(self._admitted), tuple(self._page_updates), tuple(self._preempted))
-        return plan, [request for _, request in self._rows]
+        plan = StepPlan(
+            rows=(*self._decodes, *self._prefills),
+            admitted=tuple(self._admitted),
+            page_updates=tuple(self._page_updates),
+            preempted=tuple(self._preempted),
+        )
+        return plan, self._decoding + self._prefilling

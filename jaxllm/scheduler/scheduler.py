@@ -161,10 +161,11 @@ class Scheduler:
         pages = self.cache.growth(total - 1)  # the last token is sampled and never computed
         if not self.enable_chunked_prefill:
             pages = max(pages, self.cache.num_columns(prompt) * len(self.cache.groups))
-        if pages > self.cache.pool.num_pages:
+        pool = self.cache.pool.num_pages
+        if pages > pool:
             raise ValueError(
                 f"{what} and max_tokens={request.max_tokens} need {pages} pages of {self.cache.page_size} "
-                f"tokens and the cache has {self.cache.pool.num_pages}; lower max_tokens, or give the cache more memory"
+                f"tokens and the cache has {pool}; lower max_tokens, or give the cache more memory"
             )
 
     def finish(self, request_id: str, status: RequestStatus) -> Request | None:
@@ -250,6 +251,8 @@ class Scheduler:
         of it will take them if they must, and if they do not, it has nothing to compute again.
         """
         start = request.num_computed_tokens
+        if start + wanted <= self.cache.capacity(request.tables.num_columns, 0):
+            return wanted
         self.cache.advance(request.tables, request.chain, request.token_ids, start)
         while True:
             room = self.cache.capacity(request.tables.num_columns, self.cache.pool.num_available) - start
