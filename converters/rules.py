@@ -185,9 +185,19 @@ def stacked_qkv_bias(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.nda
     return qkv_bias(_unstack(arrays[0], geometry), geometry)
 
 
+def conv_stacked_qkv(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """One weight `[embed, (heads + 2 * kv_heads) * head_dim]` holding q, k, v in turn, to the fused form."""
+    return stacked_qkv([arrays[0].T], geometry)
+
+
 def output(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
     """Attention output weight `[embed, heads * head_dim]` to `[heads, head_dim, embed]`."""
     return arrays[0].T.reshape(geometry.num_heads, geometry.head_dim, -1)
+
+
+def conv_output(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """Attention output weight `[heads * head_dim, embed]` to `[heads, head_dim, embed]`."""
+    return output([arrays[0].T], geometry)
 
 
 def gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:

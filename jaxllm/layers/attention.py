@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.layers.batch import Batch, Cache
 from jaxllm.layers.linear import Linear
-from jaxllm.layers.norm import RMSNorm
+from jaxllm.layers.norm import NormOptions, RMSNorm
 from jaxllm.layers.rope import Rotation, rotate
 from jaxllm.parallel import partition_spec
 from pallas_kernels.paged_attention import PageGeometry, paged_attention, resolve_backend
@@ -30,7 +30,6 @@ class AttentionOptions:
         soft_cap: bounds the scores: `soft_cap * tanh(score / soft_cap)`.
         qkv_bias, output_bias: whether the products have biases.
         head_norm: how queries and keys are normalized before they are rotated, if at all.
-        norm_epsilon, zero_centered: of these norms.
     """
 
     scale: float
@@ -38,8 +37,6 @@ class AttentionOptions:
     qkv_bias: bool = False
     output_bias: bool = False
     head_norm: HeadNorm | None = None
-    norm_epsilon: float = 1e-6
-    zero_centered: bool = False
 
 
 class Attention(nnx.Module):
@@ -52,6 +49,7 @@ class Attention(nnx.Module):
         embed, heads, kv_heads, head_dim: sizes; `kv_heads` after repetition for tensor parallelism.
         layer: which of the batch's slots the keys and values go to.
         window: a token sees this many positions up to its own; None: all.
+        norm: of queries and keys, where `options.head_norm` asks for them.
     """
 
     def __init__(
@@ -64,6 +62,7 @@ class Attention(nnx.Module):
         layer: int,
         window: int | None,
         options: AttentionOptions,
+        norm: NormOptions,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
@@ -74,8 +73,14 @@ class Attention(nnx.Module):
         axes = ("heads", None, "embed")
         inputs = (heads, head_dim)
         self.output = Linear(inputs, (embed,), axes, bias=options.output_bias, dtype=dtype, rngs=rngs)
-        self.query_norm = _head_norm(heads, "heads", head_dim, options, dtype, rngs)
-        self.key_norm = _head_norm(kv_heads, "kv_heads", head_dim, options, dtype, rngs)
+        self.query_norm: RMSNorm | None = None
+        self.key_norm: RMSNorm | None = None
+        if options.head_norm == "each":
+            self.query_norm = RMSNorm((head_dim,), (None,), norm, dtype=dtype, rngs=rngs)
+            self.key_norm = RMSNorm((head_dim,), (None,), norm, dtype=dtype, rngs=rngs)
+        elif options.head_norm == "all":
+            self.query_norm = RMSNorm((heads, head_dim), ("heads", None), norm, dtype=dtype, rngs=rngs)
+            self.key_norm = RMSNorm((kv_heads, head_dim), ("kv_heads", None), norm, dtype=dtype, rngs=rngs)
         self.layer = layer
         self.window = window
         self.options = options
@@ -126,20 +131,3 @@ def pages_spec(backend: str) -> PartitionSpec:
     axes: list[str | None] = [None] * len(layout.array.shape)
     axes[layout.heads_axis] = "kv_heads"
     return partition_spec(axes)
-
-
-def _head_norm(
-    heads: int, axis: str, head_dim: int, options: AttentionOptions, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> RMSNorm | None:
-    shapes = {"each": ((head_dim,), (None,)), "all": ((heads, head_dim), (axis, None))}
-    if options.head_norm is None:
-        return None
-    shape, axes = shapes[options.head_norm]
-    return RMSNorm(
-        shape,
-        axes,
-        epsilon=options.norm_epsilon,
-        zero_centered=options.zero_centered,
-        dtype=dtype,
-        rngs=rngs,
-    )

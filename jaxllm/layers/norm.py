@@ -1,6 +1,7 @@
 """Norms, computed in float32."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import jax
@@ -18,6 +19,19 @@ class Norm(Protocol):
     def __call__(self, x: Float[Array, "... dims"]) -> Float[Array, "... dims"]: ...
 
 
+@dataclass(frozen=True)
+class NormOptions:
+    """What sets one family's norms apart from another's.
+
+    Attributes:
+        epsilon: added to the mean square.
+        zero_centered: weights are kept as their difference from one (Gemma).
+    """
+
+    epsilon: float
+    zero_centered: bool = False
+
+
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + epsilon) * weight`, the mean taken over all axes of the weight.
 
@@ -25,31 +39,22 @@ class RMSNorm(nnx.Module):
 
     Args:
         shape, axes: of the weight, which are the last of `x`'s.
-        zero_centered: the weight is kept as its difference from one (Gemma).
     """
 
     def __init__(
-        self,
-        shape: Sequence[int],
-        axes: Axes,
-        *,
-        epsilon: float,
-        zero_centered: bool = False,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        self, shape: Sequence[int], axes: Axes, options: NormOptions, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
-        start: Initializer = zeros if zero_centered else ones
+        start: Initializer = zeros if options.zero_centered else ones
         self.weight = parameter(shape, axes, dtype, rngs, start)
-        self.epsilon = epsilon
-        self.zero_centered = zero_centered
+        self.options = options
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         weight = self.weight[...].astype(jnp.float32)
-        if self.zero_centered:
+        if self.options.zero_centered:
             weight += 1.0
         y = x.astype(jnp.float32)
         square = jnp.mean(jnp.square(y), axis=tuple(range(-weight.ndim, 0)), keepdims=True)
-        return (y * jax.lax.rsqrt(square + self.epsilon) * weight).astype(x.dtype)
+        return (y * jax.lax.rsqrt(square + self.options.epsilon) * weight).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -12,6 +12,7 @@ from converters.rules import Geometry, Table
 from jaxllm.layers.attention import AttentionOptions
 from jaxllm.layers.batch import Batch, Cache
 from jaxllm.layers.embedding import padded_size
+from jaxllm.layers.norm import NormOptions
 from jaxllm.layers.rope import Rope
 
 
@@ -36,7 +37,7 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    norm_eps: float
+    norm: NormOptions
     tie_word_embeddings: bool
     layer_windows: tuple[int | None, ...]
     layer_ropes: tuple[Rope | None, ...]

@@ -1,6 +1,7 @@
 """The frame that families share: embedding, a stack of layers, a norm, a head."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +14,7 @@ from jaxllm.layers.mlp import GatedMLP
 from jaxllm.layers.norm import Norm, RMSNorm
 from jaxllm.layers.rope import Rotation
 from jaxllm.models.base import CausalLM, DecoderConfig
+from jaxllm.models.fields import Fields
 
 
 class Layer(Protocol):
@@ -24,7 +26,23 @@ class Layer(Protocol):
 
 
 class Decoder(CausalLM):
-    """A stack of layers between an embedding and a head; a family gives `make_layer`."""
+    """A stack of layers between an embedding and a head; a family gives `configure` and `make_layer`."""
+
+    @classmethod
+    def read_config(
+        cls,
+        hf: Mapping[str, Any],
+        *,
+        dtype: Any,
+        tensor_parallel_size: int,
+        max_model_len: int | None = None,
+    ) -> DecoderConfig:
+        return cls.configure(Fields(hf, dtype, tensor_parallel_size, max_model_len))
+
+    @classmethod
+    def configure(cls, fields: Fields) -> DecoderConfig:
+        """The config that a checkpoint's fields ask for."""
+        raise NotImplementedError
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -81,14 +99,7 @@ def make_embedding(config: DecoderConfig, rngs: nnx.Rngs) -> Embedding:
 
 def make_norm(config: DecoderConfig, rngs: nnx.Rngs) -> RMSNorm:
     """A norm of hidden states."""
-    return RMSNorm(
-        (config.hidden_size,),
-        ("embed",),
-        epsilon=config.norm_eps,
-        zero_centered=config.attention.zero_centered,
-        dtype=config.dtype,
-        rngs=rngs,
-    )
+    return RMSNorm((config.hidden_size,), ("embed",), config.norm, dtype=config.dtype, rngs=rngs)
 
 
 def make_attention(config: DecoderConfig, layer: int, rngs: nnx.Rngs) -> Attention:
@@ -101,6 +112,7 @@ def make_attention(config: DecoderConfig, layer: int, rngs: nnx.Rngs) -> Attenti
         layer=layer,
         window=config.layer_windows[layer],
         options=config.attention,
+        norm=config.norm,
         dtype=config.dtype,
         rngs=rngs,
     )

@@ -1,7 +1,4 @@
-"""Llama (https://arxiv.org/abs/2302.13971) 1 to 3, SmolLM2, and what is built like them."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Llama (https://arxiv.org/abs/2302.13971) 1 to 3 and SmolLM2."""
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -9,6 +6,7 @@ from jaxtyping import Array, Float
 from converters.families.llama import LLAMA
 from jaxllm.layers.attention import AttentionOptions
 from jaxllm.layers.batch import Batch, Cache
+from jaxllm.layers.norm import NormOptions
 from jaxllm.layers.rope import Rotation
 from jaxllm.models.base import DecoderConfig
 from jaxllm.models.decoder import Decoder, make_attention, make_mlp, make_norm
@@ -36,30 +34,20 @@ class Llama(Decoder):
     """LlamaForCausalLM."""
 
     rules = LLAMA
-    make_layer = staticmethod(LlamaLayer)
+    make_layer = LlamaLayer
 
     @classmethod
-    def read_config(
-        cls,
-        hf: Mapping[str, Any],
-        *,
-        dtype: Any,
-        tensor_parallel_size: int,
-        max_model_len: int | None = None,
-    ) -> DecoderConfig:
-        fields = Fields(hf)
-        sizes = fields.sizes()
+    def configure(cls, fields: Fields) -> DecoderConfig:
+        layers, head_dim = fields.whole("num_hidden_layers"), fields.head_dim()
         bias = fields.flag("attention_bias", False)
-        rope = fields.rope(max_model_len=max_model_len)
         return DecoderConfig(
-            **sizes,
-            norm_eps=fields.number("rms_norm_eps", 1e-6),
+            **fields.sizes(),
+            head_dim=head_dim,
+            norm=NormOptions(fields.number("rms_norm_eps", 1e-6)),
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-            layer_windows=(None,) * sizes["num_layers"],
-            layer_ropes=(rope,) * sizes["num_layers"],
-            attention=AttentionOptions(scale=sizes["head_dim"] ** -0.5, qkv_bias=bias, output_bias=bias),
+            layer_windows=(None,) * layers,
+            layer_ropes=(fields.rope(head_dim),) * layers,
+            attention=AttentionOptions(head_dim**-0.5, qkv_bias=bias, output_bias=bias),
             activation=fields.activation("hidden_act", "silu"),
             mlp_bias=fields.flag("mlp_bias", False),
-            dtype=dtype,
-            tensor_parallel_size=tensor_parallel_size,
         )

@@ -59,6 +59,16 @@ class ModelRegistry:
 
 
 for _architecture, _model in {
+    "GPT2LMHeadModel": "gpt2:GPT2",
+    "Gemma2ForCausalLM": "gemma:Gemma2",
+    "Gemma3ForCausalLM": "gemma:Gemma3",
+    "Gemma3ForConditionalGeneration": "gemma:Gemma3Multimodal",
     "LlamaForCausalLM": "llama:Llama",
+    "MistralForCausalLM": "mistral:Mistral",
+    "Olmo2ForCausalLM": "olmo:Olmo2",
+    "Phi3ForCausalLM": "phi:Phi3",
+    "Qwen2ForCausalLM": "qwen:Qwen2",
+    "Qwen3ForCausalLM": "qwen:Qwen3",
+    "SmolLM3ForCausalLM": "smollm:SmolLM3",
 }.items():
     ModelRegistry.register(_architecture, f"jaxllm.models.{_model}")
