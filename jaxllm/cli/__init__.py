@@ -1,0 +1,1 @@
+"""The command line: `jaxllm COMMAND ...`, one file a command."""

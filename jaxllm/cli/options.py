@@ -1,0 +1,63 @@
+"""The flags that commands share: the engine's options, and what a request asks of the sampler."""
+
+import argparse
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any, get_type_hints
+
+from jaxllm.cli.flags import Fields, add_flags, given
+from jaxllm.config import EngineConfig, ModelConfig, option_fields
+from jaxllm.sampling.params import SamplingParams
+
+DECIDED_BY_COMMANDS = frozenset({"output_kind", "detokenize"})
+"""Sampling parameters without a flag: a command shows text, and streams it where it can."""
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds MODEL, and a flag for every option of the engine."""
+    model = next(f for f in dataclasses.fields(ModelConfig) if f.name == "model")
+    parser.add_argument("model", metavar="MODEL", help=model.metadata["help"])
+    for name, part in get_type_hints(EngineConfig).items():
+        add_flags(parser.add_argument_group(f"{name} options", part.__doc__), part, _with_flags(part))
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+    """Adds a flag for every sampling parameter, but for those named in `without`.
+
+    An option of the engine that has the same name (`seed`) shares its flag.
+    """
+    without = {*without, *(f.name for _, f in option_fields())}
+    group = parser.add_argument_group(
+        "sampling parameters", "Where the model brings defaults of its own, those hold."
+    )
+    add_flags(group, SamplingParams, [f for f in _sampling_fields() if f.name not in without])
+
+
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The engine's options that were given; a bad one is an error of usage, before anything is loaded."""
+    options = {}
+    for part in get_type_hints(EngineConfig).values():
+        options |= given(arguments, _with_flags(part))
+    try:
+        EngineConfig.create(arguments.model, **options)
+    except (TypeError, ValueError) as error:
+        arguments.usage_error(str(error))
+    return options
+
+
+def sampling_options(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling parameters that were given, over a command's own; a bad one is an error of usage."""
+    options = {**defaults, **given(arguments, _sampling_fields())}
+    try:
+        SamplingParams(**options)
+    except (TypeError, ValueError) as error:
+        arguments.usage_error(str(error))
+    return options
+
+
+def _with_flags(part: type) -> Fields:
+    return [f for f in dataclasses.fields(part) if f.metadata["flag"]]
+
+
+def _sampling_fields() -> Fields:
+    return [f for f in dataclasses.fields(SamplingParams) if f.name not in DECIDED_BY_COMMANDS]

@@ -1,0 +1,98 @@
+"""The program around the commands: exit codes, streams, start-up."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxllm.cli.main import COMMANDS, main
+
+
+def run(*argv: str) -> int:
+    try:
+        return main(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert all(f"    {name} " in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]):
+    assert run(command, "--help") == 0
+    assert "--debug" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        ([], "COMMAND"),
+        (["nonsense"], "nonsense"),
+        (["generate"], "MODEL"),
+        (["generate", "m", "hi", "--no-such-flag"], "--no-such-flag"),
+        (["generate", "m", "hi", "--page-size", "3"], "page_size=3"),
+        (["generate", "m", "hi", "--temperature", "nan"], "temperature=nan"),
+        (["generate", "m", "hi", "--max-tok", "5"], "--max-tok"),
+        (["generate", "m", "hi", "--system", "s"], "--chat"),
+        (["generate", "m", "hi", "--logprobs", "2"], "--json"),
+        (["chat", "m", "--n", "2"], "--n"),
+    ],
+)
+def test_errors_of_usage(argv: list[str], complaint: str, engine: type, capsys: pytest.CaptureFixture[str]):
+    assert run(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert complaint in err
+
+
+def test_a_failure_is_one_line(
+    engine: type, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine, "fail_with", ValueError("m: no such folder"))
+    assert run("generate", "m", "hi") == 1
+    assert capsys.readouterr() == ("", "jaxllm generate: m: no such folder\n")
+
+
+def test_a_failure_without_a_message_is_named(
+    engine: type, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine, "fail_with", MemoryError())
+    assert run("generate", "m", "hi") == 1
+    assert capsys.readouterr().err == "jaxllm generate: MemoryError\n"
+
+
+def test_debug_raises_it(engine: type, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine, "fail_with", ValueError("m: no such folder"))
+    with pytest.raises(ValueError, match="no such folder"):
+        main(["generate", "m", "hi", "--debug"])
+
+
+def test_an_interrupt_is_130(
+    engine: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(engine, "fail_with", KeyboardInterrupt())
+    assert run("generate", "m", "hi") == 130
+
+
+def test_a_closed_pipe_is_no_traceback():
+    program = Path(sys.executable).parent / "jaxllm"
+    done = subprocess.run(
+        f"{program} env --json | head -c 1", shell=True, capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.stderr) == ("{", "")
+
+
+def test_the_programs_help_imports_nothing_heavy():
+    code = (
+        "import sys, jaxllm.cli.main as m; m.make_parser().format_help();"
+        "print([x for x in ('jax', 'numpy', 'transformers', 'flax') if x in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"

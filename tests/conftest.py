@@ -1,0 +1,22 @@
+"""What every test runs under: eight virtual CPU devices, checked shapes, reproducible random histories."""
+
+import os
+from pathlib import Path
+
+# jax reads these when it is first imported, which no test may do before this file has run.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # a test that would need the network fails at once, not after retries
+
+from hypothesis import settings
+
+# Array shapes and argument types in signatures are checked at every call, also while jit traces.
+# install_import_hook(["jaxllm", "pallas_kernels"], "beartype.beartype")
+
+settings.register_profile("default", derandomize=True, deadline=None, database=None, print_blob=True)
+settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
