@@ -65,6 +65,11 @@ def locate(
     return folder
 
 
+def is_on_disk(model: str) -> bool:
+    """Whether a name stands for a file or folder of this machine, so that nothing is downloaded for it."""
+    return model == DEMO_MODEL or Path(model).expanduser().exists()
+
+
 def _is_repo_id(name: str) -> bool:
     looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".gguf")
     return bool(name) and not looks_like_path and name.count("/") <= 1 and "\\" not in name
