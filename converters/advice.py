@@ -1,7 +1,7 @@
 """transformers, imported without its advice to install torch: we want nothing of it that needs torch.
 
-Its classes are imported when they are first named. Where torch is installed, `AutoTokenizer` brings it along and
-takes ten seconds; a GGUF file's tokenizer does without.
+Its classes are imported when they are first named. Where torch is installed, `AutoTokenizer` brings it along
+and takes ten seconds; a GGUF file's tokenizer does without.
 """
 
 import logging

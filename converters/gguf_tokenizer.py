@@ -1,8 +1,8 @@
 """A tokenizer from a GGUF file's metadata, built of the parts that the `tokenizers` library has.
 
 A GGUF holds a vocabulary and the name of the pre-tokenizer it was trained with (`tokenizer.ggml.pre`).
-Sources: llama.cpp's src/llama-vocab.cpp for what those names mean, and the `tokenizer.json` files of the models
-that have them for what they are made of. transformers can read GGUF too, but wants torch for it.
+Sources: llama.cpp's src/llama-vocab.cpp for what those names mean, and the `tokenizer.json` files of the
+models that have them for what they are made of. transformers can read GGUF too, but wants torch for it.
 """
 
 from collections.abc import Mapping, Sequence
