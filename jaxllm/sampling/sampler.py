@@ -6,22 +6,47 @@ Branches return tokens rather than logits where they can: on CPU a `lax.cond` th
 copies them.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.sampling import penalties
+from jaxllm.sampling.blocks import reduce_blocks, take_blocks
 from jaxllm.sampling.filters import filter_weights
-from jaxllm.sampling.penalties import gather_rows
+from jaxllm.sampling.penalties import (
+    add_bias,
+    apply_penalties,
+    count_tokens,
+    forbid_bad_words,
+    forbid_stops,
+    gather_rows,
+    keep_allowed,
+)
 from jaxllm.sampling.processors import LogitsProcessor
 from jaxllm.sampling.state import Feature, RowScalars, RowTables, SamplerState
 
 _BLOCK = 128
-"""Tokens that are first taken together when a row is searched: one vector register row on TPU."""
+_CPU_GROUP = 4
+"""Rows worked on at a time on CPU, where an array of 4 rows of 49,152 is 0.8 MB and stays in the cache.
+Whole batches would write tens of megabytes in each step, and page faults alone would take 4 ms."""
 _EDITS = Feature.ALLOWED | Feature.BAD_WORDS | Feature.MIN_TOKENS | Feature.BIAS | Feature.PENALTIES
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a step."""
+
+    logits: Float[Array, "seqs vocab"]
+    scalars: RowScalars
+    rows: Int[Array, "seqs"]
+    lengths: Int[Array, "seqs"]
+    recent: Int[Array, "seqs window"]
 
 
 def sample(
@@ -49,94 +74,87 @@ def sample(
         The tokens, and the state to use from here on.
     """
     scalars = jax.tree.map(lambda leaves: gather_rows(leaves, rows), state.scalars)
-    features = scalars.features
-    edited = ((features & jnp.uint32(_EDITS)) != 0) | (scalars.processors != 0)
+    batch = _Rows(logits, scalars, rows, lengths, recent)
+
+    def choose(batch: _Rows) -> Array:
+        return lax.cond(
+            jnp.any(_edited(batch)),
+            lambda: _choose(_edit(batch, state.tables, processors), batch),
+            lambda: _choose(batch.logits, batch),
+        )
+
     tokens = lax.cond(
-        jnp.any(edited),
-        lambda: _choose(
-            _edit(logits, scalars, state.tables, rows, lengths, recent, processors), scalars, lengths
-        ),
-        lambda: _choose(logits, scalars, lengths),
+        jnp.any(_edited(batch) | (scalars.temperature > 0)),
+        lambda: lax.platform_dependent(batch, cpu=lambda batch: _map_groups(choose, batch), default=choose),
+        lambda: _argmax(logits),
     )
-    counted = _has(features, Feature.COUNTS)
-    counts = penalties.count_tokens(state.tables.output_counts, rows, tokens, counted)
-    tables = RowTables(**{**vars(state.tables), "output_counts": counts})
-    return tokens, SamplerState(state.scalars, tables)
+    counts = count_tokens(state.tables.output_counts, rows, tokens, _has(scalars, Feature.COUNTS))
+    return tokens, replace(state, tables=replace(state.tables, output_counts=counts))
+
+
+def _map_groups(choose: Callable[[_Rows], Array], batch: _Rows) -> Int[Array, "seqs"]:
+    """Chooses for a few rows at a time."""
+    seqs = batch.rows.shape[0]
+    size = math.gcd(seqs, _CPU_GROUP)
+    groups = jax.tree.map(lambda leaf: leaf.reshape(seqs // size, size, *leaf.shape[1:]), batch)
+    return lax.map(choose, groups).reshape(seqs)
+
+
+def _edited(batch: _Rows) -> Bool[Array, "seqs"]:
+    return _has(batch.scalars, _EDITS) | (batch.scalars.processors != 0)
 
 
 def _edit(
-    logits: Float[Array, "seqs vocab"],
-    scalars: RowScalars,
-    tables: RowTables,
-    rows: Int[Array, "seqs"],
-    lengths: Int[Array, "seqs"],
-    recent: Int[Array, "seqs window"],
-    processors: tuple[LogitsProcessor, ...],
+    batch: _Rows, tables: RowTables, processors: tuple[LogitsProcessor, ...]
 ) -> Float[Array, "seqs vocab"]:
     """Applies everything that changes logits, to the rows that ask for it."""
-    features = scalars.features
-    allowed, bias = _has(features, Feature.ALLOWED), _has(features, Feature.BIAS)
-    bad_words, penalized = _has(features, Feature.BAD_WORDS), _has(features, Feature.PENALTIES)
-    too_short = _has(features, Feature.MIN_TOKENS) & (lengths < scalars.min_length)
-    num_outputs = lengths - scalars.prompt_length
+    logits, scalars, rows = batch.logits, batch.scalars, batch.rows
+    allowed, bias = _has(scalars, Feature.ALLOWED), _has(scalars, Feature.BIAS)
+    bad_words, penalized = _has(scalars, Feature.BAD_WORDS), _has(scalars, Feature.PENALTIES)
+    too_short = _has(scalars, Feature.MIN_TOKENS) & (batch.lengths < scalars.min_length)
+    num_outputs = batch.lengths - scalars.prompt_length
 
-    logits = _where_any(allowed, logits, lambda x: penalties.keep_allowed(x, tables, rows, allowed))
+    logits = _where_any(allowed, logits, lambda x: keep_allowed(x, tables, rows, allowed))
     logits = _where_any(
-        bad_words,
-        logits,
-        lambda x: penalties.forbid_bad_words(x, tables, rows, bad_words, recent, num_outputs),
+        bad_words, logits, lambda x: forbid_bad_words(x, tables, rows, bad_words, batch.recent, num_outputs)
     )
-    logits = _where_any(too_short, logits, lambda x: penalties.forbid_stops(x, tables, rows, too_short))
-    logits = _where_any(bias, logits, lambda x: penalties.add_bias(x, tables, rows, bias))
-    logits = _process(logits, scalars, tables, rows, processors)
-    return _where_any(
-        penalized, logits, lambda x: penalties.apply_penalties(x, scalars, tables, rows, penalized)
-    )
+    logits = _where_any(too_short, logits, lambda x: forbid_stops(x, tables, rows, too_short))
+    logits = _where_any(bias, logits, lambda x: add_bias(x, tables, rows, bias))
+    for index, processor in enumerate(processors):
+        selected = (scalars.processors >> jnp.uint32(index)) & jnp.uint32(1) != 0
+        first = sum(len(earlier.parameters) for earlier in processors[:index])
+        apply = partial(_process, processor, first, tables, rows, selected)
+        logits = _where_any(selected, logits, apply)
+    return _where_any(penalized, logits, lambda x: apply_penalties(x, scalars, tables, rows, penalized))
 
 
 def _process(
-    logits: Float[Array, "seqs vocab"],
-    scalars: RowScalars,
+    processor: LogitsProcessor,
+    first: int,
     tables: RowTables,
     rows: Int[Array, "seqs"],
-    processors: tuple[LogitsProcessor, ...],
+    selected: Bool[Array, "seqs"],
+    logits: Float[Array, "seqs vocab"],
 ) -> Float[Array, "seqs vocab"]:
-    """Applies the custom processors, each to the rows that selected it."""
-    first = 0
-    for index, processor in enumerate(processors):
-        selected = (scalars.processors >> jnp.uint32(index)) & jnp.uint32(1) != 0
-        columns = slice(first, first + len(processor.parameters))
-        first = columns.stop
-
-        def apply(
-            logits: Array,
-            processor: LogitsProcessor = processor,
-            columns: slice = columns,
-            selected: Array = selected,
-        ) -> Array:
-            values = gather_rows(tables.processor_params, rows)[:, columns]
-            params = dict(zip(processor.parameters, values.T, strict=True))
-            processed = processor.function(logits, gather_rows(tables.output_counts, rows), params)
-            if processed.shape != logits.shape:
-                raise ValueError(
-                    f"logits processor {processor.name!r} returned {processed.shape}, not {logits.shape}"
-                )
-            return jnp.where(selected[:, None], processed.astype(logits.dtype), logits)
-
-        logits = _where_any(selected, logits, apply)
-    return logits
+    """Applies a custom processor, whose parameters begin at column `first`, to the rows that selected it."""
+    columns = gather_rows(tables.processor_params, rows)[:, first : first + len(processor.parameters)]
+    params = dict(zip(processor.parameters, columns.T, strict=True))
+    processed = processor.function(logits, gather_rows(tables.output_counts, rows), params)
+    if processed.shape != logits.shape:
+        raise ValueError(
+            f"logits processor {processor.name!r} returned shape {processed.shape}: must be {logits.shape}"
+        )
+    return jnp.where(selected[:, None], processed.astype(logits.dtype), logits)
 
 
-def _choose(
-    logits: Float[Array, "seqs vocab"], scalars: RowScalars, lengths: Int[Array, "seqs"]
-) -> Int[Array, "seqs"]:
+def _choose(logits: Float[Array, "seqs vocab"], batch: _Rows) -> Int[Array, "seqs"]:
     """The likeliest token of greedy rows, a drawn one of the others."""
-    greedy = scalars.temperature == 0
+    greedy = batch.scalars.temperature == 0
     likeliest = _argmax(logits)
     return lax.cond(
         jnp.all(greedy),
         lambda: likeliest,
-        lambda: jnp.where(greedy, likeliest, _draw(logits, scalars, lengths)),
+        lambda: jnp.where(greedy, likeliest, _draw(logits, batch.scalars, batch.lengths)),
     )
 
 
@@ -145,7 +163,7 @@ def _draw(
 ) -> Int[Array, "seqs"]:
     temperature = jnp.where(scalars.temperature == 0, 1.0, scalars.temperature)
     largest = jnp.max(logits, axis=1, keepdims=True)
-    # The likeliest weighs exactly 1, also where it is infinite.
+    # the likeliest weighs exactly 1, also where it is infinite
     distance = jnp.where(logits == largest, 0.0, logits - largest)
     weights = jnp.exp(distance / temperature[:, None])
     uniforms = _uniforms(scalars.seed, lengths)
@@ -176,10 +194,8 @@ def _draw_by_weight(
     Gumbel noise would take a number for each token of the vocabulary: 50 ms for 32 rows of 49,152 on CPU,
     against 2 for this.
     """
-    blocks = _blocks(weights, 0.0)
-    block = _invert(jnp.sum(blocks, axis=2), uniforms[:, 0])
-    within = _invert(_row_block(blocks, block), uniforms[:, 1])
-    return block * blocks.shape[2] + within
+    block = _invert(reduce_blocks(weights, _BLOCK, jnp.sum), uniforms[:, 0])
+    return block * _BLOCK + _invert(take_blocks(weights, block[:, None], _BLOCK, fill=0.0), uniforms[:, 1])
 
 
 def _invert(weights: Float[Array, "seqs n"], uniform: Float[Array, "seqs"]) -> Int[Array, "seqs"]:
@@ -192,29 +208,14 @@ def _invert(weights: Float[Array, "seqs n"], uniform: Float[Array, "seqs"]) -> I
 
 
 def _argmax(logits: Float[Array, "seqs vocab"]) -> Int[Array, "seqs"]:
-    """The first of the likeliest tokens. By blocks: XLA's argmax over whole rows is 6 times slower on CPU."""
-    blocks = _blocks(logits, -jnp.inf)
-    block = jnp.argmax(jnp.max(blocks, axis=2), axis=1).astype(jnp.int32)
-    within = jnp.argmax(_row_block(blocks, block), axis=1).astype(jnp.int32)
-    return block * blocks.shape[2] + within
+    """The first of the likeliest tokens."""
+    block = jnp.argmax(reduce_blocks(logits, _BLOCK, jnp.max), axis=1).astype(jnp.int32)
+    within = jnp.argmax(take_blocks(logits, block[:, None], _BLOCK, fill=-jnp.inf), axis=1)
+    return block * _BLOCK + within.astype(jnp.int32)
 
 
-def _blocks(values: Float[Array, "seqs vocab"], fill: float) -> Float[Array, "seqs blocks block"]:
-    seqs, vocab_size = values.shape
-    padding = -vocab_size % _BLOCK
-    if padding:
-        values = jnp.pad(values, ((0, 0), (0, padding)), constant_values=fill)
-    return values.reshape(seqs, -1, _BLOCK)
-
-
-def _row_block(
-    blocks: Float[Array, "seqs blocks block"], index: Int[Array, "seqs"]
-) -> Float[Array, "seqs block"]:
-    return jnp.take_along_axis(blocks, index[:, None, None], axis=1)[:, 0]
-
-
-def _has(features: Int[Array, "seqs"], feature: Feature) -> Bool[Array, "seqs"]:
-    return (features & jnp.uint32(feature)) != 0
+def _has(scalars: RowScalars, feature: Feature) -> Bool[Array, "seqs"]:
+    return (scalars.features & jnp.uint32(feature)) != 0
 
 
 def _where_any(
