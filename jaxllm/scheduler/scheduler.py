@@ -247,8 +247,9 @@ class Scheduler:
     def _make_room(self, request: Request, wanted: int, draft: StepDraft) -> int:
         """How many of the wanted tokens there are pages for, after preempting requests behind this one.
 
-        The last one takes what there is. If that is nothing it waits in its row, with its pages: those ahead
-        of it will take them if they must, and if they do not, it has nothing to compute again.
+        It takes what there is, and preempts only where that is nothing. The last one then waits in its row,
+        with its pages: those ahead of it will take them if they must, and if they need not, it has nothing
+        to compute again.
         """
         start = request.num_computed_tokens
         if start + wanted <= self.cache.capacity(request.tables.num_columns, 0):
@@ -256,7 +257,7 @@ class Scheduler:
         self.cache.advance(request.tables, request.chain, request.token_ids, start)
         while True:
             room = self.cache.capacity(request.tables.num_columns, self.cache.pool.num_available) - start
-            if room >= wanted or self.running[-1] is request:
+            if room or self.running[-1] is request:
                 return min(room, wanted)
             self._preempt(draft)
 

