@@ -72,7 +72,7 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.has-jaxllm: pyproject.toml | $(VENV)/.made
-	@echo "Installing jaxllm into $(VENV); the first time takes a minute or two." >&2
+	@echo "Installing jaxllm into $(VENV); the first time takes a few minutes." >&2
 	$(VENV)/bin/python -m pip install --quiet -e .
 	@touch $@
 

@@ -21,8 +21,10 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser(argv[0] if argv else None)
-    arguments = parser.parse_args(argv)
+    if not argv or argv[0] not in COMMANDS:
+        program_parser().parse_args(argv)  # prints the help or the version, or complains, and exits
+    command = argv[0]
+    arguments = command_parser(command).parse_intermixed_args(argv[1:])
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()
@@ -36,22 +38,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"jaxllm {arguments.command}: {str(error) or type(error).__name__}", file=sys.stderr)
+        print(f"jaxllm {command}: {str(error) or type(error).__name__}", file=sys.stderr)
         return 1
 
 
-def make_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser of the whole program, with the flags of `command` alone, whose module alone is imported."""
-    parser = argparse.ArgumentParser("jaxllm", description="LLM inference on JAX.", allow_abbrev=False)
+def program_parser() -> argparse.ArgumentParser:
+    """The parser of the program itself, which knows the commands by name and imports none of them."""
+    parser = argparse.ArgumentParser("jaxllm", description="LLM inference on JAX.")
     parser.add_argument("--version", action="version", version=importlib.metadata.version("jaxllm"))
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=summary, description=summary.capitalize() + ".", allow_abbrev=False
-        )
-        if name == command:
-            module = importlib.import_module(f"jaxllm.cli.{name}")
-            module.add_arguments(sub)
-            sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-            sub.set_defaults(run=module.run, usage_error=sub.error)
+        commands.add_parser(name, help=summary)
+    return parser
+
+
+def command_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of one command. It allows flags between prompts, which argparse's subcommands do not."""
+    module = importlib.import_module(f"jaxllm.cli.{command}")
+    summary = COMMANDS[command].capitalize() + "."
+    parser = argparse.ArgumentParser(f"jaxllm {command}", description=summary, allow_abbrev=False)
+    module.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    parser.set_defaults(run=module.run, usage_error=parser.error)
     return parser

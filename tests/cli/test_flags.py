@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from jaxllm.cli.flags import add_flags, field_docstrings, given
-from jaxllm.cli.main import main, make_parser
+from jaxllm.cli.main import command_parser, main
 from jaxllm.cli.options import DECIDED_BY_COMMANDS
 from jaxllm.config import option_fields
 from jaxllm.sampling.params import SamplingParams
@@ -109,8 +109,7 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def command_flags(command: str) -> set[str]:
-    commands = next(a for a in make_parser(command)._actions if isinstance(a, argparse._SubParsersAction))
-    return flags_of(commands.choices[command])
+    return flags_of(command_parser(command))
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])

@@ -44,6 +44,11 @@ def test_without_a_prompt_it_reads_stdin(engine: type, monkeypatch: pytest.Monke
     assert engine.made.requests[0][0] == "from a pipe\n"
 
 
+def test_flags_may_stand_between_prompts(engine: type):
+    main(["generate", "m", "--chat", "a", "--n", "2", "b"])
+    assert [messages[0]["content"] for messages, _ in engine.made.requests] == ["a", "b"]
+
+
 def test_several_texts_have_titles(engine: type, capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "m", "first", "second\nline", "--n", "2"]) == 0
     assert capsys.readouterr().out == (

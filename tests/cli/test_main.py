@@ -89,7 +89,7 @@ def test_a_closed_pipe_is_no_traceback():
 
 def test_the_programs_help_imports_nothing_heavy():
     code = (
-        "import sys, jaxllm.cli.main as m; m.make_parser().format_help();"
+        "import sys, jaxllm.cli.main as m; m.program_parser().format_help();"
         "print([x for x in ('jax', 'numpy', 'transformers', 'flax') if x in sys.modules])"
     )
     done = subprocess.run(
