@@ -73,25 +73,13 @@ _ARGUMENTS = frozenset(
 )
 
 
-def split_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
-    """The conversations of one call: a list of messages is one, a list of such lists several.
-
-    Raises:
-        TypeError: neither.
-    """
-    _check_list(messages)
-    if len(messages) and all(isinstance(item, Mapping) for item in messages):
-        return [messages]  # pyright: ignore[reportReturnType]
-    return [_check_list(conversation, f"messages[{i}]") for i, conversation in enumerate(messages)]
-
-
-def _check_list(messages: Any, name: str = "messages") -> Conversation:
+def _check_list(messages: Any) -> Conversation:
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise TypeError(
-            f'{name}: must be a list of {{"role": ..., "content": ...}}, not {type(messages).__name__}'
+            f'messages: must be a list of {{"role": ..., "content": ...}}, not {type(messages).__name__}'
         )
-    if not messages and name != "messages":
-        raise ValueError(f"{name}: no messages; give at least one")
+    if not messages:
+        raise ValueError("messages: there are none; give at least one")
     return messages
 
 

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -65,7 +65,9 @@ class InputProcessor:
         self.max_model_len = max_model_len
         self.max_logprobs = vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.default_params = default_params or SamplingParams()
+        default_params = default_params or SamplingParams()
+        without_text = tokenizer is None and default_params.detokenize
+        self.default_params = replace(default_params, detokenize=False) if without_text else default_params
         self._chat = ChatTemplate(tokenizer)
 
     def make(
@@ -198,9 +200,10 @@ class InputProcessor:
                 "prompt: text needs a tokenizer, and this engine has none; pass prompt_token_ids"
             )
         try:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"prompt: not valid Unicode text: {error}") from error
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _kept(self, count: int, params: SamplingParams) -> int:
         count = _integer("truncate_prompt_tokens", count)
@@ -232,13 +235,15 @@ class InputProcessor:
     def _check_params(self, params: SamplingParams) -> None:
         for name in ("allowed_token_ids", "stop_token_ids", "logit_bias"):
             self._check_token_ids(name, getattr(params, name) or ())
-        if self.tokenizer is None and params.stop:
+        if self.tokenizer is not None:
+            return
+        if params.stop:
+            raise ValueError("stop: stop strings need a tokenizer, and there is none; pass stop_token_ids")
+        if params.bad_words:
+            raise ValueError("bad_words: words need a tokenizer, and there is none; leave them out")
+        if params.detokenize:
             raise ValueError(
-                "stop: stop strings need a tokenizer, and this engine has none; pass stop_token_ids"
-            )
-        if self.tokenizer is None and params.detokenize:
-            raise ValueError(
-                "detokenize=True: text needs a tokenizer, and this engine has none; pass detokenize=False"
+                "detokenize=True: text needs a tokenizer, and there is none; pass detokenize=False"
             )
 
     def _num_logprobs(self, name: str, count: int | None) -> int | None:

@@ -1,0 +1,139 @@
+"""Counts and times of a small history, against a clock that the test turns."""
+
+import math
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxllm.engine.metrics import Histogram, Metrics
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_one_request_from_arrival_to_end() -> None:
+    clock = Clock()
+    metrics = Metrics(clock)
+    request = metrics.request_arrived(7)
+    assert (request.time_in_queue, request.time_to_first_token, request.end_to_end_time) == (None, None, None)
+    clock.now += 1
+    metrics.request_scheduled(request, num_cached_tokens=4)
+    clock.now += 2
+    metrics.tokens_generated(request, 1)
+    clock.now += 3
+    metrics.tokens_generated(request, 3)
+    clock.now += 4
+    metrics.request_preempted(request)
+    metrics.request_scheduled(request, num_cached_tokens=0)  # again, after the preemption
+    metrics.request_finished(request, "length")
+    assert (request.time_in_queue, request.time_to_first_token, request.end_to_end_time) == (1, 3, 10)
+    assert (request.num_prompt_tokens, request.num_generation_tokens, request.num_cached_tokens) == (7, 4, 4)
+    assert request.num_preemptions == 1
+    assert request.last_token_time == 106
+    snapshot = metrics.snapshot()
+    wanted = {
+        "uptime_seconds": 10,
+        "requests_total": 1,
+        "requests_finished_length_total": 1,
+        "requests_finished_stop_total": 0,
+        "prompt_tokens_total": 7,
+        "generation_tokens_total": 4,
+        "preemptions_total": 1,
+        "time_in_queue_seconds_mean": 1,
+        "time_in_queue_count": 1,
+        "time_to_first_token_seconds_mean": 3,
+        "inter_token_latency_seconds_mean": 1,
+        "inter_token_latency_count": 3,
+        "end_to_end_time_seconds_p99": 10,
+    }
+    assert {name: snapshot[name] for name in wanted} == wanted
+
+
+def test_samples_of_one_request_have_latencies_of_their_own() -> None:
+    clock = Clock()
+    metrics = Metrics(clock)
+    request = metrics.request_arrived(1)
+    for index in (0, 1):
+        clock.now += 1
+        metrics.tokens_generated(request, 1, index=index)
+    clock.now += 2
+    metrics.tokens_generated(request, 1, index=0)  # 3 seconds after its first
+    metrics.tokens_generated(request, 0, index=1)
+    assert metrics.time_to_first_token.count == 1
+    assert (metrics.inter_token_latency.count, metrics.inter_token_latency.mean) == (1, 3)
+    assert request.num_generation_tokens == 3
+
+
+def test_an_earlier_arrival_counts() -> None:
+    clock = Clock()
+    metrics = Metrics(clock)
+    request = metrics.request_arrived(1, arrival_time=95.0)
+    metrics.request_scheduled(request)
+    assert request.time_in_queue == 5
+
+
+def test_steps() -> None:
+    metrics = Metrics(Clock())
+    for running, used in ((1, 5), (3, 8)):
+        metrics.step_done(
+            seconds=0.5,
+            num_tokens=10,
+            running=running,
+            waiting=2,
+            pages_used=used,
+            num_pages=16,
+            prefix_cache_queries=40,
+            prefix_cache_hits=30,
+        )
+    snapshot = metrics.snapshot()
+    wanted = {
+        "steps_total": 2,
+        "scheduled_tokens_total": 20,
+        "step_time_seconds_mean": 0.5,
+        "requests_running": 3,
+        "requests_waiting": 2,
+        "pages_used": 8,
+        "num_pages": 16,
+        "pages_used_ratio": 0.5,
+        "prefix_cache_queries_total": 40,
+        "prefix_cache_hits_total": 30,
+        "prefix_cache_hit_ratio": 0.75,
+    }
+    assert {name: snapshot[name] for name in wanted} == wanted
+
+
+def test_a_snapshot_is_flat_and_documented_and_starts_at_zero() -> None:
+    snapshot = Metrics(Clock()).snapshot()
+    assert set(snapshot.values()) == {0.0}
+    assert all(type(value) is float for value in snapshot.values())
+    documentation = Metrics.snapshot.__doc__ or ""
+    listed = ("requests_finished_", "time_", "inter_token_", "end_to_end_", "step_time_")
+    names = [name for name in snapshot if not name.startswith(listed)]
+    assert [name for name in names if f"`{name}`" not in documentation] == []
+
+
+@given(st.lists(st.floats(1e-5, 900), min_size=1), st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0]))
+def test_quantiles_are_right_to_their_bucket(values: list[float], share: float) -> None:
+    histogram = Histogram()
+    for value in values:
+        histogram.observe(value)
+    assert histogram.count == len(values)
+    assert histogram.mean == pytest.approx(statistics.fmean(values))
+    exact = sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+    low = max((bound for bound in histogram.bounds if bound < exact), default=0.0)
+    high = min((bound for bound in histogram.bounds if bound >= exact), default=math.inf)
+    assert low <= histogram.quantile(share) <= high
+    assert min(values) <= histogram.quantile(share) <= max(values)
+
+
+def test_an_unknown_end_is_refused() -> None:
+    metrics = Metrics(Clock())
+    with pytest.raises(KeyError):
+        metrics.request_finished(metrics.request_arrived(1), "boredom")
