@@ -48,6 +48,7 @@ class ModelConfig:
     load_format: LoadFormat = option("auto", "what the weights are stored as; 'dummy' makes random ones")
     dtype: DType = option("auto", "weights and activations; 'auto' takes the checkpoint's own")
     max_model_len: int | None = option(None, "most tokens of one request, prompt and output (default: the model's)")
+    skip_tokenizer_init: bool = option(False, "go without a tokenizer: prompts are token ids, outputs have no text")
     trust_remote_code: bool = option(False, "let transformers run the tokenizer code that a repo ships")
     seed: int = option(0, "seed for requests that give none, and for dummy weights")
     max_logprobs: int = option(20, "most logprobs a request may ask for at a position; -1: the whole vocabulary")
@@ -65,7 +66,9 @@ class CacheConfig:
     """The pages that keys and values live in."""
 
     page_size: int = option(16, "tokens a page holds")
-    memory_utilization: float = option(0.9, "share of the device's memory for weights, pages and temporaries")
+    memory_utilization: float | None = option(
+        None, "share of each device's memory for weights, pages and temporaries (default: 0.9; on CPU 1 GiB of pages)"
+    )
     kv_cache_memory: int | None = option(None, "bytes for pages on each device, instead of memory_utilization")
     num_pages: int | None = option(None, "number of pages, instead of a size in bytes")
     enable_prefix_caching: bool = option(True, "keep finished requests' pages for prompts that begin the same")
@@ -73,7 +76,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         power_of_two = isinstance(self.page_size, int) and self.page_size >= 1 and self.page_size.bit_count() == 1
         _require(power_of_two, "page_size", self.page_size, "a power of two")
-        _require(0 < self.memory_utilization <= 1, "memory_utilization", self.memory_utilization, "in (0, 1]")
+        share = self.memory_utilization
+        _require(share is None or 0 < share <= 1, "memory_utilization", share, "in (0, 1]")
         _positive("kv_cache_memory", self.kv_cache_memory, optional=True)
         _positive("num_pages", self.num_pages, optional=True)
         both = self.kv_cache_memory is not None and self.num_pages is not None

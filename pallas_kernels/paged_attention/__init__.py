@@ -88,7 +88,9 @@ def resolve_backend(name: str = "auto") -> Backend:
     """
     backend = _BACKENDS.get("xla" if name == "auto" else name)
     if backend is None:
-        raise ValueError(f"attention_backend={name!r}: there is no such backend; there are {', '.join(list_backends())}")
+        raise ValueError(
+            f"attention_backend={name!r}: there is no such backend; there are {', '.join(list_backends())}"
+        )
     return backend
 
 
@@ -113,7 +115,8 @@ def paged_attention(
     """Writes the step's keys and values into the pages, then attends causally within each row.
 
     Args:
-        q, k, v: of the step's tokens, flat, as `batch` lays them out; query head `h` reads kv head `h * kv_heads // heads`.
+        q, k, v: of the step's tokens, flat, as `batch` lays them out; query head `h` reads kv head
+            `h * kv_heads // heads`.
         pages: one layer's pool, as the backend's `layout` packs it.
         scale: multiplies the scores before the soft cap.
         sliding_window: a token at position p sees the positions j with p - sliding_window < j <= p.

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int32
 class RaggedBatch(NamedTuple):
     """A flat ragged batch of tokens over rows, decode rows first.
 
-    Row `s` owns the tokens `query_start[s]:query_start[s + 1]`, which are the newest of its `kv_lens[s]` keys.
+    Row `s` owns the tokens `query_start[s]:query_start[s + 1]`, the newest of its `kv_lens[s]` keys.
     Rows that are not in use are empty and come last, and so do tokens that belong to no row.
     """
 

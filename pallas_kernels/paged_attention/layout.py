@@ -49,8 +49,8 @@ def interleaved(geometry: PageGeometry) -> PageLayout:
 def head_major(geometry: PageGeometry) -> PageLayout:
     """`[kv_heads, num_pages, 2, page_size, head_dim]`: a head's page is one run of bytes, K and then V.
 
-    bfloat16 is kept as its bits: XLA on CPU turns a whole bfloat16 array into float32 and back for each scatter
-    or gather on it.
+    bfloat16 is kept as its bits: XLA on CPU turns a whole bfloat16 array into float32 and back for each
+    scatter or gather on it.
     """
     shape = (geometry.kv_heads, geometry.num_pages, 2, geometry.page_size, geometry.head_dim)
     dtype = jnp.dtype(jnp.uint16) if geometry.dtype == jnp.bfloat16 else geometry.dtype

@@ -106,10 +106,12 @@ def test_any_case(case: Case) -> None:
 
 def test_pages_are_updated_in_place() -> None:
     """Ten times the pool must not mean more temporaries, and the pool's bytes are aliased."""
+
     def compiled(num_pages: int):
         geometry = PageGeometry(num_pages, 16, 3, 64, jnp.dtype(jnp.bfloat16))
         layout = resolve_backend("xla").layout(geometry).array
-        arrays = build(Case(rows=((1, 30), (1, 9), (1, 20)), heads=9, kv_heads=3, head_dim=64, padding_tokens=1))
+        case = Case(rows=((1, 30), (1, 9), (1, 20)), heads=9, kv_heads=3, head_dim=64, padding_tokens=1)
+        arrays = build(case)
         args = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in (arrays.q, arrays.k, arrays.v)]
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays.batch)
         options = {"scale": 0.1, "sliding_window": None, "soft_cap": None, "backend": "xla"}

@@ -1,0 +1,343 @@
+"""The engine in one thread: prompts in, outputs out."""
+
+import dataclasses
+import itertools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from jaxllm.config import EngineConfig
+from jaxllm.engine.chat import Conversation
+from jaxllm.engine.inputs import EngineInput, Prompt
+from jaxllm.engine.loading import EngineParts, load_parts
+from jaxllm.engine.outputs import RequestOutput
+from jaxllm.sampling import RequestOutputKind, SamplingParams
+
+
+class Engine:
+    """Generates text with a model.
+
+        with Engine.from_pretrained("smollm2-135m-instruct") as engine:
+            print(engine.generate("The capital of France is")[0].outputs[0].text)
+
+    Requests given to `generate`, `chat`, `stream` and `add_request` share the same steps. One thread at a time
+    may use an engine; `AsyncEngine` serves many.
+    """
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.config = parts.config
+        self._parts = parts
+        self._core = parts.core
+        self._inputs = parts.inputs
+        self._ids = itertools.count()
+        self._other_outputs: deque[RequestOutput] = deque()
+        self._asleep: _Asleep | None = None
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(cls, model: str, *, mesh: Mesh | None = None, **options: Any) -> Self:
+        """Loads a model and compiles its programs.
+
+        Args:
+            model: a Hugging Face repo id, a folder, a GGUF file, or a name such as "smollm2-135m-instruct".
+            mesh: devices to run on, as `jaxllm.parallel.make_mesh` makes them; by default the first ones.
+            options: fields of the parts of `EngineConfig`, such as `dtype`, `max_model_len`, `num_pages`.
+
+        Raises:
+            CheckpointError: the model cannot be found, read or recognised.
+            TypeError: an unknown option.
+            ValueError: an option out of range, or one that does not suit the model or the machine.
+        """
+        return cls(load_parts(EngineConfig.create(model, **options), mesh))
+
+    # Whole answers
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | Callable[..., Any] = False,
+        priority: int | Sequence[int] = 0,
+        **input_options: Any,
+    ) -> list[RequestOutput]:
+        """Completes prompts, all in the same batches.
+
+        Args:
+            prompts: a string, a list of token ids, a dict (`TextPrompt`, `TokensPrompt`), or a list of these.
+            params: for all, or one for each prompt; None: the model's own defaults.
+            progress: show a progress bar; or a function to make one with, called as `tqdm` is.
+            priority: lower values are served first, where the policy is "priority"; for all, or one for each.
+            input_options: `add_special_tokens` and `truncate_prompt_tokens`, see `InputProcessor.make`.
+
+        Returns:
+            An output for each prompt, in their order.
+
+        Raises:
+            ValueError, TypeError: a prompt or parameter that cannot be served; then none has been started.
+        """
+        self._check_awake()
+        inputs = self._inputs.make_batch(prompts, params, priority=priority, **input_options)
+        return self._run([_final_only(input) for input in inputs], progress)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | Callable[..., Any] = False,
+        priority: int | Sequence[int] = 0,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several.
+
+        Args:
+            messages: a list of messages, each with `role` and `content`, or a list of such lists.
+            template_options: `tools`, `chat_template`, `add_generation_prompt`, `continue_final_message`,
+                `chat_template_kwargs`, see `InputProcessor.render_chat`.
+        """
+        self._check_awake()
+        conversations = [messages] if _is_conversation(messages) else messages
+        prompts = [
+            self._inputs.render_chat(conversation, **template_options) for conversation in conversations
+        ]
+        return self.generate(prompts, params, progress=progress, priority=priority)
+
+    def _run(self, inputs: Sequence[EngineInput], progress: bool | Callable[..., Any]) -> list[RequestOutput]:
+        """Runs requests to their ends; none of them is left behind if this is interrupted."""
+        ids = [self._next_id() for _ in inputs]
+        bar = _progress_bar(progress, len(ids))
+        done: dict[str, RequestOutput] = {}
+        try:
+            for request_id, input in zip(ids, inputs, strict=True):
+                self._core.add(request_id, input)
+            while len(done) < len(ids):
+                for output in self._step_for(ids):
+                    done[output.request_id] = output
+                    bar.update()
+        finally:
+            bar.close()
+            for request_id in ids:
+                self._core.abort(request_id)
+        return [done[request_id] for request_id in ids]
+
+    # Answers as they grow
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **input_options: Any
+    ) -> Iterator[RequestOutput]:
+        """Completes one prompt and yields what is new with each step.
+
+        The outputs are deltas unless `params.output_kind` asks for something else than the default. A stream
+        that is not read to its end is aborted when it is closed.
+        """
+        self._check_awake()
+        return self._stream(_delta(self._inputs.make(prompt, params, **input_options)))
+
+    def stream_chat(
+        self, messages: Conversation, params: SamplingParams | None = None, **template_options: Any
+    ) -> Iterator[RequestOutput]:
+        """Answers a conversation as `stream` completes a prompt."""
+        self._check_awake()
+        return self.stream(self._inputs.render_chat(messages, **template_options), params)
+
+    def _stream(self, input: EngineInput) -> Iterator[RequestOutput]:
+        request_id = self._next_id()
+        self._core.add(request_id, input)
+        try:
+            finished = False
+            while not finished:
+                for output in self._step_for([request_id]):
+                    finished = output.finished
+                    yield output
+        finally:
+            self._core.abort(request_id)
+
+    # One step at a time
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        **input_options: Any,
+    ) -> None:
+        """Adds a request for `step` to work on.
+
+        Raises:
+            ValueError, TypeError: a prompt or parameter that cannot be served, or an id in use.
+        """
+        self._check_awake()
+        self._core.add(request_id, self._inputs.make(prompt, params, priority=priority, **input_options))
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one step, and returns the outputs of requests that have something new."""
+        self._check_awake()
+        return [*self._take_others(), *self._core.step()]
+
+    def abort_request(self, request_id: str) -> RequestOutput | None:
+        """Ends a request; its last output, or None if there is no unfinished request of this id."""
+        return self._core.abort(request_id)
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        """Requests that have not given out their last output."""
+        return self._core.num_unfinished
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has something to do."""
+        return self._core.has_unfinished or bool(self._other_outputs)
+
+    def _step_for(self, ids: Iterable[str]) -> Iterator[RequestOutput]:
+        """One step's outputs of some requests; those of others are kept for the next `step`."""
+        wanted = set(ids)
+        for output in self._core.step():
+            if output.request_id in wanted:
+                yield output
+            else:
+                self._other_outputs.append(output)
+
+    def _take_others(self) -> list[RequestOutput]:
+        taken = list(self._other_outputs)
+        self._other_outputs.clear()
+        return taken
+
+    def _next_id(self) -> str:
+        return f"request-{next(self._ids)}"
+
+    # The engine itself
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            ValueError: the engine was made without one.
+        """
+        if self._parts.tokenizer is None:
+            raise ValueError("this engine has no tokenizer: it was made with skip_tokenizer_init=True")
+        return self._parts.tokenizer
+
+    def get_metrics(self) -> dict[str, float]:
+        """Counts and times so far (see `Metrics.snapshot`), and how many programs were compiled, and late."""
+        programs = self._core.runner.programs
+        return self._core.metrics.snapshot() | {
+            "programs": float(len(programs)),
+            "programs_compiled_late_total": float(programs.compiled_late),
+            "compile_seconds": programs.seconds,
+        }
+
+    def get_page_tables(self) -> dict[str, list[list[int]]]:
+        """For each running request its pages, one list for each group of layers."""
+        running = self._core.scheduler.running
+        return {r.request_id: [list(table) for table in r.tables.groups] for r in running if r.tables}
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes. False, and nothing is forgotten, while requests are running."""
+        return self._core.scheduler.reset_prefix_cache()
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives the device's memory back until `wake_up`: all pages, and the weights.
+
+        Args:
+            level: 1 keeps the weights in the host's memory, 2 drops them, and `wake_up` loads them again.
+
+        Raises:
+            ValueError: another level.
+            RuntimeError: requests are running.
+        """
+        if level not in (1, 2):
+            raise ValueError(
+                f"level={level}: must be 1 (weights to the host's memory) or 2 (weights dropped)"
+            )
+        self._check_awake()
+        if self._core.has_unfinished:
+            raise RuntimeError(
+                f"{self._core.num_unfinished} requests are unfinished; finish or abort them first"
+            )
+        self._core.drain()
+        self.reset_prefix_cache()
+        runner = self._core.runner
+        self._asleep = _Asleep(runner.sleep(keep_weights=level == 1))
+
+    def wake_up(self) -> None:
+        """Takes the device's memory again after `sleep`. Does nothing while awake."""
+        if self._asleep is None:
+            return
+        runner, saved = self._core.runner, self._asleep.weights
+        if saved is None:
+            params = self._parts.load_weights()
+        else:
+            shardings = tuple(shape.sharding for shape in runner.lowering.params)
+            params = tuple(jax.device_put(saved, shardings))
+        runner.wake(params)
+        self._asleep = None
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether it sleeps."""
+        return self._asleep is not None
+
+    def close(self) -> None:
+        """Ends all requests and frees the device's memory. Closing twice does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._core.fail_all()
+            self._core.runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # __init__ may have failed, and when the interpreter goes the memory goes with it
+        if hasattr(self, "_closed") and not sys.is_finalizing():
+            self.close()
+
+    def _check_awake(self) -> None:
+        if self._closed:
+            raise RuntimeError("the engine is closed; make another")
+        if self._asleep is not None:
+            raise RuntimeError("the engine sleeps; call wake_up() first")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asleep:
+    """What a sleeping engine keeps: its weights, or None where they are to be loaded again."""
+
+    weights: tuple[np.ndarray, ...] | None
+
+
+def _is_conversation(messages: Any) -> bool:
+    return bool(messages) and isinstance(messages[0], Mapping)
+
+
+def _final_only(input: EngineInput) -> EngineInput:
+    params = dataclasses.replace(input.params, output_kind=RequestOutputKind.FINAL_ONLY)
+    return dataclasses.replace(input, params=params)
+
+
+def _delta(input: EngineInput) -> EngineInput:
+    if input.params.output_kind is not RequestOutputKind.CUMULATIVE:
+        return input
+    return dataclasses.replace(
+        input, params=dataclasses.replace(input.params, output_kind=RequestOutputKind.DELTA)
+    )
+
+
+def _progress_bar(progress: bool | Callable[..., Any], total: int) -> Any:
+    make = progress if callable(progress) else tqdm
+    return make(total=total, desc="Generating", unit="request", disable=not progress)

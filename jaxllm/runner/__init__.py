@@ -1,0 +1,1 @@
+"""The jitted steps: what turns a plan of the scheduler into tokens."""

@@ -1,0 +1,71 @@
+"""The sizes that steps are padded to, known before the first request."""
+
+import bisect
+from dataclasses import dataclass
+
+SMALLEST = 2
+"""A matrix product with one row falls to a slow path of XLA on CPU, ten times slower than with two."""
+
+
+ROWS_STEP = 8
+"""The sampler is compiled for few numbers of rows, each this many times the one before: it is a third of the
+code of a small model's step, and a few rows of padding cost it little."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One program's static shape."""
+
+    tokens: int
+    rows: int
+    sampled: int
+    """Rows of the logits, padded to what the sampler takes."""
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Every shape a step may have, smallest first."""
+
+    sizes: tuple[Bucket, ...]
+
+    @classmethod
+    def up_to(cls, max_tokens: int, max_rows: int, growth: int = 2) -> "Buckets":
+        """Sizes from 2 to `max_tokens`, each `growth` times the one before.
+
+        A row has at least one token, so a step of few tokens needs few rows: the tokens determine the rows.
+        """
+        sizes = []
+        for tokens in _grow(SMALLEST, growth, max(max_tokens, SMALLEST)):
+            rows = max(SMALLEST, min(tokens, max_rows))
+            sampled = next(n for n in _grow(ROWS_STEP, ROWS_STEP, max(max_rows, SMALLEST)) if n >= rows)
+            sizes.append(Bucket(tokens, rows, sampled))
+        return cls(tuple(sizes))
+
+    @property
+    def largest(self) -> Bucket:
+        """The one with the most tokens."""
+        return self.sizes[-1]
+
+    @property
+    def sampled(self) -> tuple[int, ...]:
+        """The different numbers of rows that the sampler takes, in order."""
+        return tuple(sorted({bucket.sampled for bucket in self.sizes}))
+
+    def fit(self, num_tokens: int) -> Bucket:
+        """The smallest bucket that holds so many tokens.
+
+        Raises:
+            ValueError: none does; the scheduler must keep to the largest one's tokens.
+        """
+        at = bisect.bisect_left(self.sizes, num_tokens, key=lambda bucket: bucket.tokens)
+        if at == len(self.sizes):
+            raise ValueError(f"num_tokens={num_tokens}: a step holds at most {self.largest.tokens}")
+        return self.sizes[at]
+
+
+def _grow(first: int, factor: int, last: int) -> list[int]:
+    """`first`, and `factor` times as much again and again, up to `last`, which ends the list."""
+    sizes = [min(first, last)]
+    while sizes[-1] < last:
+        sizes.append(min(sizes[-1] * factor, last))
+    return sizes

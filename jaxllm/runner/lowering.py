@@ -1,0 +1,184 @@
+"""Lowers the engine's programs from shapes alone: no weights and no pages need to exist."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
+
+from jaxllm.cache.groups import CacheLayout
+from jaxllm.layers.attention import pages_spec
+from jaxllm.layers.batch import Cache
+from jaxllm.models.base import DecoderConfig
+from jaxllm.runner.buckets import Bucket, Buckets
+from jaxllm.runner.step import DeviceRows, Merge, admit_row, run_forward, run_sampler, score_tokens
+from jaxllm.runner.step_input import StepLayout
+from jaxllm.sampling.logprobs import token_logprobs
+from jaxllm.sampling.params import SamplingParams
+from jaxllm.sampling.settings import row_settings
+from jaxllm.sampling.state import Feature, RowSettings, SamplerConfig, empty_state
+from pallas_kernels.paged_attention import PageGeometry, resolve_backend
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is static in every program."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    page_size: int
+    bucket_growth: int
+    """How many times as many tokens the next larger program takes."""
+    num_logprobs: int
+    """Likeliest tokens reported at a position where logprobs are asked for."""
+
+    @property
+    def table_width(self) -> int:
+        """Pages of the longest request."""
+        return -(-self.max_model_len // self.page_size)
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """The programs of one model on one mesh.
+
+    Attributes:
+        params: shapes and shardings of the weights, in the order that `merge` takes them.
+        layout: which layers share page tables, and which pool holds each layer's pages.
+        backend: name of the attention backend.
+    """
+
+    model: DecoderConfig
+    merge: Merge
+    params: tuple[jax.ShapeDtypeStruct, ...]
+    mesh: Mesh
+    layout: CacheLayout
+    sizes: Sizes
+    sampler: SamplerConfig
+    backend: str = "auto"
+
+    def with_max_model_len(self, max_model_len: int) -> "Lowering":
+        """The same for requests of another greatest length."""
+        return dataclasses.replace(self, sizes=dataclasses.replace(self.sizes, max_model_len=max_model_len))
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """The shapes that steps are padded to."""
+        sizes = self.sizes
+        return Buckets.up_to(sizes.max_num_batched_tokens, sizes.max_num_seqs, sizes.bucket_growth)
+
+    @cached_property
+    def replicated(self) -> NamedSharding:
+        """Whole on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def table_shape(self) -> tuple[int, int, int]:
+        """Page tables on the device: groups, rows and a spare one, pages of the longest request."""
+        return (len(self.layout.groups), self.sizes.max_num_seqs + 1, self.sizes.table_width)
+
+    def step_layout(self, bucket: Bucket) -> StepLayout:
+        """How a step of this bucket is uploaded."""
+        return StepLayout(bucket, self.table_shape, self.sizes.page_size)
+
+    def cache_shapes(self, num_pages: int) -> Cache:
+        """The pools of pages, the null page included."""
+        geometry = PageGeometry(
+            num_pages,
+            self.sizes.page_size,
+            self.model.cache_heads,
+            self.model.head_dim,
+            jnp.dtype(self.model.dtype),
+        )
+        pool = resolve_backend(self.backend).layout(geometry).array
+        sharding = NamedSharding(self.mesh, pages_spec(self.backend))
+        return (jax.ShapeDtypeStruct(pool.shape, pool.dtype, sharding=sharding),) * self.layout.num_pools
+
+    def empty_rows(self) -> DeviceRows:
+        """Rows that no request has yet. To be jitted."""
+        tokens = jnp.zeros((self.table_shape[1], self.sizes.max_model_len + 1), jnp.int32)
+        return DeviceRows(
+            tokens, jnp.zeros(self.table_shape, jnp.int32), empty_state(self.sampler, self.table_shape[1])
+        )
+
+    @cached_property
+    def rows_shapes(self) -> DeviceRows:
+        """Shapes of `empty_rows`."""
+        return self._on_all(jax.eval_shape(self.empty_rows))
+
+    def forward(self, bucket: Bucket, num_pages: int) -> Lowered:
+        """A step's forward pass: cache and page tables are donated."""
+        layout = self.step_layout(bucket)
+        function = partial(
+            run_forward, merge=self.merge, layout=layout, slots=self.layout.slots, backend=self.backend
+        )
+        cache = self.cache_shapes(num_pages)
+        shardings = (tuple(pool.sharding for pool in cache), self.replicated, self.replicated)
+        rows = self.rows_shapes
+        packed = self._on_all(jax.ShapeDtypeStruct((layout.size,), jnp.int32))
+        return self._lower(function, (1, 2), shardings, self.params, cache, rows.tables, rows.tokens, packed)
+
+    def sample(self, sampled: int) -> Lowered:
+        """Samples after a forward pass: the rows' tokens and the sampler's state are donated."""
+        function = partial(run_sampler, sampler=self.sampler)
+        ids = self._on_all(jax.ShapeDtypeStruct((sampled,), jnp.int32))
+        rows = self.rows_shapes
+        return self._lower(
+            function, (0, 1), self.replicated, rows.tokens, rows.sampler, self._logits(sampled), ids, ids
+        )
+
+    def admit(self, with_tables: bool) -> Lowered:
+        """Loads a row; most requests need none of the sampler's tables."""
+        row, tokens, tables = self._on_all(
+            (
+                jax.ShapeDtypeStruct((), jnp.int32),
+                jax.ShapeDtypeStruct((self.sizes.max_model_len + 1,), jnp.int32),
+                jax.ShapeDtypeStruct((self.table_shape[0], self.table_shape[2]), jnp.int32),
+            )
+        )
+        settings = self._on_all(_shapes_of(self._settings_example(with_tables)))
+        return self._lower(admit_row, (0,), self.replicated, self.rows_shapes, row, tokens, tables, settings)
+
+    def logprobs(self, sampled: int) -> Lowered:
+        """Logprobs of the tokens that a step sampled."""
+        tokens = self._on_all(jax.ShapeDtypeStruct((sampled,), jnp.int32))
+        function = partial(token_logprobs, k=self.sizes.num_logprobs)
+        return self._lower(function, (), self.replicated, self._logits(sampled), tokens)
+
+    def score(self) -> Lowered:
+        """Logprobs of the tokens of prompts, after a step of the largest bucket."""
+        tokens = self.buckets.largest.tokens
+        hidden = self._on_all(jax.ShapeDtypeStruct((tokens, self.model.hidden_size), self.model.dtype))
+        targets = self._on_all(jax.ShapeDtypeStruct((tokens,), jnp.int32))
+        function = partial(score_tokens, merge=self.merge, k=self.sizes.num_logprobs)
+        return self._lower(function, (), self.replicated, self.params, hidden, targets)
+
+    def _logits(self, sampled: int) -> jax.ShapeDtypeStruct:
+        return self._on_all(jax.ShapeDtypeStruct((sampled, self.model.vocab_size), jnp.float32))
+
+    def _lower(self, function: Callable[..., Any], donated: tuple[int, ...], out: Any, *args: Any) -> Lowered:
+        with jax.set_mesh(self.mesh):
+            return jax.jit(function, donate_argnums=donated, out_shardings=out).lower(*args)
+
+    def _on_all(self, shapes: Any) -> Any:
+        """The same shapes, whole on every device."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), shapes
+        )
+
+    def _settings_example(self, with_tables: bool) -> RowSettings:
+        params = SamplingParams(presence_penalty=1.0 if with_tables else 0.0)
+        settings = row_settings(self.sampler, params, seed=0, prompt_token_ids=[])
+        assert bool(settings.scalars.features & Feature.COUNTS) == with_tables
+        return settings
+
+
+def _shapes_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), tree)

@@ -1,0 +1,101 @@
+"""How many pages fit: computed from what the compiler says that a step needs."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxllm.config import CacheConfig
+from jaxllm.runner.lowering import Lowering
+
+GIB = 1024**3
+CPU_CACHE_BYTES = GIB
+"""Pages on CPU unless told otherwise: the machine's memory is shared with everything else that runs on it."""
+DEFAULT_UTILIZATION = 0.9
+"""Of an accelerator's memory, as in vLLM."""
+PROBE_PAGES = 64
+"""Pages of the program that temporaries are read from; they are the same for any number."""
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes on each device besides the pages, read from shapes and from the compiled program."""
+
+    weights: int
+    state: int
+    """Rows on the device: known tokens, sampling parameters, counts."""
+    temporaries: int
+    """Of the largest step: activations, and the outputs of two steps in flight."""
+
+    @property
+    def total(self) -> int:
+        """What is there whatever the number of pages."""
+        return self.weights + self.state + self.temporaries
+
+
+def device_memory(device: jax.Device) -> int:
+    """Bytes that the device has; on CPU those of the machine."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measure(lowering: Lowering) -> MemoryUse:
+    """Compiles the largest forward pass and reads what it needs."""
+    compiled = lowering.forward(lowering.buckets.largest, PROBE_PAGES).compile()
+    analysis = compiled.memory_analysis()
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return MemoryUse(
+        weights=bytes_per_device(lowering.params),
+        state=bytes_per_device(lowering.rows_shapes),
+        temporaries=analysis.temp_size_in_bytes + 2 * outputs,
+    )
+
+
+def page_bytes(lowering: Lowering) -> int:
+    """One page of every pool, on each device."""
+    return bytes_per_device(lowering.cache_shapes(1))
+
+
+def bytes_per_device(shapes: Any) -> int:
+    """What arrays of these shapes and shardings take on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(shapes)
+    )
+
+
+def count_pages(
+    config: CacheConfig, page: int, device: jax.Device, measure_use: Callable[[], MemoryUse]
+) -> int:
+    """The number of pages, the null page included.
+
+    Args:
+        page: bytes of a page on each device.
+        measure_use: called where the pages are to fill what other things leave of the device's memory.
+
+    Raises:
+        ValueError: not even one page fits; the message has the numbers and the settings to change.
+    """
+    if config.num_pages is not None:
+        return config.num_pages + 1
+    if config.kv_cache_memory is not None:
+        budget, source = config.kv_cache_memory, f"kv_cache_memory={config.kv_cache_memory}"
+    elif config.memory_utilization is None and device.platform == "cpu":
+        budget, source = CPU_CACHE_BYTES, "the default on CPU"
+    else:
+        share = config.memory_utilization or DEFAULT_UTILIZATION
+        use, whole = measure_use(), device_memory(device)
+        budget = int(whole * share) - use.total
+        source = (
+            f"memory_utilization={share} of {whole} bytes, less weights ({use.weights}), rows ({use.state}) "
+            f"and temporaries ({use.temporaries}),"
+        )
+    if budget < 2 * page:
+        raise ValueError(
+            f"{source} leaves {budget} bytes for pages of {page} bytes, and two are the least; raise "
+            "memory_utilization or kv_cache_memory, or lower max_num_seqs or max_num_batched_tokens"
+        )
+    return budget // page

@@ -1,0 +1,141 @@
+"""The programs of the engine as pure functions: forward pass, sampler, admission, scores of prompts."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from jaxllm.layers.batch import Batch, Cache
+from jaxllm.models.base import CausalLM
+from jaxllm.runner.step_input import StepLayout
+from jaxllm.sampling.logprobs import token_logprobs
+from jaxllm.sampling.sampler import sample
+from jaxllm.sampling.state import RowSettings, SamplerConfig, SamplerState, load_row
+from pallas_kernels.paged_attention import RaggedBatch, locate_tokens
+
+Merge = Callable[[tuple[Array, ...]], CausalLM]
+"""Makes the model of its weights, while a program is traced."""
+
+Logprobs = tuple[Array, Array, Array, Array]
+"""What `token_logprobs` returns: the tokens' own, their ranks, the likeliest ids and their logprobs."""
+
+SCORED_TOGETHER = 64
+"""Tokens whose logits are held at once when a prompt is scored: 12 MB for a vocabulary of 49,152."""
+
+
+class DeviceRows(NamedTuple):
+    """What the device knows of each running request; the last row is a spare one for padding."""
+
+    tokens: Int32[Array, "rows length"]
+    """Known tokens by position, prompt and output."""
+    tables: Int32[Array, "groups rows pages"]
+    """Page ids by position, for each group of layers."""
+    sampler: SamplerState
+
+
+class Forward(NamedTuple):
+    """What a step's forward pass leaves for the programs after it."""
+
+    logits: Float[Array, "sampled vocab"]
+    rows: Int32[Array, " sampled"]
+    """Row on the device that each row of the logits is sampled for; the spare one where none is."""
+    lengths: Int32[Array, " sampled"]
+    """Known tokens of that row: the position of the next one."""
+    hidden: Float[Array, "tokens embed"]
+
+
+def run_forward(
+    params: tuple[Array, ...],
+    cache: Cache,
+    tables: Int32[Array, "groups rows pages"],
+    tokens: Int32[Array, "rows length"],
+    packed: Int32[Array, " size"],
+    *,
+    merge: Merge,
+    layout: StepLayout,
+    slots: tuple[tuple[int, int], ...],
+    backend: str,
+) -> tuple[Cache, Int32[Array, "groups rows pages"], Forward]:
+    """Runs a ragged batch through the model: the cache and the page tables are updated.
+
+    The inputs are gathered from the rows' known tokens on the device, so a step can be started before the
+    host has seen the tokens of the one before.
+    """
+    step = layout.unpack(packed)
+    entries = tables.reshape(-1).at[step.table_index].set(step.table_page, mode="drop")
+    tables = entries.reshape(tables.shape)
+    groups = tuple(
+        RaggedBatch(step.query_start, step.kv_lens, table[step.row_ids], step.num_rows) for table in tables
+    )
+    place = locate_tokens(groups[0], layout.bucket.tokens)
+    positions = jnp.where(place.valid, place.position, 0)
+    inputs = jnp.where(place.valid, tokens[step.row_ids[place.row], positions], 0)
+
+    model = merge(params)
+    hidden, cache = model(inputs, cache, Batch(positions, groups, slots, backend))
+    logits = model.logits(hidden[jnp.maximum(step.query_start[1:] - 1, 0)])
+
+    spare = tokens.shape[0] - 1
+    padding = (0, layout.bucket.sampled - layout.bucket.rows)
+    rows = jnp.pad(jnp.where(step.samples, step.row_ids, spare), padding, constant_values=spare)
+    forward = Forward(jnp.pad(logits, (padding, (0, 0))), rows, jnp.pad(step.kv_lens, padding), hidden)
+    return cache, tables, forward
+
+
+def run_sampler(
+    tokens: Int32[Array, "rows length"],
+    state: SamplerState,
+    logits: Float[Array, "sampled vocab"],
+    rows: Int32[Array, " sampled"],
+    lengths: Int32[Array, " sampled"],
+    *,
+    sampler: SamplerConfig,
+) -> tuple[Int32[Array, "rows length"], SamplerState, Int32[Array, " sampled"]]:
+    """Chooses each row's next token and writes it where the next step finds it."""
+    recent = _recent(tokens, rows, lengths, sampler.limits.bad_word_tokens)
+    chosen, state = sample(logits, state, rows, lengths, recent, processors=sampler.processors)
+    return tokens.at[rows, lengths].set(chosen, mode="drop"), state, chosen
+
+
+def _recent(tokens: Array, rows: Array, lengths: Array, count: int) -> Int32[Array, "rows count"]:
+    """The last `count` known tokens of each row, -1 where there are fewer."""
+    position = lengths[:, None] - count + jnp.arange(count)
+    return jnp.where(position >= 0, tokens[rows[:, None], position], -1)
+
+
+def admit_row(
+    rows: DeviceRows,
+    row: Int32[Array, ""],
+    tokens: Int32[Array, " length"],
+    tables: Int32[Array, "groups pages"],
+    settings: RowSettings,
+) -> DeviceRows:
+    """Gives a row to a request: its known tokens, its pages, and its sampling parameters."""
+    return DeviceRows(
+        rows.tokens.at[row].set(tokens),
+        rows.tables.at[:, row].set(tables),
+        load_row(rows.sampler, row, settings),
+    )
+
+
+def score_tokens(
+    params: tuple[Array, ...],
+    hidden: Float[Array, "tokens embed"],
+    targets: Int32[Array, " tokens"],
+    *,
+    merge: Merge,
+    k: int,
+) -> Logprobs:
+    """Logprobs of `targets[i]` as the token after the one that `hidden[i]` belongs to."""
+    model = merge(params)
+    together = min(SCORED_TOGETHER, targets.shape[0])
+    spare = -targets.shape[0] % together
+    chunks = (
+        jnp.pad(hidden, ((0, spare), (0, 0))).reshape(-1, together, hidden.shape[1]),
+        jnp.pad(targets, (0, spare)).reshape(-1, together),
+    )
+    scores = lax.map(lambda chunk: token_logprobs(model.logits(chunk[0]), chunk[1], k), chunks)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: targets.shape[0]], scores)
