@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from converters.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import jax
 
 WeightFormat = Literal["auto", "safetensors", "gguf", "orbax"]
 
@@ -36,7 +39,7 @@ class Checkpoint(Protocol):
     path: Path
     """The folder or file that the weights and the tokenizer are read from."""
     tensors: Mapping[str, TensorInfo]
-    """By the names that transformers gives them (an Orbax folder: by ours)."""
+    """By the names that transformers gives them (of a `ShardedCheckpoint`: that the engine does)."""
     dtype: np.dtype[Any]
     """What `dtype="auto"` means: the dtype that the model was published in."""
 
@@ -55,6 +58,19 @@ class Checkpoint(Protocol):
 
     def close(self) -> None:
         """Lets go of the files. Views returned by `read` stay valid until they are dropped."""
+        ...
+
+
+@runtime_checkable
+class ShardedCheckpoint(Checkpoint, Protocol):
+    """A checkpoint of parameters in the engine's own names and forms, which devices read straight from disk."""
+
+    def restore(self, wanted: "Mapping[str, jax.ShapeDtypeStruct]") -> "dict[str, jax.Array]":
+        """Arrays in the shardings and dtypes asked for, each device reading what it holds.
+
+        Args:
+            wanted: by name; the shapes must be those in `tensors`.
+        """
         ...
 
 
@@ -81,7 +97,7 @@ def open_checkpoint(
     Raises:
         CheckpointError: nothing there, not a model, a format other than `load_format`, or a damaged file.
     """
-    from converters import gguf, orbax, safetensors
+    # Each format's libraries are imported when it is met: Orbax alone takes seconds.
     from converters.hub import locate
 
     path = locate(
@@ -93,10 +109,16 @@ def open_checkpoint(
             f"load_format={load_format!r}: {path} holds {found} weights; use 'auto' or {found!r}"
         )
     if found == "gguf":
-        return gguf.GGUFCheckpoint(path)
+        from converters.gguf import GGUFCheckpoint
+
+        return GGUFCheckpoint(path)
     if found == "orbax":
-        return orbax.OrbaxCheckpoint(path)
-    return safetensors.SafetensorsCheckpoint(path)
+        from converters.orbax import OrbaxCheckpoint
+
+        return OrbaxCheckpoint(path)
+    from converters.safetensors import SafetensorsCheckpoint
+
+    return SafetensorsCheckpoint(path)
 
 
 def weight_format(path: Path) -> Literal["safetensors", "gguf", "orbax"]:

@@ -30,27 +30,24 @@ class Metadata:
         """`{architecture}.{key}`, or the default if the file does not have it."""
         return self._checked(f"{self.architecture}.{key}", kind, default)
 
-    def need(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        """As `get`, but the file must have it."""
-        value = self.get(key, kind)
+    def size(self, key: str, default: int | None = None) -> int:
+        """A number of things, at least one; without a default the file must have it."""
+        value = self.get(key, int, default)
         if value is None:
             raise CheckpointError(f"{self.file.path}: has no {self.architecture}.{key}")
-        return value
-
-    def size(self, key: str) -> int:
-        """A number of things, at least one."""
-        value = self.need(key, int)
         if value < 1:
             raise CheckpointError(f"{self.file.path}: {self.architecture}.{key}={value}: must be at least 1")
         return value
 
     def number(self, key: str, default: float | None = None) -> float | None:
-        """A finite number, rounded to the digits that float32 carries: 1e-05 and not 9.99999974e-06."""
+        """A number of at least 0, rounded to the digits that float32 has: 1e-05 and not 9.99999974e-06."""
         value = self.get(key, (float, int), default)
         if value is None:
             return None
-        if not math.isfinite(value):
-            raise CheckpointError(f"{self.file.path}: {self.architecture}.{key}={value}: must be finite")
+        if not 0 <= value < np.finfo(np.float32).max:
+            raise CheckpointError(
+                f"{self.file.path}: {self.architecture}.{key}={value}: must be finite, not negative"
+            )
         return float(np.format_float_positional(np.float32(value), unique=True))
 
     def token(self, key: str) -> int | None:
@@ -132,8 +129,8 @@ def _common(data: Metadata) -> dict[str, Any]:
         "hidden_size": hidden,
         "intermediate_size": data.size("feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": data.get("attention.head_count_kv", int, heads),
-        "head_dim": data.get("attention.key_length", int, hidden // heads),
+        "num_key_value_heads": data.size("attention.head_count_kv", heads),
+        "head_dim": data.size("attention.key_length", hidden // heads),
         "max_position_embeddings": data.size("context_length"),
         "rms_norm_eps": data.number("attention.layer_norm_rms_epsilon", 1e-5),
         "rope_theta": data.number("rope.freq_base", 10000.0),
@@ -160,15 +157,14 @@ def _rope_scaling(data: Metadata, config: Mapping[str, Any]) -> dict[str, Any] |
 def _llama3_scaling(data: Metadata, factors: list[float], config: Mapping[str, Any]) -> dict[str, Any]:
     """Finds the settings whose factors the file holds."""
     scaling = {"rope_type": "llama3", "factor": max(factors), **LLAMA3_ROPE}
-    width = config["head_dim"]
-    wavelengths = 2 * math.pi * config["rope_theta"] ** (np.arange(0, width, 2) / width)
+    wavelengths = 2 * math.pi * config["rope_theta"] ** (np.arange(len(factors)) / len(factors))
     original, low, high = (
-        LLAMA3_ROPE[key]
-        for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        scaling[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
     )
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
-    if len(factors) != len(expected) or not np.allclose(factors, expected, rtol=1e-3):
+    with np.errstate(all="ignore"):  # of factors in a damaged file
+        smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+        expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    if 2 * len(factors) != config["head_dim"] or not np.allclose(factors, expected, rtol=1e-3):
         raise CheckpointError(
             f"{data.file.path}: tensor 'rope_freqs.weight' holds rotary factors other than Llama 3's, "
             "which are not read; use the model's safetensors"
@@ -223,32 +219,39 @@ def _gemma(data: Metadata, config: Mapping[str, Any], *, largest: int, pattern: 
     layers, hidden, heads = (
         config[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )
-    pattern = data.get("attention.sliding_window_pattern", int, pattern) or pattern
+    pattern = data.size("attention.sliding_window_pattern", pattern)
     kinds = [
         "full_attention" if (layer + 1) % pattern == 0 else "sliding_attention" for layer in range(layers)
     ]
     return {
         "hidden_activation": config["hidden_act"],
         "query_pre_attn_scalar": hidden // heads if layers == largest else config["head_dim"],
-        "sliding_window": data.get("attention.sliding_window", int, 4096),
+        "sliding_window": data.size("attention.sliding_window", 4096),
         "layer_types": kinds,
     }
 
 
 def _phi3(data: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     window = data.get("attention.sliding_window", int)
-    rotary = data.get("rope.dimension_count", int, config["head_dim"])
+    rotary = data.size("rope.dimension_count", config["head_dim"])
     extra: dict[str, Any] = {
         "sliding_window": window or None,
         "partial_rotary_factor": rotary / config["head_dim"],
-        "original_max_position_embeddings": data.get(
-            "rope.scaling.original_context_length", int, config["max_position_embeddings"]
+        "original_max_position_embeddings": data.size(
+            "rope.scaling.original_context_length", config["max_position_embeddings"]
         ),
     }
     long, short = data.tensor("rope_factors_long"), data.tensor("rope_factors_short")
     if long and short:
         extra["rope_scaling"] = {"type": "longrope", "long_factor": long, "short_factor": short}
     return extra
+
+
+def _olmo2(data: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp writes OLMo 3, which has sliding windows, under the same name."""
+    if data.get("attention.sliding_window", int) is None:
+        return {}
+    return {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"}
 
 
 _CLASSES = {
@@ -270,6 +273,6 @@ _EXTRAS: dict[str, Callable[[Metadata, Mapping[str, Any]], dict[str, Any]]] = {
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
-    "olmo2": _nothing,
+    "olmo2": _olmo2,
     "gpt2": _nothing,
 }

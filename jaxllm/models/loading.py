@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from tqdm.auto import tqdm
 
-from converters.checkpoint import Checkpoint
-from converters.orbax import OrbaxCheckpoint
+from converters.checkpoint import Checkpoint, ShardedCheckpoint
 from converters.rules import Geometry, Origin, Table, Transform
 from jaxllm.models.abstract import Parameter
 from jaxllm.models.fitting import made_shape, place, refuse_misfits
@@ -33,8 +32,8 @@ def load_weights(
 ) -> tuple[Array, ...]:
     """Reads every parameter into the devices of a mesh, each device getting its part.
 
-    Beside what is already on the devices, the host holds at most twice the largest parameter. An Orbax
-    checkpoint has parameters and not tensors: it is restored straight into place, without the rules.
+    Beside what is already on the devices, the host holds at most twice the largest parameter. A
+    `ShardedCheckpoint` has parameters already: it is restored straight into place, without the rules.
 
     Args:
         checkpoint: where the tensors come from.
@@ -50,7 +49,7 @@ def load_weights(
     Raises:
         CheckpointError: tensors that are missing, left over or of the wrong shape: all in one message.
     """
-    if isinstance(checkpoint, OrbaxCheckpoint):
+    if isinstance(checkpoint, ShardedCheckpoint):
         return restore_weights(checkpoint, parameters, geometry, mesh)
     origins = _assign(checkpoint, rules, parameters, geometry)
     total = sum(parameter.nbytes for parameter in parameters.values())

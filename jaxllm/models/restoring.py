@@ -1,4 +1,4 @@
-"""Weights from an Orbax checkpoint of ours into the shards of a mesh."""
+"""Weights from a checkpoint of the engine's own parameters into the shards of a mesh."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from converters.orbax import OrbaxCheckpoint
+from converters.checkpoint import ShardedCheckpoint
 from converters.rules import Geometry
 from jaxllm.models.abstract import Parameter
 from jaxllm.models.fitting import made_shape, place, refuse_misfits
@@ -15,7 +15,7 @@ from jaxllm.parallel import Axes
 
 
 def restore_weights(
-    checkpoint: OrbaxCheckpoint, parameters: Mapping[str, Parameter], geometry: Geometry, mesh: Mesh
+    checkpoint: ShardedCheckpoint, parameters: Mapping[str, Parameter], geometry: Geometry, mesh: Mesh
 ) -> tuple[Array, ...]:
     """Restores every parameter; each device reads its part from disk.
 
