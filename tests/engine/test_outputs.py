@@ -189,12 +189,15 @@ def test_logprobs_have_the_sampled_token_first_and_then_the_likeliest() -> None:
     made = assembler(logprobs=2)
     a, b, c = ids("a", "b", "c")
     ranked = TokenLogprobs(-3.0, 7, np.array([a, b, c]), np.array([-0.25, -0.5, -1.0], np.float32))  # pyright: ignore[reportArgumentType]
-    made.add_tokens(0, [c, b], logprobs=[ranked, ranked._replace(logprob=-0.5, rank=2)])
+    made.add_tokens(0, [c, b], logprobs=[ranked, ranked._replace(logprob=-0.5, rank=1)])
     output = take(made).outputs[0]
     assert output.logprobs is not None
     assert output.logprobs == [
         {c: Logprob(-3.0, 7, "c"), a: Logprob(-0.25, 1, "a"), b: Logprob(-0.5, 2, "b")},
-        {b: Logprob(-0.5, 2, "b"), a: Logprob(-0.25, 1, "a")},
+        {
+            b: Logprob(-0.5, 1, "b"),
+            a: Logprob(-0.25, 1, "a"),
+        },  # its own rank is the sampler's (ties share one)
     ]
     assert [list(position) for position in output.logprobs] == [[c, a, b], [b, a]]
     assert output.cumulative_logprob == -3.5
