@@ -10,13 +10,11 @@ class StepDraft:
     """Collects what a step will run, and what is left of its budget.
 
     budget: tokens the step can still take.
-    reserved: pages that the requests in it still need to get through the tokens they know.
     short: a running request did not find the pages it wanted, so nobody is to be admitted.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.reserved = 0
         self.short = False
         self._decodes: list[RowPlan] = []
         self._prefills: list[RowPlan] = []

@@ -292,13 +292,13 @@ class Scheduler:
     def _room_to_admit(self, request: Request, prefix: Prefix, draft: StepDraft) -> int:
         """How many tokens of a waiting request can be computed now, or 0 to leave it waiting.
 
-        It must fit with all tokens it knows, beside what those already planned still need for theirs;
-        otherwise half-computed prompts would push each other out.
+        All tokens it knows must fit, not only this step's. Nobody else is halfway through a prompt then: that
+        one would have taken what was left of the budget. So prompts do not push each other out.
         """
         start, known = prefix.num_tokens, len(request.token_ids)
         columns = start // self.cache.page_size
         available = self.cache.pool.num_available - prefix.num_idle
-        if self.cache.growth(known, start, columns) > available - draft.reserved:
+        if self.cache.growth(known, start, columns) > available:
             return 0
         missing = known - start
         count = min(missing, draft.budget, self.cache.capacity(columns, available) - start)
@@ -322,12 +322,8 @@ class Scheduler:
         start, columns = request.num_computed_tokens, request.tables.num_columns
         draft.add_pages(request, columns, self.cache.extend(request.tables, start + count))
         request.num_computed_tokens = start + count
-        known = request.num_known_tokens
-        samples = start + count == known
-        if samples:
-            request.num_in_flight += 1
-        else:
-            draft.reserved += self.cache.growth(known, start + count, request.tables.num_columns)
+        samples = start + count == request.num_known_tokens
+        request.num_in_flight += samples
         draft.add_row(request, start, count, samples)
 
     # Its tokens arrive

@@ -348,8 +348,8 @@ def test_a_prompt_is_admitted_when_all_of_it_fits() -> None:
     assert s.stats().num_preemptions == 0
 
 
-def test_pages_that_planned_prompts_still_need_are_not_promised_twice() -> None:
-    """Both prompts would fit what is free at the first step, but not together."""
+def test_a_prompt_under_way_keeps_others_out_of_the_pages_it_needs() -> None:
+    """Both prompts would fit what is free after the first step, but not together."""
     s = scheduler(num_pages=11, max_num_batched_tokens=12)
     s.add(request("a", prompt=24))
     run(s)
