@@ -63,7 +63,7 @@ class Checkpoint(Protocol):
 
 @runtime_checkable
 class ShardedCheckpoint(Checkpoint, Protocol):
-    """A checkpoint of parameters in the engine's own names and forms, which devices read straight from disk."""
+    """A checkpoint of parameters in the engine's names and forms, which devices read straight from disk."""
 
     def restore(self, wanted: "Mapping[str, jax.ShapeDtypeStruct]") -> "dict[str, jax.Array]":
         """Arrays in the shardings and dtypes asked for, each device reading what it holds.

@@ -107,7 +107,7 @@ class SafetensorsFile:
         if not 0 <= begin <= end or end - begin != nbytes:
             raise CheckpointError(
                 f"{where} of shape {shape} and type {kind} needs {nbytes:,} bytes, but its header claims "
-                f"[{begin:,}, {end:,}); download it again"
+                f"bytes {begin:,} to {end:,}; download it again"
             )
         if data + end > size:
             raise CheckpointError(
