@@ -73,14 +73,17 @@ class Attention(nnx.Module):
         axes = ("heads", None, "embed")
         inputs = (heads, head_dim)
         self.output = Linear(inputs, (embed,), axes, bias=options.output_bias, dtype=dtype, rngs=rngs)
-        self.query_norm: RMSNorm | None = None
-        self.key_norm: RMSNorm | None = None
-        if options.head_norm == "each":
-            self.query_norm = RMSNorm((head_dim,), (None,), norm, dtype=dtype, rngs=rngs)
-            self.key_norm = RMSNorm((head_dim,), (None,), norm, dtype=dtype, rngs=rngs)
-        elif options.head_norm == "all":
-            self.query_norm = RMSNorm((heads, head_dim), ("heads", None), norm, dtype=dtype, rngs=rngs)
-            self.key_norm = RMSNorm((kv_heads, head_dim), ("kv_heads", None), norm, dtype=dtype, rngs=rngs)
+
+        def make_norm(count: int, axis: str) -> RMSNorm | None:
+            if options.head_norm is None:
+                return None
+            shape, axes = ((head_dim,), (None,))
+            if options.head_norm == "all":
+                shape, axes = ((count, head_dim), (axis, None))
+            return RMSNorm(shape, axes, norm, dtype=dtype, rngs=rngs)
+
+        self.query_norm = make_norm(heads, "heads")
+        self.key_norm = make_norm(kv_heads, "kv_heads")
         self.layer = layer
         self.window = window
         self.options = options

@@ -56,9 +56,15 @@ class Embedding(nnx.Module):
 
     def logits(self, hidden: Float[Array, "n embed"]) -> Float[Array, "n vocab"]:
         """Products with every row of the vocabulary, in float32, whole on each device."""
-        products = contract(hidden, self.weight[...].T)
-        replicated = jax.lax.with_sharding_constraint(products, PartitionSpec())
-        return replicated[:, : self.vocab_size]
+
+        def score(hidden: Array, table: Array) -> Array:
+            return contract(hidden, table.T)
+
+        # Said device by device: asked only for whole logits, the compiler gathers the table instead.
+        specs = (PartitionSpec(), partition_spec(self.axes))
+        cut = jax.shard_map(score, in_specs=specs, out_specs=partition_spec((None, "vocab")))
+        whole = jax.lax.with_sharding_constraint(cut(hidden, self.weight[...]), PartitionSpec())
+        return whole[:, : self.vocab_size]
 
 
 class PositionEmbedding(nnx.Module):

@@ -1,0 +1,31 @@
+"""Every family against transformers: golden logits and greedy tokens, through the paged cache.
+
+The goldens are made by `python tests/models/make_goldens.py`.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from family_cases import CASES, DECODE_STEPS, GOLDENS
+from paged_harness import PagedRunner, continue_greedily
+from safetensors.numpy import load_file
+
+from jaxllm.models import ModelRegistry
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_family_equals_transformers(name: str) -> None:
+    case, folder = CASES[name], GOLDENS / name
+    hf = json.loads((folder / "config.json").read_text())
+    model = ModelRegistry.resolve(hf)
+    config = model.read_config(hf, dtype="float32", tensor_parallel_size=1, max_model_len=case.max_model_len)
+    runner = PagedRunner(model, config, load_file(GOLDENS / (case.weights or name) / "model.safetensors"))
+    golden = np.load(folder / "golden.npz")
+    worst = 0.0
+    prompts = [golden["prompt0"], golden["prompt1"]]
+    for row, (logits, tokens) in enumerate(continue_greedily(runner, prompts, DECODE_STEPS)):
+        np.testing.assert_array_equal(tokens, golden[f"tokens{row}"])
+        worst = max(worst, float(np.abs(logits - golden[f"logits{row}"]).max()))
+    print(f"{name}: largest difference of logits {worst:.1e}")
+    assert worst < 1e-4
