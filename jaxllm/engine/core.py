@@ -32,6 +32,18 @@ _STATUS: dict[FinishReason, RequestStatus] = {
 }
 
 
+MOST_FAILURES = 3
+"""Steps that may fail in a row: the first may have been a request's fault, so many are the engine's."""
+
+
+class EngineFailedError(RuntimeError):
+    """Steps fail again and again; the engine has ended all requests and takes no more."""
+
+
+class RequestFailedError(RuntimeError):
+    """A request ended with an error that was not the caller's."""
+
+
 @dataclass(slots=True, eq=False)
 class Sample:
     """One of a request's outputs, as it is scheduled: `n` of them share an assembler."""
@@ -80,6 +92,11 @@ class EngineCore:
         self._samples: dict[str, Sample] = {}
         self._requests: dict[str, list[Sample]] = {}
         self._in_flight: deque[InFlight] = deque()
+        self._failures_in_a_row = 0
+        self.last_error: Exception | None = None
+        """Why requests have ended with errors, most recently."""
+        self.failure: Exception | None = None
+        """Why the engine has failed, if it has."""
 
     @property
     def has_unfinished(self) -> bool:
@@ -135,31 +152,60 @@ class EngineCore:
         return self._take(samples[0].assembler)
 
     def step(self) -> list[RequestOutput]:
-        """Dispatches a step if one can run, reads the oldest if it is due, and gives out what is new."""
+        """Dispatches a step if one can run, reads the oldest if it is due, and gives out what is new.
+
+        If the step fails, its requests end with errors, and those that wait go on with empty pages.
+
+        Raises:
+            EngineFailedError: several steps in a row have failed; nothing can run any more.
+        """
+        if self.failure is not None:
+            raise EngineFailedError("the engine has failed; make another") from self.failure
         begin = time.perf_counter()
         plan = self.scheduler.schedule()
         for request_id in plan.preempted:
             record = self._samples[request_id].assembler.metrics
             assert record is not None
             self.metrics.request_preempted(record)
-        outputs: list[RequestOutput] = []
+        try:
+            outputs = self._run(plan)
+            self._failures_in_a_row = 0
+        except Exception as error:
+            outputs = self._recover(error)
+        self._count_step(plan, time.perf_counter() - begin)
+        return outputs
+
+    def _run(self, plan: StepPlan) -> list[RequestOutput]:
         if plan.rows:
             self._in_flight.append(self._dispatch(plan))
         if self._in_flight and (not plan.rows or len(self._in_flight) > self._depth):
-            outputs = self._collect(self._in_flight.popleft())
-        self._count_step(plan, time.perf_counter() - begin)
-        return outputs
+            return self._collect(self._in_flight.popleft())
+        return []
+
+    def _recover(self, error: Exception) -> list[RequestOutput]:
+        """Ends the requests that were running, and starts over with empty pages: theirs may hold anything."""
+        logger.error("a step failed; the requests in it end with errors", exc_info=error)
+        self.last_error = error
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row == MOST_FAILURES:
+            self.failure = error
+            return self.abort_all("error")
+        self._in_flight.clear()
+        failed = {self._samples[r.request_id].assembler.request_id for r in self.scheduler.abandon()}
+        outputs = [self.abort(request_id, "error") for request_id in failed]
+        self.runner.reset()
+        return [output for output in outputs if output is not None]
 
     def drain(self) -> None:
         """Waits for the steps in flight, which work for requests that have all ended."""
         while self._in_flight:
             self._collect(self._in_flight.popleft())
 
-    def fail_all(self) -> list[RequestOutput]:
-        """After a step has failed: ends every request with an error, and gives their last outputs."""
+    def abort_all(self, reason: FinishReason = "abort") -> list[RequestOutput]:
+        """Ends every request, and gives their last outputs."""
         self._in_flight.clear()
         self.scheduler.abandon()
-        outputs = [self.abort(request_id, "error") for request_id in list(self._requests)]
+        outputs = [self.abort(request_id, reason) for request_id in list(self._requests)]
         return [output for output in outputs if output is not None]
 
     # To the device
@@ -255,8 +301,9 @@ class EngineCore:
                 finish_reason=reason,
                 stop_reason=stop,
             )
-        except Exception:
+        except Exception as error:
             logger.exception("request %r failed while its tokens were turned into text", assembler.request_id)
+            self.last_error = error
             assembler.abort("error")
             for other in self._requests[assembler.request_id]:
                 self.scheduler.finish(other.request.request_id, RequestStatus.FINISHED_ERROR)

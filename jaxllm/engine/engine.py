@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.chat import Conversation
-from jaxllm.engine.inputs import EngineInput, Prompt
+from jaxllm.engine.core import EngineFailedError, RequestFailedError
+from jaxllm.engine.inputs import EngineInput, Prompt, TokensPrompt
 from jaxllm.engine.loading import EngineParts, load_parts
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.sampling import RequestOutputKind, SamplingParams
@@ -28,8 +29,8 @@ class Engine:
         with Engine.from_pretrained("smollm2-135m-instruct") as engine:
             print(engine.generate("The capital of France is")[0].outputs[0].text)
 
-    Requests given to `generate`, `chat`, `stream` and `add_request` share the same steps. One thread at a time
-    may use an engine; `AsyncEngine` serves many.
+    Requests given to `generate`, `chat`, `stream` and `add_request` share the same steps. One thread may use
+    an engine; `AsyncEngine` serves many.
     """
 
     def __init__(self, parts: EngineParts) -> None:
@@ -83,6 +84,7 @@ class Engine:
 
         Raises:
             ValueError, TypeError: a prompt or parameter that cannot be served; then none has been started.
+            RequestFailedError: something broke while it ran.
         """
         self._check_awake()
         inputs = self._inputs.make_batch(prompts, params, priority=priority, **input_options)
@@ -127,7 +129,13 @@ class Engine:
             bar.close()
             for request_id in ids:
                 self._core.abort(request_id)
-        return [done[request_id] for request_id in ids]
+        return [self._checked(done[request_id]) for request_id in ids]
+
+    def _checked(self, output: RequestOutput) -> RequestOutput:
+        """The output, unless the request failed."""
+        if any(sample.finish_reason == "error" for sample in output.outputs):
+            raise RequestFailedError(f"{output.request_id} failed") from self._core.last_error
+        return output
 
     # Answers as they grow
 
@@ -157,7 +165,7 @@ class Engine:
             while not finished:
                 for output in self._step_for([request_id]):
                     finished = output.finished
-                    yield output
+                    yield self._checked(output)
         finally:
             self._core.abort(request_id)
 
@@ -177,8 +185,24 @@ class Engine:
         Raises:
             ValueError, TypeError: a prompt or parameter that cannot be served, or an id in use.
         """
+        self.add_input(request_id, self.make_input(prompt, params, priority=priority, **input_options))
+
+    def make_input(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> EngineInput:
+        """Tokenizes and checks a request; see `InputProcessor.make`. May be called from any thread."""
+        return self._inputs.make(prompt, params, **options)
+
+    def render_chat(self, messages: Conversation, **template_options: Any) -> TokensPrompt:
+        """A conversation as a prompt; see `InputProcessor.render_chat`. May be called from any thread."""
+        return self._inputs.render_chat(messages, **template_options)
+
+    def add_input(self, request_id: str, input: EngineInput) -> None:
+        """Adds a request that `make_input` made.
+
+        Raises:
+            ValueError: the id is in use, or the request can never fit.
+        """
         self._check_awake()
-        self._core.add(request_id, self._inputs.make(prompt, params, priority=priority, **input_options))
+        self._core.add(request_id, input)
 
     def step(self) -> list[RequestOutput]:
         """Runs one step, and returns the outputs of requests that have something new."""
@@ -188,6 +212,10 @@ class Engine:
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Ends a request; its last output, or None if there is no unfinished request of this id."""
         return self._core.abort(request_id)
+
+    def abort_all(self) -> list[RequestOutput]:
+        """Ends every request; their last outputs."""
+        return self._core.abort_all()
 
     @property
     def num_unfinished_requests(self) -> int:
@@ -291,7 +319,7 @@ class Engine:
         """Ends all requests and frees the device's memory. Closing twice does nothing."""
         if not self._closed:
             self._closed = True
-            self._core.fail_all()
+            self._core.abort_all()
             self._core.runner.close()
 
     def __enter__(self) -> Self:
@@ -307,9 +335,21 @@ class Engine:
         if hasattr(self, "_closed") and not sys.is_finalizing():
             self.close()
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why nothing can run any more, if that is so."""
+        return self._core.failure
+
+    @property
+    def last_error(self) -> Exception | None:
+        """Why requests have ended with errors, most recently."""
+        return self._core.last_error
+
     def _check_awake(self) -> None:
         if self._closed:
             raise RuntimeError("the engine is closed; make another")
+        if self.failure is not None:
+            raise EngineFailedError("the engine has failed; make another") from self.failure
         if self._asleep is not None:
             raise RuntimeError("the engine sleeps; call wake_up() first")
 

@@ -207,7 +207,7 @@ def _size(
     if config.model.max_model_len is not None:
         raise ValueError(
             f"max_model_len={config.model.max_model_len}: {num_pages - 1} pages of {config.cache.page_size} "
-            f"tokens hold a request of at most {longest} tokens; lower it to that, or give the cache more memory"
+            f"tokens hold a request of at most {longest}; lower it to that, or give the cache more memory"
         )
     logger.warning(
         "the pages hold a request of at most %d tokens, fewer than the model's %d; max_model_len=%d",

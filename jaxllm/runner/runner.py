@@ -111,6 +111,10 @@ class Runner:
         self._cache = self._rows = None
         return saved
 
+    def reset(self) -> None:
+        """Starts over with empty pages and rows, after a step has failed that may have taken the old ones."""
+        self._cache, self._rows = self._allocate()
+
     def wake(self, params: tuple[Array, ...]) -> None:
         """Takes the weights again, with empty pages and rows."""
         self._params = params

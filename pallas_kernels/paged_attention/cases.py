@@ -1,7 +1,7 @@
 """The cases that every backend is held to, made once: fixed corners and anything hypothesis draws.
 
-Pages that a row must not read are full of NaN, so a stray read shows in the output; what a step must leave alone
-is compared bit by bit.
+Pages that a row must not read are full of NaN, so a stray read shows in the output; what a step must leave
+alone is compared bit by bit.
 """
 
 from dataclasses import dataclass
