@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from simulation import VOCABULARY, Clients, Setup, Simulation, random_history
 
-from jaxllm.scheduler import Request
+from jaxllm.scheduler import Request, StepPlan
 
 SETUPS = {
     "plain": Setup(),
@@ -46,6 +46,19 @@ def test_invariants_hold_through_a_long_history() -> None:
     clients = Clients(random.Random(0), longest_prompt=30, longest_output=20)
     random_history(simulation, clients, num_steps=10_000, load=8)
     assert simulation.scheduler.stats().num_preemptions > 100
+
+
+def test_the_same_history_gives_the_same_plans() -> None:
+    def plans() -> list[StepPlan]:
+        simulation = Simulation(SETUPS["mixed groups, tiny pool"])
+        clients = Clients(random.Random(0), longest_prompt=40, longest_output=20)
+        made: list[StepPlan] = []
+        schedule = simulation.scheduler.schedule
+        simulation.scheduler.schedule = lambda: made.append(schedule()) or made[-1]
+        random_history(simulation, clients, num_steps=100, load=8)
+        return made
+
+    assert plans() == plans()
 
 
 @st.composite
