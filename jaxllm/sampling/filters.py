@@ -1,8 +1,8 @@
 """min_p, top_k and top_p without a sort.
 
 They work on weights: probabilities relative to the row's likeliest token, so 1 is the largest. Each row gets
-a threshold, found by bisection. It mostly lies in the heaviest few blocks of a row, so those are searched first
-(3 ms for 32 rows of 49,152 on CPU), and whole rows (30 ms) only where it does not.
+a threshold, found by bisection. It mostly lies in the heaviest few blocks of a row, so those are searched
+first (3 ms for 32 rows of 49,152 on CPU), and whole rows (30 ms) only where it does not.
 """
 
 import jax.numpy as jnp

@@ -5,14 +5,14 @@ where its `lax.cond` is not taken. Rows without the feature keep their logits bi
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxllm.sampling.state import NO_TOKEN, RowScalars, RowTables, unpack_bits
 
 _FORBIDDEN = -jnp.inf
 
 
-def gather_rows(leaves: Array, rows: Int[Array, "seqs"]) -> Array:
+def gather_rows(leaves: Shaped[Array, "rows ..."], rows: Int[Array, "seqs"]) -> Shaped[Array, "seqs ..."]:
     """Takes rows of a state's leaf; padding rows (past the end) read zeros."""
     return jnp.take(leaves, rows, axis=0, mode="fill", fill_value=0)
 

@@ -2,19 +2,18 @@
 
 The order is vLLM's: allowed tokens, bad words, min_tokens, logit_bias, custom processors, penalties; then
 temperature, min_p, top_k and top_p for rows that sample. Work that no row of the step asks for is skipped.
-Branches return tokens rather than logits where they can: on CPU a `lax.cond` that passes logits through
-copies them.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxllm.sampling.blocks import reduce_blocks, take_blocks
 from jaxllm.sampling.filters import filter_weights
@@ -32,21 +31,21 @@ from jaxllm.sampling.state import Feature, RowScalars, RowTables, SamplerState
 
 _BLOCK = 128
 _CPU_GROUP = 4
-"""Rows worked on at a time on CPU, where an array of 4 rows of 49,152 is 0.8 MB and stays in the cache.
-Whole batches would write tens of megabytes in each step, and page faults alone would take 4 ms."""
+"""Rows worked on at a time on CPU, so that what is computed of them stays in the cache: 4 rows of 49,152 are
+0.8 MB. Whole batches would write tens of megabytes in each step, and page faults alone would take 4 ms."""
 _EDITS = Feature.ALLOWED | Feature.BAD_WORDS | Feature.MIN_TOKENS | Feature.BIAS | Feature.PENALTIES
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Rows:
-    """Some rows of a step."""
+    """Some rows of a step: the arguments of `sample`, with an axis of groups in front while mapped over."""
 
-    logits: Float[Array, "seqs vocab"]
+    logits: Any
     scalars: RowScalars
-    rows: Int[Array, "seqs"]
-    lengths: Int[Array, "seqs"]
-    recent: Int[Array, "seqs window"]
+    rows: Any
+    lengths: Any
+    recent: Any
 
 
 def sample(
@@ -77,11 +76,9 @@ def sample(
     batch = _Rows(logits, scalars, rows, lengths, recent)
 
     def choose(batch: _Rows) -> Array:
-        return lax.cond(
-            jnp.any(_edited(batch)),
-            lambda: _choose(_edit(batch, state.tables, processors), batch),
-            lambda: _choose(batch.logits, batch),
-        )
+        edited = _edited(batch)
+        logits = _where_any(edited, batch.logits, lambda _: _edit(batch, state.tables, processors))
+        return _choose(logits, batch)
 
     tokens = lax.cond(
         jnp.any(_edited(batch) | (scalars.temperature > 0)),
@@ -168,19 +165,17 @@ def _draw(
     weights = jnp.exp(distance / temperature[:, None])
     uniforms = _uniforms(scalars.seed, lengths)
     filtered = (scalars.top_k > 0) | (scalars.top_p > 0) | (scalars.min_p > 0)
-    return lax.cond(
-        jnp.any(filtered),
-        lambda: _draw_by_weight(filter_weights(weights, scalars), uniforms),
-        lambda: _draw_by_weight(weights, uniforms),
-    )
+    weights = _where_any(filtered, weights, lambda weights: filter_weights(weights, scalars))
+    return _draw_by_weight(weights, uniforms)
 
 
-def _uniforms(seeds: Int[Array, "seqs 2"], positions: Int[Array, "seqs"]) -> Float[Array, "seqs 2"]:
+def _uniforms(seeds: UInt32[Array, "seqs 2"], positions: Int[Array, "seqs"]) -> Float[Array, "seqs 2"]:
     """Two numbers in [0, 1) that depend on a row's seed and position alone."""
 
     def draw(seed: Array, position: Array) -> Array:
-        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
-        return jax.random.bits(key, (2,), jnp.uint32)
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        # the folded key is 64 random bits already, and nothing else is drawn with it
+        return jax.random.key_data(jax.random.fold_in(key, position))
 
     # 24 bits are what a float32 below 1 holds exactly
     return (jax.vmap(draw)(seeds, positions) >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(2**-24)

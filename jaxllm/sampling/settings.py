@@ -8,7 +8,8 @@ from jaxllm.sampling.params import SamplingParams
 from jaxllm.sampling.processors import select_processors
 from jaxllm.sampling.state import NO_TOKEN, Feature, RowScalars, RowSettings, RowTables, SamplerConfig
 
-_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+_LARGEST, _SMALLEST = 1e30, 1e-30
+"""Bounds for what is divided by: XLA multiplies by the reciprocal, which has to be a normal float32 too."""
 
 
 def row_settings(
