@@ -40,6 +40,8 @@ def forbid_bad_words(
     words = gather_rows(tables.bad_words, rows)
     prefixes, last = words[:, :, :-1], words[:, :, -1]
     window = prefixes.shape[2]
+    if recent.shape[1] < window:
+        raise ValueError(f"recent has {recent.shape[1]} tokens of each row: must be at least {window}")
     recent = recent[:, recent.shape[1] - window :]
     # only the output counts, so a prompt's tokens match nothing
     in_output = jnp.arange(window, 0, -1) <= num_outputs[:, None]

@@ -261,6 +261,13 @@ def test_bad_words_match_the_output_alone():
         assert (next_tokens([LOGITS], [case])[0] == [FIRST]) == free, output
 
 
+def test_too_few_recent_tokens_are_refused():
+    few = jnp.zeros((SIZE, 2), jnp.int32)
+    state, rows = empty_state(config_of(VOCAB), SIZE), jnp.arange(SIZE, dtype=jnp.int32)
+    with pytest.raises(ValueError, match="recent has 2 tokens of each row: must be at least 3"):
+        jax.eval_shape(sample, jnp.zeros((SIZE, VOCAB)), state, rows, rows, few)
+
+
 @given(
     logits=st.lists(st.floats(-20, 20, width=32), min_size=VOCAB, max_size=VOCAB),
     seed=st.integers(0, 2**64 - 1),
