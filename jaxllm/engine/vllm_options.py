@@ -1,0 +1,151 @@
+"""vLLM's engine arguments, and what becomes of each here.
+
+https://docs.vllm.ai/en/stable/api/vllm/engine/arg_utils.html
+"""
+
+import difflib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.config import option_fields
+
+RENAMED = {
+    "block_size": "page_size",
+    "download_dir": "cache_dir",
+    "gpu_memory_utilization": "memory_utilization",
+    "hf_token": "token",
+    "kv_cache_memory_bytes": "kv_cache_memory",
+    "num_gpu_blocks_override": "num_pages",
+    "scheduling_policy": "policy",
+    "use_tqdm_on_load": "progress",
+}
+"""vLLM's name to ours; arguments with the same name in both are not listed."""
+
+DTYPES = {"half": "float16", "float": "float32"}
+"""vLLM's other names of dtypes."""
+
+_OFF = (None, False, 0, "", "auto", "none")
+"""Values that ask for nothing."""
+
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "allowed_local_media_path": ((), "models here read text only"),
+    "code_revision": ((), "no model code is loaded from repos"),
+    "config_format": (("hf",), "configs are read in Hugging Face's format only"),
+    "convert": ((), "models generate text only"),
+    "cpu_offload_gb": ((), "weights stay in the device's memory; use more devices (tensor_parallel_size)"),
+    "data_parallel_size": ((1,), "run one engine for each replica"),
+    "device": ((), "JAX chooses; start Python with JAX_PLATFORMS=cpu, cuda or tpu"),
+    "disable_sliding_window": ((), "lower max_model_len to the window instead"),
+    "enable_expert_parallel": ((), "use tensor_parallel_size"),
+    "enable_lora": ((), "merge the adapter into the weights"),
+    "enable_prompt_embeds": ((), "pass text or token ids"),
+    "guided_decoding_backend": ((), "outputs cannot be held to a grammar"),
+    "hf_overrides": (({},), "edit a copy of the model's config.json"),
+    "kv_cache_dtype": ((), "the cache has the model's dtype"),
+    "limit_mm_per_prompt": (({},), "models here read text only"),
+    "logits_processors": (
+        ([],),
+        "register with jaxllm.register_logits_processor and name it in SamplingParams",
+    ),
+    "logprobs_mode": (("raw_logprobs",), "logprobs are those before any processing"),
+    "mm_processor_kwargs": (({},), "models here read text only"),
+    "model_loader_extra_config": (({},), "choose with load_format"),
+    "model_impl": (("vllm",), "models are jaxllm's own; ModelRegistry takes others"),
+    "num_lookahead_slots": ((), "every token is sampled by the model itself"),
+    "override_generation_config": (({},), "pass SamplingParams"),
+    "pipeline_parallel_size": ((1,), "use tensor_parallel_size"),
+    "pooler_config": ((), "models generate text only"),
+    "preemption_mode": (("recompute",), "preempted requests are computed again"),
+    "quantization": (
+        (),
+        "choose a dtype; GGUF files are dequantized to it without this argument",
+    ),
+    "reasoning_parser": ((), "read the output's text"),
+    "rope_scaling": (({},), "edit a copy of the model's config.json"),
+    "rope_theta": ((), "edit a copy of the model's config.json"),
+    "runner": (("generate",), "models generate text only"),
+    "speculative_config": (({},), "every token is sampled by the model itself"),
+    "structured_outputs_config": (({},), "outputs cannot be held to a grammar"),
+    "task": (("generate",), "models generate text only"),
+    "tokenizer_mode": (("hf",), "tokenizers are those of the tokenizers library"),
+    "tokenizer_revision": ((), "pass tokenizer= with a folder of that revision"),
+}
+"""Arguments without effect here: values that do not ask for it, besides `_OFF`; what to do instead."""
+
+MEANINGLESS = frozenset(
+    (
+        "compilation_config",
+        "cuda_graph_sizes",
+        "disable_async_output_proc",
+        "disable_cascade_attn",
+        "disable_custom_all_reduce",
+        "disable_log_requests",
+        "disable_log_stats",
+        "distributed_executor_backend",
+        "enable_log_requests",
+        "enable_sleep_mode",
+        "max_parallel_loading_workers",
+        "max_seq_len_to_capture",
+        "num_scheduler_steps",
+        "optimization_level",
+        "prefix_caching_hash_algo",
+        "ray_workers_use_nsight",
+        "served_model_name",
+        "swap_space",
+        "tokenizer_pool_size",
+        "tokenizer_pool_type",
+        "use_v2_block_manager",
+        "worker_cls",
+        "worker_use_ray",
+    )
+)
+"""Arguments that tune what does not exist here: CUDA graphs, workers, swapping, vLLM's own logs."""
+
+
+def translate(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns vLLM's engine arguments into options of `EngineConfig.create`.
+
+    Options of our own pass through; None stands for the default, as in vLLM. Arguments that mean nothing
+    here are accepted, with one warning that names them all.
+
+    Raises:
+        NotImplementedError: an argument that asks for what is not available; the message says what to do
+            instead.
+        TypeError: an argument that neither vLLM nor jaxllm has.
+    """
+    own = {field.name for _, field in option_fields()} - {"model"}
+    translated: dict[str, Any] = {}
+    meaningless = []
+    for name, value in options.items():
+        if name in RENAMED or name in own:
+            if value is not None:
+                translated[RENAMED.get(name, name)] = _value(name, value)
+        elif name in REFUSED:
+            _refuse(name, value)
+        elif name in MEANINGLESS:
+            meaningless.append(name)
+        else:
+            near = difflib.get_close_matches(name, [*own, *RENAMED, *REFUSED, *MEANINGLESS], n=3)
+            raise TypeError(
+                f"unknown argument {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
+            )
+    if meaningless:
+        names = ", ".join(sorted(meaningless))
+        warnings.warn(f"without meaning on JAX, and ignored: {names}", UserWarning, stacklevel=3)
+    return {name: value for name, value in translated.items() if value is not None}
+
+
+def _value(name: str, value: Any) -> Any:
+    if name == "hf_token" and value is True:
+        return None  # the token of `hf auth login`, which is what no token means here
+    if name == "dtype":
+        plain = str(value).removeprefix("torch.")
+        return DTYPES.get(plain, plain)
+    return value
+
+
+def _refuse(name: str, value: Any) -> None:
+    accepted, advice = REFUSED[name]
+    if not any(value == off for off in (*_OFF, *accepted)):
+        raise NotImplementedError(f"{name}={value!r}: not supported; {advice}")
