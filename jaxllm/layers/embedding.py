@@ -6,7 +6,6 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxllm.layers.linear import contract
 from jaxllm.layers.parameter import parameter
 from jaxllm.parallel import partition_spec
 
@@ -58,7 +57,9 @@ class Embedding(nnx.Module):
         """Products with every row of the vocabulary, in float32, whole on each device."""
 
         def score(hidden: Array, table: Array) -> Array:
-            return contract(hidden, table.T)
+            # Not `table.T`: with it XLA on CPU makes a float32 copy of a bfloat16 table at every step.
+            axes = (((1,), (1,)), ((), ()))
+            return jax.lax.dot_general(hidden, table, axes, preferred_element_type=jnp.float32)
 
         # Said device by device: asked only for whole logits, the compiler gathers the table instead.
         specs = (PartitionSpec(), partition_spec(self.axes))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxllm.layers.parameter import Initializer, ones, parameter, zeros
 from jaxllm.parallel import Axes
 
 
+@runtime_checkable
 class Norm(Protocol):
     """What the two norms have in common."""
 

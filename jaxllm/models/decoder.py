@@ -1,7 +1,7 @@
 """The frame that families share: embedding, a stack of layers, a norm, a head."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,6 +17,7 @@ from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.models.fields import Fields
 
 
+@runtime_checkable
 class Layer(Protocol):
     """One of the stack."""
 
