@@ -69,28 +69,12 @@ class OutputAssembler:
         if input.num_prompt_logprobs is not None:
             self._prompt_logprobs = [None]
             self._prompt_bytes = self._unfinished_bytes(b"", input.prompt_token_ids[0])
-        self._prompt_logprobs_taken = self._prompt_logprobs is None
         self._finish_taken = False
 
     @property
     def finished(self) -> bool:
         """Whether all samples have finished."""
         return not self._unfinished
-
-    @property
-    def num_prompt_logprobs_needed(self) -> int:
-        """Prompt positions whose logprobs have not been added yet."""
-        if self._prompt_logprobs is None:
-            return 0
-        return len(self.input.prompt_token_ids) - len(self._prompt_logprobs)
-
-    def is_finished(self, index: int) -> bool:
-        """Whether a sample has finished."""
-        return self._samples[index].finish_reason is not None
-
-    def num_tokens(self, index: int) -> int:
-        """Output tokens of a sample so far, a stop token included."""
-        return len(self._samples[index].token_ids)
 
     def add_tokens(
         self,
@@ -159,10 +143,8 @@ class OutputAssembler:
             return None
         samples = changed if self._kind is RequestOutputKind.DELTA else self._samples
         outputs = [sample.output(delta=self._kind is RequestOutputKind.DELTA) for sample in samples]
-        prompt_logprobs = self._prompt_logprobs
-        if self._kind is RequestOutputKind.DELTA and self._prompt_logprobs_taken:
-            prompt_logprobs = None
-        self._prompt_logprobs_taken, self._finish_taken = True, self.finished
+        prompt_logprobs = self._take_prompt_logprobs()
+        self._finish_taken = self.finished
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.input.prompt,
@@ -173,6 +155,15 @@ class OutputAssembler:
             metrics=self.metrics,
             num_cached_tokens=self.num_cached_tokens,
         )
+
+    def _take_prompt_logprobs(self) -> PromptLogprobs | None:
+        """The prompt's logprobs once all are known; in deltas only once."""
+        found = self._prompt_logprobs
+        if found is None or (len(found) < len(self._prompt_token_ids) and not self.finished):
+            return None
+        if self._kind is RequestOutputKind.DELTA:
+            self._prompt_logprobs = None
+        return found
 
     def _finish(self, sample: "_Sample", reason: FinishReason, stop_reason: int | str | None) -> None:
         sample.finish_reason, sample.stop_reason, sample.changed = reason, stop_reason, True

@@ -100,15 +100,8 @@ class Detokenizer:
                 return stop
         return None
 
-    def take_delta(self, *, finished: bool = False) -> str:
-        """The text that may be shown and was not taken before; all deltas together are the final text.
-
-        Args:
-            finished: whether no more tokens will come: then everything held back is given out (calls
-                `finish`).
-        """
-        if finished:
-            self.finish()
+    def take_delta(self) -> str:
+        """The text that may be shown and was not taken before; all deltas together are the final text."""
         delta = "".join(self._ready)
         self._taken.append(delta)
         self._ready.clear()

@@ -66,7 +66,7 @@ class RequestOutput:
     """The prompt's text; None if it was given as token ids."""
     prompt_token_ids: list[int]
     prompt_logprobs: PromptLogprobs | None
-    """None if they were not asked for; with `RequestOutputKind.DELTA` only in the first output."""
+    """None if they were not asked for; with `RequestOutputKind.DELTA` only in one output, the first."""
     outputs: list[CompletionOutput]
     """In order of their index. With `RequestOutputKind.DELTA` only those that have something new."""
     finished: bool

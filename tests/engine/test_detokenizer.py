@@ -41,6 +41,11 @@ def ids(kind: str, *tokens: str) -> list[int]:
     return [vocab[token] for token in tokens]
 
 
+def last_delta(detokenizer: Detokenizer) -> str:
+    detokenizer.finish()
+    return detokenizer.take_delta()
+
+
 def stream(detokenizer: Detokenizer, token_ids: list[int], cuts: list[int]) -> tuple[list[str], str | None]:
     """Feeds tokens in updates that end at `cuts`; the deltas, and the stop string if one was met."""
     edges = [0, *sorted({cut % (len(token_ids) + 1) for cut in cuts}), len(token_ids)]
@@ -49,8 +54,8 @@ def stream(detokenizer: Detokenizer, token_ids: list[int], cuts: list[int]) -> t
         stop = detokenizer.update(token_ids[start:end])
         deltas.append(detokenizer.take_delta())
         if stop is not None:
-            return [*deltas, detokenizer.take_delta(finished=True)], stop
-    return [*deltas, detokenizer.take_delta(finished=True)], None
+            return [*deltas, last_delta(detokenizer)], stop
+    return [*deltas, last_delta(detokenizer)], None
 
 
 @st.composite
@@ -140,7 +145,7 @@ def test_an_unfinished_character_at_the_end_is_a_replacement_character() -> None
     detokenizer = Detokenizer(vocabulary("byte level"), ids("byte level", "cat"))
     detokenizer.update(ids("byte level", "ab", "ðŁ"))
     assert detokenizer.take_delta() == "ab"
-    assert detokenizer.take_delta(finished=True) == "\ufffd"
+    assert last_delta(detokenizer) == "\ufffd"
 
 
 def test_a_character_that_the_prompt_began_is_completed() -> None:
@@ -185,7 +190,7 @@ def test_a_stop_token_has_no_text_unless_asked_for() -> None:
     for include, expected in ((False, "cat"), (True, "catabc")):
         detokenizer = Detokenizer(vocabulary("byte level"), tokens, include_stop_str_in_output=include)
         assert detokenizer.update(tokens, stop_token=True) is None
-        assert detokenizer.take_delta(finished=True) == expected
+        assert last_delta(detokenizer) == expected
         assert detokenizer.num_tokens == 2
 
 
@@ -253,8 +258,8 @@ def test_a_held_back_beginning_is_given_out_at_the_end() -> None:
     detokenizer = Detokenizer(vocabulary("byte level"), [0], stop=["User:"])
     detokenizer.update(ids("byte level", "cat", "User"))
     assert detokenizer.take_delta() == "cat"
-    assert detokenizer.take_delta(finished=True) == "User"
-    assert detokenizer.take_delta(finished=True) == ""
+    assert last_delta(detokenizer) == "User"
+    assert last_delta(detokenizer) == ""
 
 
 def test_tokens_after_the_end_are_refused() -> None:
@@ -294,7 +299,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_text(monkeypatch: pytest.Mo
         detokenizer.update(invalid)
     assert len(sizes) == 2000
     assert max(sizes) <= 3 + longest
-    assert detokenizer.take_delta(finished=True) == "\ufffd" * 2000
+    assert last_delta(detokenizer) == "\ufffd" * 2000
 
 
 def test_a_tokens_own_text() -> None:

@@ -105,7 +105,7 @@ def test_a_stop_string_ends_a_sample_whatever_else_would_have() -> None:
     assert (output.text, output.finish_reason, output.stop_reason) == ("a", "stop", "bc")
     assert output.token_ids == list(ids("ab", "c"))  # the tokens that wrote it stay, those after it do not
     assert output.logprobs is not None
-    assert len(output.logprobs) == made.num_tokens(0) == 2
+    assert len(output.logprobs) == 2
     assert output.cumulative_logprob == -1.0
 
 
@@ -128,7 +128,6 @@ def test_samples_are_merged_in_order_of_their_index(kind: RequestOutputKind) -> 
     made.add_tokens(0, ids("a"))
     seen.append(made.take())
     made.add_tokens(0, ids("ab", "</s>"), finish_reason="stop")
-    assert made.is_finished(0)
     made.add_tokens(2, ids("cat"), finish_reason="length")
     seen.append(made.take())
     made.add_tokens(1, ids("b"), finish_reason="length")
@@ -162,11 +161,13 @@ def test_all_kinds_say_the_same(history: list[tuple[int, list[int], bool]], stop
     kinds = {kind: assembler(n=3, stop=stop, logprobs=0, output_kind=kind) for kind in RequestOutputKind}
     outputs: dict[RequestOutputKind, list[RequestOutput]] = {kind: [] for kind in kinds}
     for kind, made in kinds.items():
+        ended = set()
         for index, token_ids, finishes in history:
-            if not made.is_finished(index):
+            if index not in ended:
                 positions = [likely(token_id) for token_id in token_ids]
                 reason = "length" if finishes else None
-                made.add_tokens(index, token_ids, logprobs=positions, finish_reason=reason)
+                met = made.add_tokens(index, token_ids, logprobs=positions, finish_reason=reason)
+                ended.update({index} if finishes or met else ())
             outputs[kind] += [output for output in [made.take()] if output is not None]
         made.abort()
         outputs[kind] += [output for output in [made.take()] if output is not None]
@@ -217,13 +218,12 @@ def test_the_text_of_tokens_inside_characters() -> None:
 
 
 def test_prompt_logprobs_have_none_for_the_first_token() -> None:
-    made = assembler(prompt_logprobs=1, output_kind=DELTA)
+    made = assembler(n=2, prompt_logprobs=1, output_kind=DELTA)
     _, second, third = made.input.prompt_token_ids
-    assert made.num_prompt_logprobs_needed == 2
     made.add_prompt_logprobs([likely(second, third)])
-    assert made.num_prompt_logprobs_needed == 1
+    made.add_tokens(1, ids("a"))
+    assert take(made).prompt_logprobs is None  # not all are known
     made.add_prompt_logprobs([likely(third, third)])
-    assert made.num_prompt_logprobs_needed == 0
     made.add_tokens(0, ids("a"))
     assert take(made).prompt_logprobs == [
         None,
