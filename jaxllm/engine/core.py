@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxllm.engine.assembler import OutputAssembler, TokenLogprobs
 from jaxllm.engine.inputs import EngineInput
-from jaxllm.engine.metrics import Metrics
+from jaxllm.engine.metrics import EngineState, Metrics
 from jaxllm.engine.outputs import FinishReason, RequestOutput
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.runner.runner import Admission, DispatchedStep, Runner
@@ -108,6 +108,19 @@ class EngineCore:
         """Requests that have not given out their last output."""
         return len(self._requests)
 
+    def get_metrics(self) -> dict[str, float]:
+        """What has been counted, and how things stand; see `Metrics.snapshot`."""
+        cache = self.scheduler.cache.stats()
+        state = EngineState(
+            requests_running=self.scheduler.num_running,
+            requests_waiting=self.scheduler.num_waiting,
+            pages_used=cache.num_used,
+            num_pages=cache.num_pages,
+            prefix_cache_queries=cache.prefix_queries,
+            prefix_cache_hits=cache.prefix_hits,
+        )
+        return self.metrics.snapshot(state)
+
     def add(self, request_id: str, input: EngineInput) -> None:
         """Takes a request, all of its `n` samples or none.
 
@@ -172,7 +185,8 @@ class EngineCore:
             self._failures_in_a_row = 0
         except Exception as error:
             outputs = self._recover(error)
-        self._count_step(plan, time.perf_counter() - begin)
+        if plan.rows:
+            self.metrics.step_done(seconds=time.perf_counter() - begin, num_tokens=plan.num_tokens)
         return outputs
 
     def _run(self, plan: StepPlan) -> list[RequestOutput]:
@@ -334,19 +348,6 @@ class EngineCore:
             if assembler.metrics is not None and output is not None:
                 self.metrics.request_finished(assembler.metrics, output.outputs[0].finish_reason or "abort")
         return output
-
-    def _count_step(self, plan: StepPlan, seconds: float) -> None:
-        cache = self.scheduler.cache.stats()
-        self.metrics.step_done(
-            seconds=seconds,
-            num_tokens=plan.num_tokens,
-            running=self.scheduler.num_running,
-            waiting=self.scheduler.num_waiting,
-            pages_used=cache.num_used,
-            num_pages=cache.num_pages,
-            prefix_cache_queries=cache.prefix_queries,
-            prefix_cache_hits=cache.prefix_hits,
-        )
 
 
 class _Logprobs:

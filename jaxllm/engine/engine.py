@@ -258,7 +258,7 @@ class Engine:
     def get_metrics(self) -> dict[str, float]:
         """Counts and times so far (see `Metrics.snapshot`), and how many programs were compiled, and late."""
         programs = self._core.runner.programs
-        return self._core.metrics.snapshot() | {
+        return self._core.get_metrics() | {
             "programs": float(len(programs)),
             "programs_compiled_late_total": float(programs.compiled_late),
             "compile_seconds": programs.seconds,

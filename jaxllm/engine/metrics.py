@@ -12,14 +12,6 @@ from dataclasses import dataclass, field
 # Seconds, three to a decade from a tenth of a millisecond to a quarter of an hour.
 _TIME_BOUNDS = tuple(base * 10.0**power for power in range(-4, 3) for base in (1.0, 2.0, 5.0))
 _FINISH_REASONS: tuple[str, ...] = ("stop", "length", "abort", "error")
-_GAUGES: tuple[str, ...] = (
-    "requests_running",
-    "requests_waiting",
-    "pages_used",
-    "num_pages",
-    "prefix_cache_queries",
-    "prefix_cache_hits",
-)
 
 
 @dataclass
@@ -96,6 +88,22 @@ class Histogram:
         return 0.0
 
 
+@dataclass(frozen=True)
+class EngineState:
+    """How things stand at a moment."""
+
+    requests_running: int
+    """Requests that hold a row."""
+    requests_waiting: int
+    pages_used: int
+    """Pages that requests hold; cached pages that nobody holds are free."""
+    num_pages: int
+    prefix_cache_queries: int
+    """Prompt tokens looked up in the prefix cache, ever."""
+    prefix_cache_hits: int
+    """Prompt tokens found there, ever."""
+
+
 class Metrics:
     """Everything the engine counts. One thread writes; a snapshot may be taken from any."""
 
@@ -106,7 +114,6 @@ class Metrics:
         self._totals = dict.fromkeys(
             ("requests", "prompt_tokens", "generation_tokens", "preemptions", "steps", "scheduled_tokens"), 0
         )
-        self._gauges = dict.fromkeys(_GAUGES, 0)
         self.time_in_queue = Histogram()
         self.time_to_first_token = Histogram()
         self.inter_token_latency = Histogram()
@@ -165,47 +172,22 @@ class Metrics:
         self._finished[reason] += 1
         self.end_to_end_time.observe(request.finished_time - request.arrival_time)
 
-    def step_done(
-        self,
-        *,
-        seconds: float,
-        num_tokens: int,
-        running: int,
-        waiting: int,
-        pages_used: int,
-        num_pages: int,
-        prefix_cache_queries: int,
-        prefix_cache_hits: int,
-    ) -> None:
-        """Counts a step, and notes how things stand after it.
+    def step_done(self, *, seconds: float, num_tokens: int) -> None:
+        """Counts a step.
 
         Args:
-            seconds: what the step took.
+            seconds: what it took on the host.
             num_tokens: tokens it computed.
-            running: requests that hold a row.
-            waiting: requests that wait for one.
-            pages_used: pages that requests hold; cached pages that nobody holds are free.
-            num_pages: pages there are.
-            prefix_cache_queries: prompt tokens looked up in the prefix cache, ever.
-            prefix_cache_hits: prompt tokens found there, ever.
         """
         self.step_time.observe(seconds)
         self._totals["steps"] += 1
         self._totals["scheduled_tokens"] += num_tokens
-        self._gauges.update(
-            requests_running=running,
-            requests_waiting=waiting,
-            pages_used=pages_used,
-            num_pages=num_pages,
-            prefix_cache_queries=prefix_cache_queries,
-            prefix_cache_hits=prefix_cache_hits,
-        )
 
-    def snapshot(self) -> dict[str, float]:
+    def snapshot(self, state: EngineState) -> dict[str, float]:
         """Everything counted, as one flat dict.
 
         Names ending in `_total` only ever grow; `_seconds` are seconds; `_ratio` is from 0 to 1; other
-        names are how things stood after the last step.
+        names are how things stand now, as `state` says.
 
         - `uptime_seconds`: since the engine started.
         - `requests_total`, `requests_finished_{stop,length,abort,error}_total`.
@@ -221,17 +203,16 @@ class Metrics:
         """
         counts = {f"{name}_total": float(value) for name, value in self._totals.items()}
         counts |= {f"requests_finished_{reason}_total": float(n) for reason, n in self._finished.items()}
-        gauges = self._gauges
         counts |= {
             "uptime_seconds": self._clock() - self._start,
-            "requests_running": float(gauges["requests_running"]),
-            "requests_waiting": float(gauges["requests_waiting"]),
-            "pages_used": float(gauges["pages_used"]),
-            "num_pages": float(gauges["num_pages"]),
-            "pages_used_ratio": _ratio(gauges["pages_used"], gauges["num_pages"]),
-            "prefix_cache_queries_total": float(gauges["prefix_cache_queries"]),
-            "prefix_cache_hits_total": float(gauges["prefix_cache_hits"]),
-            "prefix_cache_hit_ratio": _ratio(gauges["prefix_cache_hits"], gauges["prefix_cache_queries"]),
+            "requests_running": float(state.requests_running),
+            "requests_waiting": float(state.requests_waiting),
+            "pages_used": float(state.pages_used),
+            "num_pages": float(state.num_pages),
+            "pages_used_ratio": _ratio(state.pages_used, state.num_pages),
+            "prefix_cache_queries_total": float(state.prefix_cache_queries),
+            "prefix_cache_hits_total": float(state.prefix_cache_hits),
+            "prefix_cache_hit_ratio": _ratio(state.prefix_cache_hits, state.prefix_cache_queries),
         }
         for name in (
             "time_in_queue",

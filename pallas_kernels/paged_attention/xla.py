@@ -2,8 +2,8 @@
 
 Its time follows the context that a step really has, not the limit it was compiled for: the loops' bounds are
 data. Small programs take each token for itself; large ones cut rows into tiles of tokens that share their
-reads. Both are one short piece of code for each layer, because compile time grows with it: with separate loops
-for decode and prefill in every program, a model of 30 layers took three times as long to compile.
+reads. Both are one short piece of code for each layer, because compile time grows with it: with separate
+loops for decode and prefill in every program, a model of 30 layers took three times as long to compile.
 Source of the online softmax: https://arxiv.org/abs/1805.02867.
 """
 

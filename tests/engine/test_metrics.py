@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.engine.metrics import Histogram, Metrics
+from jaxllm.engine.metrics import EngineState, Histogram, Metrics
+
+IDLE = EngineState(0, 0, 0, 0, 0, 0)
 
 
 class Clock:
@@ -37,7 +39,7 @@ def test_one_request_from_arrival_to_end() -> None:
     assert (request.num_prompt_tokens, request.num_generation_tokens, request.num_cached_tokens) == (7, 4, 4)
     assert request.num_preemptions == 1
     assert request.last_token_time == 106
-    snapshot = metrics.snapshot()
+    snapshot = metrics.snapshot(IDLE)
     wanted = {
         "uptime_seconds": 10,
         "requests_total": 1,
@@ -81,18 +83,17 @@ def test_an_earlier_arrival_counts() -> None:
 
 def test_steps() -> None:
     metrics = Metrics(Clock())
-    for running, used in ((1, 5), (3, 8)):
-        metrics.step_done(
-            seconds=0.5,
-            num_tokens=10,
-            running=running,
-            waiting=2,
-            pages_used=used,
-            num_pages=16,
-            prefix_cache_queries=40,
-            prefix_cache_hits=30,
-        )
-    snapshot = metrics.snapshot()
+    for _ in range(2):
+        metrics.step_done(seconds=0.5, num_tokens=10)
+    state = EngineState(
+        requests_running=3,
+        requests_waiting=2,
+        pages_used=8,
+        num_pages=16,
+        prefix_cache_queries=40,
+        prefix_cache_hits=30,
+    )
+    snapshot = metrics.snapshot(state)
     wanted = {
         "steps_total": 2,
         "scheduled_tokens_total": 20,
@@ -110,7 +111,7 @@ def test_steps() -> None:
 
 
 def test_a_snapshot_is_flat_and_documented_and_starts_at_zero() -> None:
-    snapshot = Metrics(Clock()).snapshot()
+    snapshot = Metrics(Clock()).snapshot(IDLE)
     assert set(snapshot.values()) == {0.0}
     assert all(type(value) is float for value in snapshot.values())
     documentation = Metrics.snapshot.__doc__ or ""

@@ -1,0 +1,192 @@
+"""Many callers at once: nobody loses a token, and nobody takes another one down."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import numpy as np
+import pytest
+from small import golden, greedy, small_engine
+
+from jaxllm import AsyncEngine, RequestOutput, RequestOutputKind, SamplingParams
+from jaxllm.engine.core import EngineFailedError, RequestFailedError
+
+PROMPTS = [np.random.default_rng(i).integers(3, 125, 5 + 3 * i).tolist() for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> Iterator[list[list[int]]]:
+    with small_engine(max_model_len=96, num_pages=60) as engine:
+        yield [list(engine.generate([p], greedy(12))[0].outputs[0].token_ids) for p in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[AsyncEngine]:
+    engine = AsyncEngine(small_engine(max_model_len=96, num_pages=60))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def doomed() -> Iterator[AsyncEngine]:
+    """One that the test may break."""
+    engine = AsyncEngine(small_engine(max_model_len=96, num_pages=60))
+    yield engine
+    engine.close()
+
+
+async def last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
+    """Reads to the end."""
+    found = None
+    async for output in outputs:
+        found = output
+    assert found is not None
+    return found
+
+
+def test_many_at_once(engine: AsyncEngine, expected: list[list[int]]) -> None:
+    async def main() -> None:
+        outputs = await asyncio.gather(*(last(engine.generate(p, greedy(12))) for p in PROMPTS))
+        assert [list(o.outputs[0].token_ids) for o in outputs] == expected
+        assert engine.health == "running"
+
+    asyncio.run(main())
+
+
+def test_deltas_join_to_the_whole(engine: AsyncEngine, expected: list[list[int]]) -> None:
+    async def collect(prompt: list[int]) -> list[int]:
+        params = greedy(12, output_kind=RequestOutputKind.DELTA)
+        return [
+            token async for output in engine.generate(prompt, params) for token in output.outputs[0].token_ids
+        ]
+
+    async def main() -> None:
+        assert await asyncio.gather(*map(collect, PROMPTS)) == expected
+
+    asyncio.run(main())
+
+
+def test_who_stops_listening_ends_only_their_own(engine: AsyncEngine, expected: list[list[int]]) -> None:
+    async def leave(prompt: list[int]) -> None:
+        generator = engine.generate(prompt, greedy(60))
+        async for _ in generator:
+            break
+        await generator.aclose()
+
+    async def main() -> None:
+        stay = [last(engine.generate(p, greedy(12))) for p in PROMPTS[:4]]
+        cancelled = asyncio.create_task(last(engine.generate(PROMPTS[7], greedy(60))))
+        leaving = [leave(p) for p in PROMPTS[4:]]
+        gathered = asyncio.gather(*stay, *leaving)
+        await asyncio.sleep(0.05)
+        cancelled.cancel()
+        outputs = (await gathered)[:4]
+        assert [list(o.outputs[0].token_ids) for o in outputs] == expected[:4]
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        while engine.get_metrics()["requests_running"]:
+            await asyncio.sleep(0.01)
+        assert engine._engine.num_unfinished_requests == 0
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_abort(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        task = asyncio.create_task(last(engine.generate(PROMPTS[0], greedy(80), request_id="long")))
+        while not engine._engine.num_unfinished_requests:
+            await asyncio.sleep(0.001)
+        assert await engine.abort("long")
+        assert not await engine.abort("nobody")
+        output = await task
+        assert output.finished
+        assert output.outputs[0].finish_reason == "abort"
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_bad_requests_are_refused_and_the_next_is_served(
+    engine: AsyncEngine, expected: list[list[int]]
+) -> None:
+    async def main() -> None:
+        for prompt, message in (([], "no tokens"), ([999], "999"), (list(range(3, 120)), "max_model_len")):
+            with pytest.raises(ValueError, match=message):
+                await last(engine.generate(prompt, greedy(4)))
+        output = await last(engine.generate(PROMPTS[1], greedy(12)))
+        assert list(output.outputs[0].token_ids) == expected[1]
+
+    asyncio.run(main())
+
+
+def test_a_failed_step_fails_its_requests_and_the_loop_goes_on(
+    engine: AsyncEngine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = engine._engine._core.runner
+    dispatch, calls = runner.dispatch, iter(range(100))
+
+    def fail_once(*args, **options):
+        if next(calls) == 3:
+            raise RuntimeError("the device is gone")
+        return dispatch(*args, **options)
+
+    monkeypatch.setattr(runner, "dispatch", fail_once)
+
+    async def main() -> None:
+        with pytest.raises(RequestFailedError, match="the device is gone"):
+            await last(engine.generate(PROMPTS[0], greedy(40)))
+        assert engine.health == "running"
+        output = await last(engine.generate(PROMPTS[2], greedy(12)))
+        assert list(output.outputs[0].token_ids) == expected[2]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_steps_that_always_fail_fail_the_engine(doomed: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args, **_options):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(doomed._engine._core.runner, "dispatch", fail)
+
+    async def main() -> None:
+        results = await asyncio.gather(
+            *(last(doomed.generate(p, SamplingParams(max_tokens=4, detokenize=False))) for p in PROMPTS * 3),
+            return_exceptions=True,
+        )
+        assert all(isinstance(r, RequestFailedError | EngineFailedError) for r in results)
+        assert doomed.health == "failed"
+        with pytest.raises(EngineFailedError):
+            await last(doomed.generate(PROMPTS[0], greedy(4)))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_sleep_and_wake(engine: AsyncEngine, expected: list[list[int]]) -> None:
+    async def main() -> None:
+        await engine.sleep()
+        assert engine.health == "sleeping"
+        with pytest.raises(RuntimeError, match="wake_up"):
+            await last(engine.generate(PROMPTS[0], greedy(4)))
+        await engine.wake_up()
+        output = await last(engine.generate(PROMPTS[3], greedy(12)))
+        assert list(output.outputs[0].token_ids) == expected[3]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_close_ends_what_runs(doomed: AsyncEngine) -> None:
+    async def main() -> None:
+        task = asyncio.create_task(last(doomed.generate(PROMPTS[0], greedy(80))))
+        while not doomed._engine.num_unfinished_requests:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(doomed.close)
+        assert (await task).outputs[0].finish_reason == "abort"
+        assert doomed.health == "closed"
+        with pytest.raises(RuntimeError, match="closed"):
+            await last(doomed.generate(PROMPTS[0], greedy(4)))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_golden_through_the_thread(engine: AsyncEngine) -> None:
+    reference = golden("llama")
+    output = asyncio.run(last(engine.generate(reference["prompt0"].tolist(), greedy(16))))
+    assert output.outputs[0].token_ids == reference["tokens0"].tolist()
