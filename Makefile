@@ -39,7 +39,7 @@ goldens:  ## make the golden files again with transformers, in .venv-parity (ins
 	$(MAKE) run-goldens VENV=$(VENV)-parity
 
 run-goldens: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-torch
-	$(VENV)/bin/python -m tests.goldens.make $(ARGS)
+	$(VENV)/bin/python tests/models/make_goldens.py $(ARGS)
 
 lint: $(VENV)/.has-dev  ## ruff: rules and format
 	$(VENV)/bin/ruff check .

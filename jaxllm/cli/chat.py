@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answers each line of stdin until it ends."""
-    options = engine_options(arguments)
+    options = {"max_num_seqs": 1} | engine_options(arguments)  # fewer programs to compile than for a batch
     sampling = sampling_options(arguments, {"max_tokens": None}) | {"output_kind": RequestOutputKind.DELTA}
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:

@@ -36,6 +36,6 @@ class Figures:
             parts.append(f"{(generated - len(first)) / seconds:.1f} tokens/s")
         parts.append(f"{sum(m.num_prompt_tokens for m in requests)} prompt and {generated} output tokens")
         if self._pages_used:
-            total = int(self._engine.get_metrics()["pages_total_count"])
+            total = int(self._engine.get_metrics()["num_pages"])
             parts.append(f"{self._pages_used} of {total} KV pages used")
         print(" · ".join(parts), file=sys.stderr)

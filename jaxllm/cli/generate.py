@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = sampling_options(arguments, {"max_tokens": None} if arguments.chat else {})
     _check(arguments, sampling)
     prompts = arguments.prompts or [sys.stdin.read()]
+    if len(prompts) == sampling.get("n", 1) == 1:
+        options.setdefault("max_num_seqs", 1)  # fewer programs to compile than for a batch
 
     from jaxllm import Engine
 

@@ -8,7 +8,7 @@ import pytest
 
 import jaxllm
 from jaxllm.config import EngineConfig
-from jaxllm.engine.metrics import RequestMetrics
+from jaxllm.engine.metrics import Metrics, RequestMetrics
 from jaxllm.engine.outputs import CompletionOutput, RequestOutput
 from jaxllm.sampling.params import RequestOutputKind, SamplingParams
 
@@ -43,7 +43,10 @@ class FakeEngine:
         return SamplingParams(top_k=7, temperature=0.5)
 
     def get_metrics(self) -> dict[str, float]:
-        return {"pages_used": 3.0 if self.streams_open else 0.0, "pages_total_count": 100.0}
+        now = {"pages_used": 3.0 if self.streams_open else 0.0, "num_pages": 100.0}
+        snapshot = Metrics().snapshot()
+        assert now.keys() <= snapshot.keys()
+        return snapshot | now
 
     def generate(self, prompts: list[Any], params: SamplingParams, *, progress: bool) -> list[RequestOutput]:
         self.progress = progress
