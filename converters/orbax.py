@@ -86,7 +86,7 @@ class OrbaxCheckpoint:
 
 def save(
     path: Path,
-    arrays: Mapping[str, jax.Array | np.ndarray],
+    arrays: Mapping[str, jax.Array],
     config: Mapping[str, Any],
     generation_config: Mapping[str, Any],
     tokenizer: Any = None,
@@ -140,7 +140,7 @@ def refuse_to_overwrite(path: Path) -> None:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    # Weights do not compress: without it a restart took half the time.
+    # Compression saves a fifth of the space of bfloat16 weights, and makes writing them three times as slow.
     return ocp.Checkpointer(
         ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
     )
@@ -148,14 +148,13 @@ def _checkpointer() -> ocp.Checkpointer:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Orbax and TensorStore raise whatever they meet; the folder and the fix belong in the message."""
+    """The folder and the fix belong in the message."""
     try:
         yield
-    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path / WEIGHTS_FOLDER} cannot be read ({reason}); convert the model again"
-        ) from error
+    except Exception as error:  # Orbax raises whatever it meets, down to plain Exception
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        folder = path / WEIGHTS_FOLDER
+        raise CheckpointError(f"{folder} cannot be read ({reason}); convert the model again") from error
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

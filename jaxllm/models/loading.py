@@ -50,7 +50,7 @@ def load_weights(
         CheckpointError: tensors that are missing, left over or of the wrong shape: all in one message.
     """
     if isinstance(checkpoint, ShardedCheckpoint):
-        return restore_weights(checkpoint, parameters, geometry, mesh)
+        return restore_weights(checkpoint, parameters, geometry, mesh, progress=progress)
     origins = _assign(checkpoint, rules, parameters, geometry)
     total = sum(parameter.nbytes for parameter in parameters.values())
     # Preparing a parameter takes up to twice its size: its sources in the new dtype, and what they make.

@@ -1,11 +1,12 @@
 """Weights from a checkpoint of the engine's own parameters into the shards of a mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
+from tqdm.auto import tqdm
 
 from converters.checkpoint import ShardedCheckpoint
 from converters.rules import Geometry
@@ -15,12 +16,17 @@ from jaxllm.parallel import Axes
 
 
 def restore_weights(
-    checkpoint: ShardedCheckpoint, parameters: Mapping[str, Parameter], geometry: Geometry, mesh: Mesh
+    checkpoint: ShardedCheckpoint,
+    parameters: Mapping[str, Parameter],
+    geometry: Geometry,
+    mesh: Mesh,
+    *,
+    progress: bool = True,
 ) -> tuple[Array, ...]:
     """Restores every parameter; each device reads its part from disk.
 
     What is stored is what one device would hold. Where the mesh needs copies of key-value heads or a padded
-    vocabulary, the host reads the array, one at a time, and spreads it.
+    vocabulary, the host reads the array, one at a time, and spreads it. The arguments are `load_weights`'s.
 
     Raises:
         CheckpointError: arrays that are missing, left over or of the wrong shape, all in one message.
@@ -36,17 +42,38 @@ def restore_weights(
             if path in stored and _spread_shape(stored[path], parameter.axes, geometry) != parameter.shape
         ],
     )
-    direct = {
-        path: jax.ShapeDtypeStruct(parameter.shape, parameter.dtype, sharding=parameter.sharding(mesh))
-        for path, parameter in parameters.items()
-        if stored[path] == parameter.shape
-    }
-    restored = checkpoint.restore(direct)
-    for path, parameter in parameters.items():
-        if path not in direct:
-            array = spread(checkpoint.read(path, parameter.dtype), parameter.axes, geometry)
-            restored[path] = place(array, parameter, mesh)
+    direct = {path: parameter for path, parameter in parameters.items() if stored[path] == parameter.shape}
+    restored: dict[str, Array] = {}
+    total = sum(parameter.nbytes for parameter in parameters.values())
+    with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
+        for batch in _batches(direct):
+            wanted = {
+                path: jax.ShapeDtypeStruct(
+                    parameter.shape, parameter.dtype, sharding=parameter.sharding(mesh)
+                )
+                for path, parameter in batch.items()
+            }
+            restored |= checkpoint.restore(wanted)
+            bar.update(sum(parameter.nbytes for parameter in batch.values()))
+        for path, parameter in parameters.items():
+            if path not in direct:
+                array = spread(checkpoint.read(path, parameter.dtype), parameter.axes, geometry)
+                restored[path] = place(array, parameter, mesh)
+                bar.update(parameter.nbytes)
     return tuple(restored[path] for path in parameters)
+
+
+def _batches(parameters: Mapping[str, Parameter]) -> Iterator[dict[str, Parameter]]:
+    """Parts of at most the largest parameter's size: what is read and what is made are in memory together."""
+    budget = max((parameter.nbytes for parameter in parameters.values()), default=0)
+    batch: dict[str, Parameter] = {}
+    for path, parameter in parameters.items():
+        if batch and sum(one.nbytes for one in batch.values()) + parameter.nbytes > budget:
+            yield batch
+            batch = {}
+        batch[path] = parameter
+    if batch:
+        yield batch
 
 
 def spread(array: np.ndarray, axes: Axes, geometry: Geometry) -> np.ndarray:
