@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import signal
 import sys
@@ -10,7 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.cli.figures import Figures
-from jaxllm.cli.options import add_engine_flags, add_sampling_flags, engine_options, sampling_options
+from jaxllm.cli.options import (
+    add_engine_flags,
+    add_sampling_flags,
+    engine_options,
+    request_params,
+    sampling_options,
+)
 from jaxllm.sampling.params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -32,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answers each line of stdin until it ends."""
-    options = {"max_num_seqs": 1} | engine_options(arguments)  # fewer programs to compile than for a batch
+    options = engine_options(arguments)
+    options.setdefault("max_num_seqs", 1)  # fewer programs to compile than for a batch
     sampling = sampling_options(arguments, {"max_tokens": None}) | {"output_kind": RequestOutputKind.DELTA}
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
@@ -42,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from jaxllm import Engine
 
     with Engine.from_pretrained(arguments.model, **options) as engine:
-        params = dataclasses.replace(engine.get_default_sampling_params(), **sampling)
+        params = request_params(engine, sampling)
         conversation = Conversation(engine, params, arguments.system)
         _say(f"{arguments.model}: {HINT}")
         for line in _lines(interactive):

@@ -7,7 +7,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.cli.figures import Figures
-from jaxllm.cli.options import add_engine_flags, add_sampling_flags, engine_options, sampling_options
+from jaxllm.cli.options import (
+    add_engine_flags,
+    add_sampling_flags,
+    engine_options,
+    request_params,
+    sampling_options,
+)
 from jaxllm.sampling.params import RequestOutputKind
 
 if TYPE_CHECKING:
@@ -40,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from jaxllm import Engine
 
     with Engine.from_pretrained(arguments.model, **options) as engine:
-        params = dataclasses.replace(engine.get_default_sampling_params(), **sampling)
+        params = request_params(engine, sampling)
         requests: list[Any] = prompts
         stream, complete = engine.stream, engine.generate
         if arguments.chat:

@@ -3,11 +3,14 @@
 import argparse
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from jaxllm.cli.flags import Fields, add_flags, given
 from jaxllm.config import EngineConfig, ModelConfig, option_fields
 from jaxllm.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxllm.engine.engine import Engine
 
 DECIDED_BY_COMMANDS = frozenset({"output_kind", "detokenize"})
 """Sampling parameters without a flag: a command shows text, and streams it where it can."""
@@ -53,6 +56,12 @@ def sampling_options(arguments: argparse.Namespace, defaults: Mapping[str, Any])
     except (TypeError, ValueError) as error:
         arguments.usage_error(str(error))
     return options
+
+
+def request_params(engine: "Engine", options: Mapping[str, Any]) -> SamplingParams:
+    """The model's own sampling parameters, with `options` in place of some."""
+    defaults = engine.make_input([0]).params  # of any prompt that brings none of its own
+    return dataclasses.replace(defaults, **options)
 
 
 def _with_flags(part: type) -> Fields:

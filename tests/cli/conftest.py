@@ -8,7 +8,8 @@ import pytest
 
 import jaxllm
 from jaxllm.config import EngineConfig
-from jaxllm.engine.metrics import Metrics, RequestMetrics
+from jaxllm.engine.inputs import EngineInput
+from jaxllm.engine.metrics import EngineState, Metrics, RequestMetrics
 from jaxllm.engine.outputs import CompletionOutput, RequestOutput
 from jaxllm.sampling.params import RequestOutputKind, SamplingParams
 
@@ -39,14 +40,12 @@ class FakeEngine:
     def __exit__(self, *exception: object) -> None:
         self.closed = True
 
-    def get_default_sampling_params(self) -> SamplingParams:
-        return SamplingParams(top_k=7, temperature=0.5)
+    def make_input(self, prompt: list[int]) -> EngineInput:
+        return EngineInput(None, tuple(prompt), SamplingParams(top_k=7, temperature=0.5), max_tokens=16)
 
     def get_metrics(self) -> dict[str, float]:
-        now = {"pages_used": 3.0 if self.streams_open else 0.0, "num_pages": 100.0}
-        snapshot = Metrics().snapshot()
-        assert now.keys() <= snapshot.keys()
-        return snapshot | now
+        now = EngineState(1, 0, 3 if self.streams_open else 0, 100, 0, 0)
+        return Metrics().snapshot(now)
 
     def generate(self, prompts: list[Any], params: SamplingParams, *, progress: bool) -> list[RequestOutput]:
         self.progress = progress

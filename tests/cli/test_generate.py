@@ -18,7 +18,7 @@ def test_one_text_is_streamed_to_stdout_and_figures_to_stderr(
         "time to first token 250 ms · 8.0 tokens/s · 5 prompt and 9 output tokens · 3 of 100 KV pages used\n"
     )
     made = engine.made
-    assert (made.model, made.options) == ("m", {"page_size": 8, "progress": False})
+    assert (made.model, made.options) == ("m", {"page_size": 8, "progress": False, "max_num_seqs": 1})
     (prompt, params) = made.requests[0]
     assert (prompt, params.max_tokens) == ("two words", 4)
     assert made.closed
@@ -55,6 +55,15 @@ def test_several_texts_have_titles(engine: type, capsys: pytest.CaptureFixture[s
         "==> first (1 of 2) <==\nFIRST\n\n==> first (2 of 2) <==\nFIRST\n\n"
         "==> second line (1 of 2) <==\nSECOND\nLINE\n\n==> second line (2 of 2) <==\nSECOND\nLINE\n\n"
     )
+
+
+def test_a_batch_gets_the_rows_it_has_by_default(engine: type):
+    main(["generate", "m", "a", "b"])
+    assert "max_num_seqs" not in engine.made.options
+    main(["generate", "m", "a", "--n", "2"])
+    assert "max_num_seqs" not in engine.made.options
+    main(["generate", "m", "a", "--max-num-seqs", "3"])
+    assert engine.made.options["max_num_seqs"] == 3
 
 
 @pytest.mark.parametrize("chat", [False, True])
