@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from transformers import PreTrainedTokenizerBase
 
+from converters.blank import BlankCheckpoint, locate_configs
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.tokenizer import load_tokenizer
 from jaxllm.cache.groups import group_layers
@@ -137,13 +138,11 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
 
 def _open(config: EngineConfig) -> Checkpoint:
     model = config.model
-    return open_checkpoint(
-        model.model,
-        revision=model.revision,
-        cache_dir=model.cache_dir,
-        token=model.token,
-        load_format=model.load_format,
-    )
+    where = {"revision": model.revision, "cache_dir": model.cache_dir, "token": model.token}
+    if model.load_format != "dummy":
+        return open_checkpoint(model.model, load_format=model.load_format, **where)
+    path = locate_configs(model.model, **where)
+    return BlankCheckpoint(path) if path.is_dir() else open_checkpoint(str(path))
 
 
 def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:

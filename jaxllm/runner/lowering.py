@@ -14,7 +14,6 @@ from jax.stages import Lowered
 
 from jaxllm.cache.groups import CacheLayout
 from jaxllm.layers.attention import pages_spec
-from jaxllm.layers.batch import Cache
 from jaxllm.models.base import DecoderConfig
 from jaxllm.runner.buckets import Bucket, Buckets
 from jaxllm.runner.step import DeviceRows, Merge, admit_row, run_forward, run_sampler, score_tokens
@@ -88,7 +87,7 @@ class Lowering:
         """How a step of this bucket is uploaded."""
         return StepLayout(bucket, self.table_shape, self.sizes.page_size)
 
-    def cache_shapes(self, num_pages: int) -> Cache:
+    def cache_shapes(self, num_pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The pools of pages, the null page included."""
         geometry = PageGeometry(
             num_pages,

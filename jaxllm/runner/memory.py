@@ -46,6 +46,7 @@ def measure(lowering: Lowering) -> MemoryUse:
     """Compiles the largest forward pass and reads what it needs."""
     compiled = lowering.forward(lowering.buckets.largest, PROBE_PAGES).compile()
     analysis = compiled.memory_analysis()
+    assert analysis is not None, "the backend tells no sizes"
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return MemoryUse(
         weights=bytes_per_device(lowering.params),

@@ -77,8 +77,9 @@ class StepLayout:
 
     def unpack(self, packed: Int32[Array, " size"]) -> StepInput:
         """The inverse of `pack`, inside the program."""
-        fields = self._split(packed)
-        return StepInput(*fields[:4], fields[4].astype(bool), *fields[5:])
+        num_rows, query_start, kv_lens, row_ids, samples, table_index, table_page = self._split(packed)
+        samples = samples.astype(bool)
+        return StepInput(num_rows, query_start, kv_lens, row_ids, samples, table_index, table_page)
 
     def _split(self, packed: Any) -> list[Any]:
         """Views of a numpy array on the host, slices of a traced one in the program."""

@@ -6,6 +6,7 @@ alone is compared bit by bit.
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.paged_attention.batch import RaggedBatch
@@ -113,10 +114,10 @@ def build(case: Case) -> Arrays:
     pages_after = _written(case, pages, table, k, v)
     counts = np.array([n for n, _ in case.rows] + [0] * case.padding_rows)
     batch = RaggedBatch(
-        query_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-        kv_lens=np.array([kv for _, kv in case.rows] + [0] * case.padding_rows, np.int32),
-        page_table=table,
-        num_rows=np.array([sum(n == 1 for n, _ in case.rows), len(case.rows)], np.int32),
+        query_start=jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32),
+        kv_lens=jnp.asarray([kv for _, kv in case.rows] + [0] * case.padding_rows, jnp.int32),
+        page_table=jnp.asarray(table),
+        num_rows=jnp.asarray([sum(n == 1 for n, _ in case.rows), len(case.rows)], jnp.int32),
     )
     return Arrays(q, k, v, pages, batch, sinks, out, pages_after)
 

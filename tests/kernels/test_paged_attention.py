@@ -55,7 +55,7 @@ def check(case: Case, backend: str, dtype: jnp.dtype, tolerance: float) -> None:
     expected = resolve_backend(backend).layout(geometry).array
     assert (pages.shape, pages.dtype) == (expected.shape, expected.dtype)
     out, pages = step(
-        cast(arrays.q), cast(arrays.k), cast(arrays.v), pages, jax.tree.map(jnp.asarray, arrays.batch),
+        cast(arrays.q), cast(arrays.k), cast(arrays.v), pages, arrays.batch,
         None if arrays.sinks is None else jnp.asarray(arrays.sinks, jnp.float32),
         scale=case.scale, sliding_window=case.sliding_window, soft_cap=case.soft_cap, backend=backend,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def test_own_backend() -> None:
     assert "mine" in list_backends()
     arrays = build(CORNERS["mixed"])
     args = [jnp.asarray(x, jnp.float32) for x in (arrays.q, arrays.k, arrays.v, arrays.pages)]
-    batch = jax.tree.map(jnp.asarray, arrays.batch)
+    batch = arrays.batch
     out, _ = paged_attention(*args, batch, scale=CORNERS["mixed"].scale, backend="mine")
     np.testing.assert_allclose(out, 2 * arrays.out, atol=1e-4)
     with pytest.raises(ValueError, match="exists already"):
