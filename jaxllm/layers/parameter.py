@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
@@ -12,13 +13,29 @@ from jaxllm.parallel import Axes
 Initializer = Callable[[Array, Sequence[int], Any], Array]
 """`(key, shape, dtype) -> array`."""
 
-normal: Initializer = nnx.initializers.normal(0.02)
 ones: Initializer = nnx.initializers.ones
 zeros: Initializer = nnx.initializers.zeros
 
 
+def noise(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+    """Even noise with a deviation of 0.02, a hash of each element's place.
+
+    For weights that stand in for real ones. `jax.random.normal` over four axes takes XLA on CPU 5 seconds to
+    compile and is 15 times slower to run; this is cut over devices as easily.
+    """
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    # The finalizer of https://github.com/skeeto/hash-prospector.
+    bits = place + jax.random.bits(key)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    signed = jax.lax.bitcast_convert_type(bits ^ (bits >> 16), jnp.int32)
+    return (signed.astype(jnp.float32) * (0.02 * 3**0.5 / 2**31)).astype(dtype)
+
+
 def parameter(
-    shape: Sequence[int], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, initializer: Initializer = normal
+    shape: Sequence[int], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, initializer: Initializer = noise
 ) -> nnx.Param[Array]:
     """A parameter whose metadata carry `axes` (the logical axes' names) and `initializer`.
 

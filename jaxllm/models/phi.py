@@ -17,6 +17,8 @@ class Phi3(Decoder):
 
     @classmethod
     def configure(cls, fields: Fields) -> DecoderConfig:
+        for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
+            fields.only(name, False)
         layers, head_dim = fields.whole("num_hidden_layers"), fields.head_dim()
         return DecoderConfig(
             **fields.sizes(),

@@ -102,6 +102,8 @@ def _llama3(parameters: Mapping[str, Any], context: _Context) -> tuple[NDArray[n
 
 def _yarn(parameters: Mapping[str, Any], context: _Context) -> tuple[NDArray[np.float64], float]:
     """https://arxiv.org/abs/2309.00071"""
+    if parameters.get("short_factor") is not None:
+        raise ValueError("rope_type='yarn': short_factor belongs to LongRoPE, whose rope_type is 'longrope'")
     factor = parameters.get("factor") or context.max_position_embeddings / context.original
 
     def dimension(turns: float) -> float:
