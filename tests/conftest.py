@@ -1,4 +1,4 @@
-"""What every test runs under: eight virtual CPU devices, checked shapes, reproducible random histories."""
+"""What every test runs under: eight virtual CPU devices, one cache of compiled programs, reproducible histories."""
 
 import os
 from pathlib import Path
@@ -13,9 +13,6 @@ os.environ.setdefault(
 )  # a test that would need the network fails at once, not after retries
 
 from hypothesis import settings
-
-# Array shapes and argument types in signatures are checked at every call, also while jit traces.
-# install_import_hook(["jaxllm", "pallas_kernels"], "beartype.beartype")
 
 settings.register_profile("default", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
