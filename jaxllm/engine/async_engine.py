@@ -4,8 +4,9 @@ import asyncio
 import itertools
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -78,7 +79,7 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         **input_options: Any,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Completes a prompt and yields its outputs as they grow, of the kind that `params.output_kind` says.
 
         Raises:
@@ -89,8 +90,9 @@ class AsyncEngine:
         """
         make = self._engine.make_input
         input = await asyncio.to_thread(make, prompt, params, priority=priority, **input_options)
-        async for output in self._listen(request_id or f"async-{next(self._ids)}", input):
-            yield output
+        async with aclosing(self._listen(request_id or f"async-{next(self._ids)}", input)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def chat(
         self,
@@ -100,11 +102,13 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         **template_options: Any,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Answers a conversation as `generate` completes a prompt; template options as for `Engine.chat`."""
         prompt = await asyncio.to_thread(self._engine.render_chat, messages, **template_options)
-        async for output in self.generate(prompt, params, request_id=request_id, priority=priority):
-            yield output
+        answer = self.generate(prompt, params, request_id=request_id, priority=priority)
+        async with aclosing(answer) as outputs:
+            async for output in outputs:
+                yield output
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its generator gives a last output with the finish reason "abort".
@@ -114,7 +118,7 @@ class AsyncEngine:
         """
         return await self._call(lambda: self._abort(request_id))
 
-    async def _listen(self, request_id: str, input: EngineInput) -> AsyncIterator[RequestOutput]:
+    async def _listen(self, request_id: str, input: EngineInput) -> AsyncGenerator[RequestOutput, None]:
         listener = Listener(asyncio.get_running_loop(), asyncio.Queue())
         await self._call(lambda: self._add(request_id, input, listener))
         finished = False

@@ -146,11 +146,17 @@ def _open(config: EngineConfig) -> Checkpoint:
 
 
 def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
-    if config.model.skip_tokenizer_init:
+    model = config.model
+    if model.skip_tokenizer_init:
         return None
-    source = checkpoint.path if config.model.tokenizer is None else config.model.tokenizer
+    # a repo's own tokenizer code is not among the files that are downloaded for the weights
+    own = model.model if model.trust_remote_code else checkpoint.path
     return load_tokenizer(
-        source, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+        own if model.tokenizer is None else model.tokenizer,
+        revision=model.revision,
+        cache_dir=model.cache_dir,
+        token=model.token,
+        trust_remote_code=model.trust_remote_code,
     )
 
 

@@ -133,6 +133,7 @@ def test_warm_prefix_cache(model: str) -> None:
     case = _case(3)
     cold, warm = (cached.generate([list(case.prompt)], case.params)[0] for _ in range(2))
     assert cold.num_cached_tokens == 0
+    assert warm.num_cached_tokens is not None
     assert warm.num_cached_tokens >= len(case.prompt) - 2 * 4
     assert warm.outputs[0].token_ids == cold.outputs[0].token_ids == alone(model, 3)
 

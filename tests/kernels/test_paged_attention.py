@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def test_any_case(case: Case) -> None:
 def test_pages_are_updated_in_place() -> None:
     """Ten times the pool must not mean more temporaries, and the pool's bytes are aliased."""
 
-    def compiled(num_pages: int):
+    def compiled(num_pages: int) -> tuple[Any, jax.ShapeDtypeStruct]:
         geometry = PageGeometry(num_pages, 16, 3, 64, jnp.dtype(jnp.bfloat16))
         layout = resolve_backend("xla").layout(geometry).array
         case = Case(rows=((1, 30), (1, 9), (1, 20)), heads=9, kv_heads=3, head_dim=64, padding_tokens=1)
@@ -126,12 +127,16 @@ def test_pages_are_updated_in_place() -> None:
 def test_own_backend() -> None:
     """A function of one's own is a backend like any other."""
     reference = resolve_backend("reference")
-    register_backend("mine", lambda *a, **k: tuple(2 * x for x in reference.attend(*a, **k)))
+
+    def doubled(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+        out, pages = reference.attend(*args, **options)
+        return 2 * out, pages
+
+    register_backend("mine", doubled)
     assert "mine" in list_backends()
     arrays = build(CORNERS["mixed"])
-    args = [jnp.asarray(x, jnp.float32) for x in (arrays.q, arrays.k, arrays.v, arrays.pages)]
-    batch = arrays.batch
-    out, _ = paged_attention(*args, batch, scale=CORNERS["mixed"].scale, backend="mine")
+    q, k, v, pages = (jnp.asarray(x, jnp.float32) for x in (arrays.q, arrays.k, arrays.v, arrays.pages))
+    out, _ = paged_attention(q, k, v, pages, arrays.batch, scale=CORNERS["mixed"].scale, backend="mine")
     np.testing.assert_allclose(out, 2 * arrays.out, atol=1e-4)
     with pytest.raises(ValueError, match="exists already"):
         register_backend("mine", reference.attend)
@@ -141,5 +146,6 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"'cuda'.*reference"):
         resolve_backend("cuda")
     arrays = build(dataclasses.replace(CORNERS["mixed"], heads=4, kv_heads=2))
+    q, k, v, pages = (jnp.asarray(x, jnp.float32) for x in (arrays.q, arrays.k, arrays.v, arrays.pages))
     with pytest.raises(ValueError, match="multiple of kv_heads=2"):
-        paged_attention(arrays.q[:, :3], arrays.k, arrays.v, arrays.pages, arrays.batch, scale=1.0)
+        paged_attention(q[:, :3], k, v, pages, arrays.batch, scale=1.0)

@@ -1,54 +1,57 @@
 """The closed set of programs, and what the compiler says of them."""
 
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
+from small import golden, greedy, small_engine
 
+from jaxllm import Engine
 from jaxllm.config import CacheConfig
 from jaxllm.runner.memory import bytes_per_device, count_pages, device_memory, measure, page_bytes
 from jaxllm.runner.programs import Programs
 
-sys.path.append(str(Path(__file__).parent.parent / "engine"))
-from small import golden, greedy, small_engine
-
 
 @pytest.fixture(scope="module")
-def engine():
+def engine() -> Iterator[Engine]:
     with small_engine(max_model_len=64) as engine:
         yield engine
 
 
-def test_cache_is_updated_in_place(engine) -> None:
+def test_cache_is_updated_in_place(engine: Engine) -> None:
     """The compiled forward pass aliases every pool and the page tables, and copies none of them."""
     lowering = engine._core.runner.lowering
     for bucket in (lowering.buckets.sizes[0], lowering.buckets.largest):
         small, large = (lowering.forward(bucket, pages).compile() for pages in (200, 5000))
         cache = bytes_per_device(lowering.cache_shapes(5000))
-        analysis = large.memory_analysis()
+        analysis, other = large.memory_analysis(), small.memory_analysis()
+        assert analysis is not None
+        assert other is not None
         assert analysis.alias_size_in_bytes >= cache + bytes_per_device(lowering.rows_shapes.tables)
-        assert analysis.temp_size_in_bytes == small.memory_analysis().temp_size_in_bytes < cache / 5
+        assert analysis.temp_size_in_bytes == other.temp_size_in_bytes < cache / 5
         pool = lowering.cache_shapes(5000)[0]
-        shape = f"f32[{','.join(map(str, pool.shape))}]"
-        assert shape in large.as_text()
-        assert f"= {shape}{{4,3,2,1,0}} copy(" not in large.as_text()
+        pool_shape = f"f32[{','.join(map(str, pool.shape))}]"
+        text = large.as_text() or ""
+        assert pool_shape in text
+        assert f"= {pool_shape}{{4,3,2,1,0}} copy(" not in text
 
 
-def test_sampler_state_is_updated_in_place(engine) -> None:
+def test_sampler_state_is_updated_in_place(engine: Engine) -> None:
     lowering = engine._core.runner.lowering
     rows = lowering.rows_shapes
     compiled = lowering.sample(lowering.buckets.sampled[-1]).compile()
     state = bytes_per_device((rows.tokens, rows.sampler))
-    assert compiled.memory_analysis().alias_size_in_bytes >= state
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    assert analysis.alias_size_in_bytes >= state
 
 
-def test_nothing_compiles_while_serving(engine) -> None:
+def test_nothing_compiles_while_serving(engine: Engine) -> None:
     """Not even in jax itself: after warm-up the programs there are serve every kind of request."""
     compiled: list[str] = []
 
-    def listen(event: str, duration: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
@@ -85,11 +88,11 @@ def test_unknown_program() -> None:
         Programs()["forward", 3]
 
 
-def test_memory_is_measured(engine) -> None:
+def test_memory_is_measured(engine: Engine) -> None:
     """With memory_utilization the pages fill what weights, rows and temporaries leave."""
     lowering = engine._core.runner.lowering
     use, page, device = measure(lowering), page_bytes(lowering), jax.devices()[0]
-    assert use.weights == sum(p.nbytes for p in engine._core.runner._params)
+    assert use.weights == bytes_per_device(lowering.params)
     assert use.temporaries > 0
     share = (use.total + 100.5 * page) / device_memory(device)
     count = count_pages(CacheConfig(memory_utilization=share), page, device, lambda: use)
