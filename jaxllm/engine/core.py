@@ -108,6 +108,10 @@ class EngineCore:
         """Requests that have not given out their last output."""
         return len(self._requests)
 
+    def __contains__(self, request_id: object) -> bool:
+        """Whether an unfinished request has this id."""
+        return request_id in self._requests
+
     def get_metrics(self) -> dict[str, float]:
         """What has been counted, and how things stand; see `Metrics.snapshot`."""
         cache = self.scheduler.cache.stats()

@@ -3,8 +3,7 @@
 import dataclasses
 import itertools
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +18,7 @@ from jaxllm.engine.chat import Conversation
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.inputs import EngineInput, Prompt, TokensPrompt
 from jaxllm.engine.loading import EngineParts, load_parts
+from jaxllm.engine.mail import Mail
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.sampling import RequestOutputKind, SamplingParams
 
@@ -39,7 +39,7 @@ class Engine:
         self._core = parts.core
         self._inputs = parts.inputs
         self._ids = itertools.count()
-        self._other_outputs: deque[RequestOutput] = deque()
+        self._mail = Mail(parts.core)
         self._asleep: _Asleep | None = None
         self._closed = False
 
@@ -119,16 +119,15 @@ class Engine:
         bar = _progress_bar(progress, len(ids))
         done: dict[str, RequestOutput] = {}
         try:
-            for request_id, input in zip(ids, inputs, strict=True):
-                self._core.add(request_id, input)
-            while len(done) < len(ids):
-                for output in self._step_for(ids):
+            with self._mail.reading(ids) as outputs:
+                for request_id, input in zip(ids, inputs, strict=True):
+                    self._core.add(request_id, input)
+                while len(done) < len(ids):
+                    output = next(outputs)
                     done[output.request_id] = output
                     bar.update()
         finally:
             bar.close()
-            for request_id in ids:
-                self._core.abort(request_id)
         return [self._checked(done[request_id]) for request_id in ids]
 
     def _checked(self, output: RequestOutput) -> RequestOutput:
@@ -159,15 +158,13 @@ class Engine:
 
     def _stream(self, input: EngineInput) -> Iterator[RequestOutput]:
         request_id = self._next_id()
-        self._core.add(request_id, input)
-        try:
+        with self._mail.reading([request_id]) as outputs:
+            self._core.add(request_id, input)
             finished = False
             while not finished:
-                for output in self._step_for([request_id]):
-                    finished = output.finished
-                    yield self._checked(output)
-        finally:
-            self._core.abort(request_id)
+                output = next(outputs)
+                finished = output.finished
+                yield self._checked(output)
 
     # One step at a time
 
@@ -207,15 +204,22 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Runs one step, and returns the outputs of requests that have something new."""
         self._check_awake()
-        return [*self._take_others(), *self._core.step()]
+        self._mail.advance()
+        return self._mail.take_unclaimed()
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Ends a request; its last output, or None if there is no unfinished request of this id."""
-        return self._core.abort(request_id)
+        output = self._core.abort(request_id)
+        if output is not None:
+            self._mail.tell_reader(output)
+        return output
 
     def abort_all(self) -> list[RequestOutput]:
         """Ends every request; their last outputs."""
-        return self._core.abort_all()
+        outputs = self._core.abort_all()
+        for output in outputs:
+            self._mail.tell_reader(output)
+        return outputs
 
     @property
     def num_unfinished_requests(self) -> int:
@@ -224,24 +228,13 @@ class Engine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do."""
-        return self._core.has_unfinished or bool(self._other_outputs)
-
-    def _step_for(self, ids: Iterable[str]) -> Iterator[RequestOutput]:
-        """One step's outputs of some requests; those of others are kept for the next `step`."""
-        wanted = set(ids)
-        for output in self._core.step():
-            if output.request_id in wanted:
-                yield output
-            else:
-                self._other_outputs.append(output)
-
-    def _take_others(self) -> list[RequestOutput]:
-        taken = list(self._other_outputs)
-        self._other_outputs.clear()
-        return taken
+        return self._core.has_unfinished or self._mail.has_unclaimed
 
     def _next_id(self) -> str:
-        return f"request-{next(self._ids)}"
+        """An id that no unfinished request has."""
+        while (request_id := f"request-{next(self._ids)}") in self._core:
+            pass
+        return request_id
 
     # The engine itself
 
@@ -298,7 +291,12 @@ class Engine:
         self._asleep = _Asleep(runner.sleep(keep_weights=level == 1))
 
     def wake_up(self) -> None:
-        """Takes the device's memory again after `sleep`. Does nothing while awake."""
+        """Takes the device's memory again after `sleep`. Does nothing while awake.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
+        self._check_open()
         if self._asleep is None:
             return
         runner, saved = self._core.runner, self._asleep.weights
@@ -319,7 +317,7 @@ class Engine:
         """Ends all requests and frees the device's memory. Closing twice does nothing."""
         if not self._closed:
             self._closed = True
-            self._core.abort_all()
+            self.abort_all()
             self._core.runner.close()
 
     def __enter__(self) -> Self:
@@ -345,9 +343,12 @@ class Engine:
         """Why requests have ended with errors, most recently."""
         return self._core.last_error
 
-    def _check_awake(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the engine is closed; make another")
+
+    def _check_awake(self) -> None:
+        self._check_open()
         if self.failure is not None:
             raise EngineFailedError("the engine has failed; make another") from self.failure
         if self._asleep is not None:
