@@ -1,4 +1,4 @@
-"""What every test runs under: eight virtual CPU devices, one cache of compiled programs, reproducible histories."""
+"""What every test runs under: eight virtual CPU devices, a cache of compiled programs, fixed histories."""
 
 import os
 from pathlib import Path
@@ -8,9 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # a test that would need the network fails at once, not after retries
+# A test that would need the network fails at once, not after retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from hypothesis import settings
 
