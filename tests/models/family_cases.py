@@ -152,3 +152,23 @@ CASES: dict[str, Case] = {
         },
     ),
 }
+
+# What has too many weights for a golden file.
+LIVE_CASES: dict[str, Case] = {
+    **CASES,
+    "gemma3-multimodal": Case(
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": _GEMMA3,
+            "mm_tokens_per_image": 4,
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+        },
+    ),
+}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from family_cases import CASES, DECODE_STEPS
+from family_cases import DECODE_STEPS, LIVE_CASES
 from paged_harness import PagedRunner, continue_greedily
 from safetensors.numpy import load_file
 
@@ -15,12 +15,12 @@ pytestmark = pytest.mark.parity
 SEED = 1000
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", LIVE_CASES)
 def test_family_equals_transformers(name: str, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="transformers runs its models in torch: pip install jaxllm[parity]")
     import transformers_reference as reference
 
-    case, theirs = CASES[name], reference.make_model(CASES[name], SEED)
+    case, theirs = LIVE_CASES[name], reference.make_model(LIVE_CASES[name], SEED)
     prompts = reference.make_prompts(theirs.config.get_text_config().vocab_size, SEED)
     expected = [reference.continue_greedily(theirs, prompt) for prompt in prompts]
     reference.save_checkpoint(theirs, tmp_path)
