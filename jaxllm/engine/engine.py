@@ -7,20 +7,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine.beam_search import BeamSearch, BeamSearchOutput
 from jaxllm.engine.chat import Conversation
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.inputs import EngineInput, Prompt, TokensPrompt
 from jaxllm.engine.loading import EngineParts, load_parts
 from jaxllm.engine.mail import Mail
 from jaxllm.engine.outputs import RequestOutput
-from jaxllm.sampling import RequestOutputKind, SamplingParams
+from jaxllm.engine.scoring import SCORING_PARAMS, PromptScore, prompt_score
+from jaxllm.engine.sleeping import Sleep
+from jaxllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
 
 
 class Engine:
@@ -40,7 +41,7 @@ class Engine:
         self._inputs = parts.inputs
         self._ids = itertools.count()
         self._mail = Mail(parts.core)
-        self._asleep: _Asleep | None = None
+        self._sleep = Sleep(parts.core, parts.load_weights)
         self._closed = False
 
     @classmethod
@@ -88,7 +89,7 @@ class Engine:
         """
         self._check_awake()
         inputs = self._inputs.make_batch(prompts, params, priority=priority, **input_options)
-        return self._run([_final_only(input) for input in inputs], progress)
+        return self._run([_with_kind(input, RequestOutputKind.FINAL_ONLY) for input in inputs], progress)
 
     def chat(
         self,
@@ -107,11 +108,42 @@ class Engine:
                 `chat_template_kwargs`, see `InputProcessor.render_chat`.
         """
         self._check_awake()
-        conversations = [messages] if _is_conversation(messages) else messages
+        conversations: Sequence[Any] = [messages] if _is_conversation(messages) else messages
         prompts = [
             self._inputs.render_chat(conversation, **template_options) for conversation in conversations
         ]
         return self.generate(prompts, params, progress=progress, priority=priority)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        progress: bool | Callable[..., Any] = False,
+    ) -> list[BeamSearchOutput]:
+        """Finds each prompt's likeliest outputs with beams; see `jaxllm.engine.beam_search`.
+
+        Raises:
+            ValueError, TypeError: a prompt or parameter that cannot be served, such as more beams than half
+                of the engine's `max_logprobs`; then nothing has been started.
+            RequestFailedError: something broke while it ran.
+        """
+        self._check_awake()
+        search = BeamSearch(self._inputs, prompts, params)
+        with _progress_bar(progress, search.max_rounds, unit="token") as bar:
+            while requests := search.next_requests():
+                search.advance(self._run(requests, progress=False))
+                bar.update()
+        return search.outputs()
+
+    def score(self, prompts: Prompt | Sequence[Prompt], **input_options: Any) -> list[PromptScore]:
+        """How likely the model finds texts: the log probability of each prompt's tokens.
+
+        Arguments and errors are those of `generate`. A text has to be shorter than `max_model_len`.
+        """
+        self._check_awake()
+        inputs = self._inputs.make_batch(prompts, SCORING_PARAMS, **input_options)
+        return [prompt_score(output) for output in self._run(inputs, progress=False)]
 
     def _run(self, inputs: Sequence[EngineInput], progress: bool | Callable[..., Any]) -> list[RequestOutput]:
         """Runs requests to their ends; none of them is left behind if this is interrupted."""
@@ -147,7 +179,10 @@ class Engine:
         that is not read to its end is aborted when it is closed.
         """
         self._check_awake()
-        return self._stream(_delta(self._inputs.make(prompt, params, **input_options)))
+        input = self._inputs.make(prompt, params, **input_options)
+        if input.params.output_kind is RequestOutputKind.CUMULATIVE:
+            input = _with_kind(input, RequestOutputKind.DELTA)
+        return self._stream(input)
 
     def stream_chat(
         self, messages: Conversation, params: SamplingParams | None = None, **template_options: Any
@@ -238,6 +273,11 @@ class Engine:
 
     # The engine itself
 
+    @property
+    def default_params(self) -> SamplingParams:
+        """What requests without parameters get: what the model's generation_config.json suggests."""
+        return self._inputs.default_params
+
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
 
@@ -276,19 +316,8 @@ class Engine:
             ValueError: another level.
             RuntimeError: requests are running.
         """
-        if level not in (1, 2):
-            raise ValueError(
-                f"level={level}: must be 1 (weights to the host's memory) or 2 (weights dropped)"
-            )
         self._check_awake()
-        if self._core.has_unfinished:
-            raise RuntimeError(
-                f"{self._core.num_unfinished} requests are unfinished; finish or abort them first"
-            )
-        self._core.drain()
-        self.reset_prefix_cache()
-        runner = self._core.runner
-        self._asleep = _Asleep(runner.sleep(keep_weights=level == 1))
+        self._sleep.begin(level)
 
     def wake_up(self) -> None:
         """Takes the device's memory again after `sleep`. Does nothing while awake.
@@ -297,21 +326,12 @@ class Engine:
             RuntimeError: the engine is closed.
         """
         self._check_open()
-        if self._asleep is None:
-            return
-        runner, saved = self._core.runner, self._asleep.weights
-        if saved is None:
-            params = self._parts.load_weights()
-        else:
-            shardings = tuple(shape.sharding for shape in runner.lowering.params)
-            params = tuple(jax.device_put(saved, shardings))
-        runner.wake(params)
-        self._asleep = None
+        self._sleep.end()
 
     @property
     def is_sleeping(self) -> bool:
         """Whether it sleeps."""
-        return self._asleep is not None
+        return self._sleep.active
 
     def close(self) -> None:
         """Ends all requests and frees the device's memory. Closing twice does nothing."""
@@ -351,34 +371,18 @@ class Engine:
         self._check_open()
         if self.failure is not None:
             raise EngineFailedError("the engine has failed; make another") from self.failure
-        if self._asleep is not None:
+        if self._sleep.active:
             raise RuntimeError("the engine sleeps; call wake_up() first")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asleep:
-    """What a sleeping engine keeps: its weights, or None where they are to be loaded again."""
-
-    weights: tuple[np.ndarray, ...] | None
 
 
 def _is_conversation(messages: Any) -> bool:
     return bool(messages) and isinstance(messages[0], Mapping)
 
 
-def _final_only(input: EngineInput) -> EngineInput:
-    params = dataclasses.replace(input.params, output_kind=RequestOutputKind.FINAL_ONLY)
-    return dataclasses.replace(input, params=params)
+def _with_kind(input: EngineInput, kind: RequestOutputKind) -> EngineInput:
+    return dataclasses.replace(input, params=dataclasses.replace(input.params, output_kind=kind))
 
 
-def _delta(input: EngineInput) -> EngineInput:
-    if input.params.output_kind is not RequestOutputKind.CUMULATIVE:
-        return input
-    return dataclasses.replace(
-        input, params=dataclasses.replace(input.params, output_kind=RequestOutputKind.DELTA)
-    )
-
-
-def _progress_bar(progress: bool | Callable[..., Any], total: int) -> Any:
+def _progress_bar(progress: bool | Callable[..., Any], total: int, unit: str = "request") -> Any:
     make = progress if callable(progress) else tqdm
-    return make(total=total, desc="Generating", unit="request", disable=not progress)
+    return make(total=total, desc="Generating", unit=unit, disable=not progress)
