@@ -6,12 +6,13 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from jaxllm.engine.beam_search import BeamSearchOutput
 from jaxllm.engine.chat import Conversation
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.inputs import Prompt
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.vllm_options import translate
-from jaxllm.sampling.params import SamplingParams
+from jaxllm.sampling.params import BeamSearchParams, SamplingParams
 
 
 class LLM:
@@ -140,11 +141,36 @@ class LLM:
             chat_template_kwargs=chat_template_kwargs,
         )
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: bool | Callable[..., Any] = False,
+        concurrency_limit: None = None,
+    ) -> list[BeamSearchOutput]:
+        """Finds each prompt's likeliest outputs with beams; see `jaxllm.engine.beam_search`.
+
+        Args:
+            prompts: a string, a list of token ids, a dict (`TextPrompt`, `TokensPrompt`), or a list of these.
+            params: for all of them.
+            lora_request: not supported.
+            use_tqdm: show a progress bar; or a function to make one with.
+            concurrency_limit: not supported: beams of all prompts share the batches as far as they fit.
+
+        Raises:
+            ValueError, TypeError: a prompt or parameter that cannot be served, such as more beams than half
+                of `max_logprobs`; then nothing has been started.
+        """
+        _refuse("lora_request", lora_request, "merge the adapter into the weights")
+        _refuse("concurrency_limit", concurrency_limit, "beams wait for room by themselves; leave it out")
+        return self.llm_engine.beam_search(prompts, params, progress=use_tqdm)
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What requests without parameters get: the model's own, unless `generation_config="vllm"`."""
         if self._neutral_defaults:
             return SamplingParams()
-        return self.llm_engine.make_input([0]).params  # any prompt would do
+        return self.llm_engine.default_params
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.

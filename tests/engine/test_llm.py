@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from small import CHECKPOINTS, OPTIONS, golden, greedy
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, BeamSearchParams, SamplingParams
 from jaxllm.config import EngineConfig, option_fields
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.vllm_options import MEANINGLESS, REFUSED, RENAMED, translate
@@ -170,6 +170,21 @@ def test_chat(engine: Recorder) -> None:
             llm.chat(messages, **{name: value})  # pyright: ignore[reportArgumentType]
 
 
+def test_beam_search(engine: Recorder) -> None:
+    params = BeamSearchParams(beam_width=2, max_tokens=3)
+    llm = LLM("model")
+    engine.calls.clear()
+    assert llm.beam_search(["a"], params) == "beam_search's result"
+    llm.beam_search(["a"], params, use_tqdm=True)
+    assert engine.calls == [
+        ("beam_search", (["a"], params), {"progress": False}),
+        ("beam_search", (["a"], params), {"progress": True}),
+    ]
+    for name in ("lora_request", "concurrency_limit"):
+        with pytest.raises(NotImplementedError, match=f"{name}=5: not supported"):
+            llm.beam_search(["a"], params, **{name: 5})  # pyright: ignore[reportArgumentType]
+
+
 def test_defaults_without_the_models_own(engine: Recorder) -> None:
     llm = LLM("model", generation_config="vllm")
     llm.generate("a")
@@ -215,6 +230,8 @@ def test_a_model_runs() -> None:
     with LLM(str(CHECKPOINTS / "llama"), **options) as llm:
         outputs = llm.generate(prompts, greedy(16), use_tqdm=False)
         assert llm.get_default_sampling_params() == SamplingParams(detokenize=False)
+        [beams] = llm.beam_search(prompts[:1], BeamSearchParams(beam_width=1, max_tokens=4, ignore_eos=True))
+    assert beams.sequences[0].tokens == prompts[0] + reference["tokens0"][:4].tolist()
     assert [output.prompt_token_ids for output in outputs] == prompts
     assert [output.outputs[0].token_ids for output in outputs] == [
         reference[f"tokens{i}"].tolist() for i in range(2)
