@@ -178,7 +178,7 @@ def test_allowed_token_ids(engine: Engine) -> None:
 
 def test_bad_words(engine: Engine) -> None:
     tokenizer = make_tokenizer()
-    texts = [tokenizer.decode([token]) for token in EXPECTED]
+    texts = [str(tokenizer.decode([token])) for token in EXPECTED]
     at = next(i for i in range(1, len(texts) - 1) if (texts[i] + texts[i + 1]).isalnum())
     word, pair = texts[at] + texts[at + 1], EXPECTED[at : at + 2]
     assert tokenizer.encode(word, add_special_tokens=False) == pair
