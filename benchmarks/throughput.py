@@ -64,17 +64,15 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    found: dict[str, list[float]] = {}
     with Engine.from_pretrained(arguments.model, max_model_len=MAX_MODEL_LEN) as engine:
-        print(f"{engine.get_metrics()['compile_seconds']:.0f} s to make the programs ready")
+        print(f"{engine.get_metrics()['compile_seconds']:.0f} s to make the programs ready", flush=True)
         for measure in (alone, together, prefill):
             measure(engine, seed=0)
-            for seed in range(1, arguments.rounds + 1):
-                for name, value in measure(engine, seed).items():
-                    found.setdefault(name, []).append(value)
-    for name, values in found.items():
-        best = min(values) if "seconds" in name else max(values)
-        print(f"{name:42} best {best:8.3g}   median {statistics.median(values):8.3g}")
+            rounds = [measure(engine, seed) for seed in range(1, arguments.rounds + 1)]
+            for name in rounds[0]:
+                values = [found[name] for found in rounds]
+                best = min(values) if "seconds" in name else max(values)
+                print(f"{name:42} best {best:8.3g}   median {statistics.median(values):8.3g}", flush=True)
 
 
 if __name__ == "__main__":
