@@ -26,7 +26,7 @@ demo: $(VENV)/.has-demo  ## install, and let a small chat model answer in the te
 		"What is a paged key-value cache good for? Answer in three sentences."
 
 test: $(VENV)/.has-demo $(VENV)/.has-test  ## install, and run the tests
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile $(ARGS)
 
 # torch goes into an environment of its own, so that nothing else can come to lean on it.
 parity:  ## compare with transformers running live, in .venv-parity (installs torch)
@@ -39,7 +39,8 @@ goldens:  ## make the golden files again with transformers, in .venv-parity (ins
 	$(MAKE) run-goldens VENV=$(VENV)-parity
 
 run-goldens: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-torch
-	$(VENV)/bin/python tests/models/make_goldens.py $(ARGS)
+	$(VENV)/bin/python tests/models/make_goldens.py
+	$(VENV)/bin/python tests/engine/make_demo_golden.py
 
 lint: $(VENV)/.has-dev  ## ruff: rules and format
 	$(VENV)/bin/ruff check .

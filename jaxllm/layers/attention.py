@@ -1,13 +1,14 @@
 """Self-attention over paged keys and values."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxllm.layers.batch import Batch, Cache
@@ -109,23 +110,33 @@ class Attention(nnx.Module):
     def _attend(self, q: Array, k: Array, v: Array, cache: Cache, batch: Batch) -> tuple[Array, Cache]:
         """Each device attends with its own heads over its own part of the pages."""
         group, pool = batch.slots[self.layer]
-        attend = partial(
-            paged_attention,
-            scale=self.options.scale,
-            sliding_window=self.window,
-            soft_cap=self.options.soft_cap,
-            backend=batch.backend,
+        mesh = jax.sharding.get_abstract_mesh()
+        attend = sharded_attention(
+            mesh, self.options.scale, self.window, self.options.soft_cap, batch.backend
         )
-        heads = partition_spec((None, "heads", None))
-        pages = pages_spec(batch.backend)
-        attend = jax.shard_map(
+        out, pages = attend(q, k, v, cache[pool], batch.groups[group])
+        return out, (*cache[:pool], pages, *cache[pool + 1 :])
+
+
+@functools.cache
+def sharded_attention(
+    mesh: AbstractMesh, scale: float, window: int | None, soft_cap: float | None, backend: str
+) -> Callable[..., tuple[Array, Array]]:
+    """The op over the mesh. Layers that are alike share one function, so that it is traced once for all."""
+    heads = partition_spec((None, "heads", None))
+    pages = pages_spec(backend)
+    attend = functools.partial(
+        paged_attention, scale=scale, sliding_window=window, soft_cap=soft_cap, backend=backend
+    )
+    return jax.jit(
+        jax.shard_map(
             attend,
+            mesh=mesh,
             in_specs=(heads, heads, heads, pages, PartitionSpec()),
             out_specs=(heads, pages),
             check_vma=False,  # kernels say nothing about how their results vary over the mesh
         )
-        out, pages = attend(q, k, v, cache[pool], batch.groups[group])
-        return out, (*cache[:pool], pages, *cache[pool + 1 :])
+    )
 
 
 def pages_spec(backend: str) -> PartitionSpec:

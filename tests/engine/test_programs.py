@@ -91,19 +91,17 @@ def test_unknown_program() -> None:
 def test_memory_is_measured(engine: Engine) -> None:
     """With memory_utilization the pages fill what weights, rows and temporaries leave."""
     lowering = engine._core.runner.lowering
-    use, page, device = measure(lowering), page_bytes(lowering), jax.devices()[0]
+    use, page, mesh = measure(lowering), page_bytes(lowering), lowering.mesh
     assert use.weights == bytes_per_device(lowering.params)
     assert use.temporaries > 0
-    share = (use.total + 100.5 * page) / device_memory(device)
-    count = count_pages(CacheConfig(memory_utilization=share), page, device, lambda: use)
+    share = (use.total + 100.5 * page) / device_memory(mesh)
+    count = count_pages(CacheConfig(memory_utilization=share), page, mesh, lambda: use)
     assert count == 100
     with pytest.raises(ValueError, match=r"memory_utilization=.*temporaries.*raise memory_utilization"):
-        count_pages(
-            CacheConfig(memory_utilization=use.total / device_memory(device)), page, device, lambda: use
-        )
+        count_pages(CacheConfig(memory_utilization=use.total / device_memory(mesh)), page, mesh, lambda: use)
     with pytest.raises(ValueError, match="kv_cache_memory=1 leaves 1 bytes"):
-        count_pages(CacheConfig(kv_cache_memory=1), page, device, lambda: use)
-    assert count_pages(CacheConfig(kv_cache_memory=10 * page), page, device, lambda: use) == 10
+        count_pages(CacheConfig(kv_cache_memory=1), page, mesh, lambda: use)
+    assert count_pages(CacheConfig(kv_cache_memory=10 * page), page, mesh, lambda: use) == 10
 
 
 def test_longest_request() -> None:
