@@ -252,9 +252,10 @@ class Scheduler:
         to compute again.
         """
         start = request.num_computed_tokens
+        # at every step, so that a prompt's pages can be found as soon as they have been computed
+        self.cache.advance(request.tables, request.chain, request.token_ids, start)
         if start + wanted <= self.cache.capacity(request.tables.num_columns, 0):
             return wanted
-        self.cache.advance(request.tables, request.chain, request.token_ids, start)
         while True:
             room = self.cache.capacity(request.tables.num_columns, self.cache.pool.num_available) - start
             if room or self.running[-1] is request:

@@ -66,6 +66,18 @@ def test_without_chunking_a_prompt_waits_for_a_step_that_takes_all_of_it() -> No
     assert [(r.request_id, r.num_tokens) for r in run(s).rows] == [("a", 1), ("b", 20), ("c", 5)]
 
 
+def test_a_prompt_can_be_found_as_soon_as_it_has_been_computed() -> None:
+    """Also while the first request goes on in a page that is not full, and needs no new one for a while."""
+    small = scheduler()
+    small.add(request("a", 18, max_tokens=9))
+    run(small)
+    twin = Request("b", request("a", 18).prompt_token_ids, 4)
+    small.add(twin)
+    plan = run(small)
+    assert [(row.request_id, row.start) for row in plan.rows] == [("a", 18), ("b", 16)]
+    assert twin.num_cached_tokens == 16
+
+
 def test_rows_are_given_back_and_taken_again() -> None:
     s = scheduler(max_num_seqs=2)
     for name in "abc":
