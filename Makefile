@@ -50,7 +50,7 @@ format: $(VENV)/.has-dev  ## ruff: mend what can be mended
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-typecheck: $(VENV)/.has-dev $(VENV)/.has-test  ## pyright
+typecheck: $(VENV)/.has-demo $(VENV)/.has-dev $(VENV)/.has-test  ## pyright
 	$(VENV)/bin/pyright
 
 imports: $(VENV)/.has-dev  ## import-linter: the floors
