@@ -61,8 +61,11 @@ def paged_attention_xla(
     options = Options(scale, sliding_window, soft_cap, sinks)
     place = locate_tokens(batch, q.shape[0])
     pages = _write(k, v, pages, batch, place)
-    attend = _attend_tokens if q.shape[0] <= MOST_SINGLE_TOKENS else _attend_tiles
-    return attend(q, pages, batch, place, options).astype(q.dtype), pages
+    if q.shape[0] <= MOST_SINGLE_TOKENS:
+        out = _attend_tokens(q, pages, batch, place, options)
+    else:
+        out = _attend_tiles(q, pages, batch, options)
+    return out.astype(q.dtype), pages
 
 
 def _write(k: Array, v: Array, pages: Pages, batch: RaggedBatch, place: TokenPlace) -> Pages:
@@ -86,12 +89,11 @@ def _attend_tokens(q: Array, pages: Pages, batch: RaggedBatch, place: TokenPlace
     return _attend(q[:, None], last[:, None], batch.page_table[place.row], pages, options)[:, 0]
 
 
-def _attend_tiles(q: Array, pages: Pages, batch: RaggedBatch, place: TokenPlace, options: Options) -> Array:
+def _attend_tiles(q: Array, pages: Pages, batch: RaggedBatch, options: Options) -> Array:
     """Tile by tile in the order of the tokens, each within one row.
 
     A row's last tile spills over the tokens after it, which the tiles after it then overwrite.
     """
-    del place  # a tile needs only its first token's
     counts = batch.query_start[1:] - batch.query_start[:-1]
     tiles_before = jnp.cumsum(-(-counts // TOKENS_PER_TILE))
     queries = jnp.pad(q, ((0, TOKENS_PER_TILE), (0, 0), (0, 0)))
