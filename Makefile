@@ -16,7 +16,7 @@ DEMO_WEIGHTS := $(shell sed -n 's/^demo = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test parity run-parity goldens run-goldens lint format typecheck imports notebooks dev clean
+.PHONY: help demo test aot run-aot parity run-parity goldens run-goldens lint format typecheck imports notebooks dev clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,16 @@ demo: $(VENV)/.has-demo  ## install, and let a small chat model answer in the te
 
 test: $(VENV)/.has-demo $(VENV)/.has-test  ## install, and run the tests
 	$(PYTEST) -n 2 --dist loadfile $(ARGS)
+
+# The compilers of accelerators go into an environment of their own: every plain `import jax` beside them tries to
+# reach a TPU and a GPU. JAX_PLATFORMS and TPU_SKIP_MDS_QUERY keep them from looking for one.
+aot:  ## compile kernels and whole steps for TPUs and H100, none of which need be there, in .venv-aot
+	$(MAKE) run-aot VENV=$(VENV)-aot
+
+run-aot: export JAX_PLATFORMS = cpu
+run-aot: export TPU_SKIP_MDS_QUERY = 1
+run-aot: $(VENV)/.has-test $(VENV)/.has-aot
+	$(PYTEST) -m aot tests/aot $(ARGS)
 
 # torch goes into an environment of its own, so that nothing else can come to lean on it.
 parity:  ## compare with transformers running live, in .venv-parity (installs torch)
@@ -63,7 +73,7 @@ dev: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-dev $(VENV)/.has-notebook 
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) $(VENV)-parity .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-aot $(VENV)-parity .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' || { \
