@@ -28,12 +28,14 @@ from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.models.loading import load_weights
 from jaxllm.models.registry import ModelRegistry
 from jaxllm.parallel import make_mesh
+from jaxllm.runner.kernels import choose_attention
 from jaxllm.runner.lowering import Lowering, Sizes
 from jaxllm.runner.memory import count_pages, measure, page_bytes
 from jaxllm.runner.programs import use_compilation_cache
 from jaxllm.runner.runner import Runner
 from jaxllm.sampling import SamplerConfig, registered_logits_processors
 from jaxllm.scheduler.scheduler import Scheduler
+from pallas_kernels.paged_attention import Backend
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +101,13 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
     with closing(_open(config)) as checkpoint:
         architecture = ModelRegistry.resolve(checkpoint.config)
         model = _read_model(config, checkpoint, architecture, mesh)
+        attention = choose_attention(config.compile.attention_backend, model, mesh, config.cache.page_size)
         tokenizer = _load_tokenizer(config, checkpoint)
         generation = checkpoint.generation_config
         eos = find_eos_token_ids(tokenizer, generation, checkpoint.config)
     source = WeightSource(config, architecture, model, mesh)
     params = source()
-    lowering, num_pages = _size(config, model, architecture, params, mesh)
+    lowering, num_pages = _size(config, model, architecture, params, mesh, attention.backend)
     sizes = lowering.sizes
     scheduler = Scheduler(
         CacheManager(
@@ -181,6 +184,7 @@ def _size(
     architecture: type[CausalLM],
     params: tuple[Array, ...],
     mesh: Mesh,
+    backend: Backend,
 ) -> tuple[Lowering, int]:
     """The programs' sizes, and the number of pages: as many as fit, and no request longer than they hold."""
     device = mesh.devices.flat[0]
@@ -203,7 +207,7 @@ def _size(
             num_logprobs=model.vocab_size if config.model.max_logprobs == -1 else config.model.max_logprobs,
         ),
         SamplerConfig(model.vocab_size, processors=registered_logits_processors()),
-        config.compile.attention_backend,
+        backend,
     )
     num_pages = count_pages(config.cache, page_bytes(lowering), mesh, partial(measure, lowering))
     longest = longest_request(lowering, num_pages)

@@ -16,7 +16,7 @@ from jaxllm.layers.linear import Linear
 from jaxllm.layers.norm import NormOptions, RMSNorm
 from jaxllm.layers.rope import Rotation, rotate
 from jaxllm.parallel import partition_spec
-from pallas_kernels.paged_attention import PageGeometry, paged_attention, resolve_backend
+from pallas_kernels.paged_attention import Backend, PageLayout, paged_attention
 
 HeadNorm = Literal["each", "all"]
 """Queries and keys are normalized head by head, or all heads of a token at once."""
@@ -120,11 +120,11 @@ class Attention(nnx.Module):
 
 @functools.cache
 def sharded_attention(
-    mesh: AbstractMesh, scale: float, window: int | None, soft_cap: float | None, backend: str
+    mesh: AbstractMesh, scale: float, window: int | None, soft_cap: float | None, backend: Backend
 ) -> Callable[..., tuple[Array, Array]]:
     """The op over the mesh. Layers that are alike share one function, so that it is traced once for all."""
     heads = partition_spec((None, "heads", None))
-    pages = pages_spec(backend)
+    pages = pages_spec(backend.layout)
     attend = functools.partial(
         paged_attention, scale=scale, sliding_window=window, soft_cap=soft_cap, backend=backend
     )
@@ -139,9 +139,6 @@ def sharded_attention(
     )
 
 
-def pages_spec(backend: str) -> PartitionSpec:
-    """How a backend's pools of pages are cut: along their heads."""
-    layout = resolve_backend(backend).layout(PageGeometry(1, 1, 1, 1, jnp.dtype(jnp.float32)))
-    axes: list[str | None] = [None] * len(layout.array.shape)
-    axes[layout.heads_axis] = "kv_heads"
-    return partition_spec(axes)
+def pages_spec(layout: PageLayout) -> PartitionSpec:
+    """How pools of pages in a packing are cut: along their heads."""
+    return partition_spec((None,) * layout.heads_axis + ("kv_heads",))

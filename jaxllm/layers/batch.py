@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import jax
 from jaxtyping import Array, Int, Shaped
 
-from pallas_kernels.paged_attention import RaggedBatch
+from pallas_kernels.paged_attention import Backend, RaggedBatch
 
 Cache = tuple[Shaped[Array, "..."], ...]
 """Pools of pages, each packed as the attention backend likes it."""
@@ -20,10 +20,10 @@ class Batch:
         positions: each token's place in its sequence.
         groups: where the keys of each cache group lie; layers of one kind share page ids and so a group.
         slots: for each layer its group, and the index of its pool in the cache. Static.
-        backend: name of the attention backend. Static.
+        backend: the attention kernel. Static.
     """
 
     positions: Int[Array, " tokens"]
     groups: tuple[RaggedBatch, ...]
     slots: tuple[tuple[int, int], ...] = field(metadata={"static": True})
-    backend: str = field(default="auto", metadata={"static": True})
+    backend: Backend = field(metadata={"static": True})

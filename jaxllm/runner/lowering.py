@@ -22,7 +22,7 @@ from jaxllm.sampling.logprobs import token_logprobs
 from jaxllm.sampling.params import SamplingParams
 from jaxllm.sampling.settings import row_settings
 from jaxllm.sampling.state import Feature, RowSettings, SamplerConfig, empty_state
-from pallas_kernels.paged_attention import PageGeometry, resolve_backend
+from pallas_kernels.paged_attention import Backend, PageGeometry
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Lowering:
     Attributes:
         params: shapes and shardings of the weights, in the order that `merge` takes them.
         layout: which layers share page tables, and which pool holds each layer's pages.
-        backend: name of the attention backend.
+        backend: the attention kernel.
     """
 
     model: DecoderConfig
@@ -61,7 +61,7 @@ class Lowering:
     layout: CacheLayout
     sizes: Sizes
     sampler: SamplerConfig
-    backend: str = "auto"
+    backend: Backend
 
     def with_max_model_len(self, max_model_len: int) -> "Lowering":
         """The same for requests of another greatest length."""
@@ -96,8 +96,8 @@ class Lowering:
             self.model.head_dim,
             jnp.dtype(self.model.dtype),
         )
-        pool = resolve_backend(self.backend).layout(geometry).array
-        sharding = NamedSharding(self.mesh, pages_spec(self.backend))
+        pool = self.backend.layout.array(geometry)
+        sharding = NamedSharding(self.mesh, pages_spec(self.backend.layout))
         return (jax.ShapeDtypeStruct(pool.shape, pool.dtype, sharding=sharding),) * self.layout.num_pools
 
     def empty_rows(self) -> DeviceRows:

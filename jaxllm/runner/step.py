@@ -14,7 +14,7 @@ from jaxllm.runner.step_input import StepLayout
 from jaxllm.sampling.logprobs import token_logprobs
 from jaxllm.sampling.sampler import sample
 from jaxllm.sampling.state import RowSettings, SamplerConfig, SamplerState, load_row
-from pallas_kernels.paged_attention import RaggedBatch, locate_tokens
+from pallas_kernels.paged_attention import Backend, RaggedBatch, locate_tokens
 
 Merge = Callable[[tuple[Array, ...]], CausalLM]
 """Makes the model of its weights, while a program is traced."""
@@ -57,7 +57,7 @@ def run_forward(
     merge: Merge,
     layout: StepLayout,
     slots: tuple[tuple[int, int], ...],
-    backend: str,
+    backend: Backend,
 ) -> tuple[Cache, Int32[Array, "groups rows pages"], Forward]:
     """Runs a ragged batch through the model: the cache and the page tables are updated.
 

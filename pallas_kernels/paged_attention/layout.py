@@ -1,11 +1,15 @@
 """How a backend packs keys and values into a pool of pages."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+LogicalPages = Shaped[Array, "pages page_size 2*kv_heads dim"]
+"""Pages as the op defines them: k0, v0, k1, v1, ... on the heads axis."""
 
 
 @dataclass(frozen=True)
@@ -24,34 +28,113 @@ class PageGeometry:
         """Keys and values of one page, all heads, without padding."""
         return 2 * self.page_size * self.kv_heads * self.head_dim * self.dtype.itemsize
 
+    @property
+    def logical_shape(self) -> tuple[int, int, int, int]:
+        """Of `LogicalPages`."""
+        return (self.num_pages, self.page_size, 2 * self.kv_heads, self.head_dim)
+
     def with_pages(self, num_pages: int) -> "PageGeometry":
         """The same pool with another number of pages."""
         return dataclasses.replace(self, num_pages=num_pages)
 
 
+class PageLayout(Protocol):
+    """A packing of pages. A part of a pool, cut along `heads_axis`, is the packing of fewer heads."""
+
+    @property
+    def heads_axis(self) -> int:
+        """The axis of the array that tensor parallelism cuts."""
+        ...
+
+    def array(self, geometry: PageGeometry) -> jax.ShapeDtypeStruct:
+        """The array that holds such a pool."""
+        ...
+
+    def read(self, array: Array, kv_heads: int, head_dim: int) -> PageGeometry | None:
+        """What a pool in this packing holds; None for an array that is not one."""
+        ...
+
+    def pack(self, pages: LogicalPages) -> Array:
+        """From the op's definition of pages to this packing."""
+        ...
+
+    def unpack(self, array: Array, kv_heads: int, head_dim: int) -> LogicalPages:
+        """The inverse of `pack`."""
+        ...
+
+
 @dataclass(frozen=True)
-class PageLayout:
-    """An array that holds a pool: `heads_axis` is the one that tensor parallelism cuts."""
+class Interleaved:
+    """`[pages, page_size, 2 * kv_heads, head_dim]`: the op's own definition."""
 
-    array: jax.ShapeDtypeStruct
-    heads_axis: int
+    heads_axis: int = 2
+
+    def array(self, geometry: PageGeometry) -> jax.ShapeDtypeStruct:
+        """See `PageLayout`."""
+        return jax.ShapeDtypeStruct(geometry.logical_shape, geometry.dtype)
+
+    def read(self, array: Array, kv_heads: int, head_dim: int) -> PageGeometry | None:
+        """See `PageLayout`."""
+        if array.ndim != 4 or array.shape[2:] != (2 * kv_heads, head_dim):
+            return None
+        return PageGeometry(array.shape[0], array.shape[1], kv_heads, head_dim, jnp.dtype(array.dtype))
+
+    def pack(self, pages: LogicalPages) -> Array:
+        """See `PageLayout`."""
+        return pages
+
+    def unpack(self, array: Array, kv_heads: int, head_dim: int) -> LogicalPages:
+        """See `PageLayout`."""
+        return array
 
 
-LayoutFunction = Callable[[PageGeometry], PageLayout]
+@dataclass(frozen=True)
+class HeadMajor:
+    """`[kv_heads, pages, 2, page_size, head_dim]`: a head's page is one run of bytes, K and then V.
 
-
-def interleaved(geometry: PageGeometry) -> PageLayout:
-    """`[num_pages, page_size, 2 * kv_heads, head_dim]`: k0, v0, k1, v1, ... on the heads axis."""
-    shape = (geometry.num_pages, geometry.page_size, 2 * geometry.kv_heads, geometry.head_dim)
-    return PageLayout(jax.ShapeDtypeStruct(shape, geometry.dtype), heads_axis=2)
-
-
-def head_major(geometry: PageGeometry) -> PageLayout:
-    """`[kv_heads, num_pages, 2, page_size, head_dim]`: a head's page is one run of bytes, K and then V.
-
-    bfloat16 is kept as its bits: XLA on CPU turns a whole bfloat16 array into float32 and back for each
-    scatter or gather on it.
+    bfloat16 and float8 are kept as their bits: XLA on CPU turns a whole array of them into float32 and back
+    for each scatter or gather on it.
     """
-    shape = (geometry.kv_heads, geometry.num_pages, 2, geometry.page_size, geometry.head_dim)
-    dtype = jnp.dtype(jnp.uint16) if geometry.dtype == jnp.bfloat16 else geometry.dtype
-    return PageLayout(jax.ShapeDtypeStruct(shape, dtype), heads_axis=0)
+
+    heads_axis: int = 0
+
+    def array(self, geometry: PageGeometry) -> jax.ShapeDtypeStruct:
+        """See `PageLayout`."""
+        shape = (geometry.kv_heads, geometry.num_pages, 2, geometry.page_size, geometry.head_dim)
+        return jax.ShapeDtypeStruct(shape, BITS.get(geometry.dtype, geometry.dtype))
+
+    def read(self, array: Array, kv_heads: int, head_dim: int) -> PageGeometry | None:
+        """See `PageLayout`."""
+        if array.ndim != 5 or (array.shape[0], array.shape[2], array.shape[4]) != (kv_heads, 2, head_dim):
+            return None
+        return PageGeometry(array.shape[1], array.shape[3], kv_heads, head_dim, values_dtype(array.dtype))
+
+    def pack(self, pages: LogicalPages) -> Array:
+        """See `PageLayout`."""
+        count, size, heads, dim = pages.shape
+        packed = pages.reshape(count, size, heads // 2, 2, dim).transpose(2, 0, 3, 1, 4)
+        bits = BITS.get(jnp.dtype(pages.dtype))
+        return packed if bits is None else jax.lax.bitcast_convert_type(packed, bits)
+
+    def unpack(self, array: Array, kv_heads: int, head_dim: int) -> LogicalPages:
+        """See `PageLayout`."""
+        heads, count, _, size, dim = array.shape
+        dtype = values_dtype(array.dtype)
+        values = array if dtype == array.dtype else jax.lax.bitcast_convert_type(array, dtype)
+        return values.transpose(1, 3, 0, 2, 4).reshape(count, size, 2 * heads, dim)
+
+
+BITS = {
+    jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.uint16),
+    jnp.dtype(jnp.float8_e4m3fn): jnp.dtype(jnp.uint8),
+}
+"""The dtypes that `HeadMajor` keeps as bits, and as which."""
+
+
+def values_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype whose bits `HeadMajor` keeps in an array of `dtype`."""
+    return {bits: values for values, bits in BITS.items()}.get(jnp.dtype(dtype), jnp.dtype(dtype))
+
+
+INTERLEAVED = Interleaved()
+HEAD_MAJOR = HeadMajor()

@@ -2,9 +2,11 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.paged_attention.backend import Backend
 from pallas_kernels.paged_attention.batch import RaggedBatch, locate_tokens
+from pallas_kernels.paged_attention.scales import to_stored
 
 MASKED = -1e30
 
@@ -13,23 +15,26 @@ def paged_attention_reference(
     q: Float[Array, "tokens heads dim"],
     k: Float[Array, "tokens kv_heads dim"],
     v: Float[Array, "tokens kv_heads dim"],
-    pages: Float[Array, "pages page_size 2*kv_heads dim"],
+    pages: Shaped[Array, "pages page_size 2*kv_heads dim"],
     batch: RaggedBatch,
     *,
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, " heads"] | None,
-) -> tuple[Float[Array, "tokens heads dim"], Float[Array, "pages page_size 2*kv_heads dim"]]:
-    """See `paged_attention`; the cache's layout is `interleaved`."""
+    k_scale: Float[Array, " kv_heads"] | None,
+    v_scale: Float[Array, " kv_heads"] | None,
+) -> tuple[Float[Array, "tokens heads dim"], Shaped[Array, "pages page_size 2*kv_heads dim"]]:
+    """See `paged_attention`; the pages are packed as `INTERLEAVED`."""
     tokens, heads, dim = q.shape
     page_size, kv_heads = pages.shape[1], k.shape[1]
     place = locate_tokens(batch, tokens)
 
     page = batch.page_table[place.row, place.position // page_size]
     page = jnp.where(place.valid, page, pages.shape[0])  # out of range: dropped
-    new = jnp.stack([k, v], axis=2).reshape(tokens, 2 * kv_heads, dim)
-    pages = pages.at[page, place.position % page_size].set(new.astype(pages.dtype), mode="drop")
+    new = [to_stored(k, pages.dtype, k_scale), to_stored(v, pages.dtype, v_scale)]
+    new = jnp.stack(new, axis=2).reshape(tokens, 2 * kv_heads, dim)
+    pages = pages.at[page, place.position % page_size].set(new, mode="drop")
 
     context = batch.page_table.shape[1] * page_size
     kv = pages[batch.page_table].reshape(-1, context, kv_heads, 2, dim)[place.row].astype(jnp.float32)
@@ -39,10 +44,12 @@ def paged_attention_reference(
         seen &= key_position > place.position[:, None] - sliding_window
     seen &= place.valid[:, None]
     kv = jnp.where(seen[:, :, None, None, None], kv, 0.0)
+    keys = kv[..., 0, :] if k_scale is None else kv[..., 0, :] * k_scale[:, None]
+    values = kv[..., 1, :] if v_scale is None else kv[..., 1, :] * v_scale[:, None]
 
     grouped = q.astype(jnp.float32).reshape(tokens, kv_heads, heads // kv_heads, dim)
     exact = lax.Precision.HIGHEST
-    scores = jnp.einsum("thgd,tchd->thgc", grouped, kv[..., 0, :], precision=exact) * scale
+    scores = jnp.einsum("thgd,tchd->thgc", grouped, keys, precision=exact) * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(seen[:, None, None, :], scores, MASKED)
@@ -51,5 +58,8 @@ def paged_attention_reference(
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), sink)
     weights = jnp.where(seen[:, None, None, :], jnp.exp(scores - top), 0.0)
     total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - top)
-    out = jnp.einsum("thgc,tchd->thgd", weights / total, kv[..., 1, :], precision=exact)
+    out = jnp.einsum("thgc,tchd->thgd", weights / total, values, precision=exact)
     return out.reshape(q.shape).astype(q.dtype), pages
+
+
+BACKEND = Backend("reference", paged_attention_reference)

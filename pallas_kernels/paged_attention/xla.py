@@ -13,7 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
+from pallas_kernels.paged_attention.backend import Backend
 from pallas_kernels.paged_attention.batch import RaggedBatch, TokenPlace, locate_tokens
+from pallas_kernels.paged_attention.layout import BITS, HEAD_MAJOR, values_dtype
+from pallas_kernels.paged_attention.scales import Scale, to_stored
 
 MASKED = -1e30
 """Finite, so that a query whose keys are all masked so far stays free of NaN."""
@@ -35,6 +38,8 @@ class Options(NamedTuple):
     sliding_window: int | None
     soft_cap: float | None
     sinks: Float[Array, " heads"] | None
+    k_scale: Scale | None
+    v_scale: Scale | None
 
 
 class Softmax(NamedTuple):
@@ -56,11 +61,13 @@ def paged_attention_xla(
     sliding_window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, " heads"] | None,
+    k_scale: Scale | None,
+    v_scale: Scale | None,
 ) -> tuple[Float[Array, "tokens heads dim"], Pages]:
-    """See `paged_attention`; the cache's layout is `head_major`."""
-    options = Options(scale, sliding_window, soft_cap, sinks)
+    """See `paged_attention`; the pages are packed as `HEAD_MAJOR`."""
+    options = Options(scale, sliding_window, soft_cap, sinks, k_scale, v_scale)
     place = locate_tokens(batch, q.shape[0])
-    pages = _write(k, v, pages, batch, place)
+    pages = _write(k, v, pages, batch, place, options)
     if q.shape[0] <= MOST_SINGLE_TOKENS:
         out = _attend_tokens(q, pages, batch, place, options)
     else:
@@ -68,7 +75,9 @@ def paged_attention_xla(
     return out.astype(q.dtype), pages
 
 
-def _write(k: Array, v: Array, pages: Pages, batch: RaggedBatch, place: TokenPlace) -> Pages:
+def _write(
+    k: Array, v: Array, pages: Pages, batch: RaggedBatch, place: TokenPlace, options: Options
+) -> Pages:
     """Scatters the step's keys and values, one vector each, into the flat pool."""
     _, kv_heads, dim = k.shape
     _, num_pages, _, page_size, _ = pages.shape
@@ -78,8 +87,10 @@ def _write(k: Array, v: Array, pages: Pages, batch: RaggedBatch, place: TokenPla
     index = ((head * num_pages + page[:, None, None]) * 2 + half) * page_size
     index = index + (place.position % page_size)[:, None, None]
     index = jnp.where(place.valid[:, None, None], index, kv_heads * num_pages * 2 * page_size)
-    new = jnp.stack([k, v], axis=2).reshape(-1, dim)
-    flat = pages.reshape(-1, dim).at[index.reshape(-1)].set(_to_bits(new, pages.dtype), mode="drop")
+    dtype = values_dtype(pages.dtype)
+    new = [to_stored(k, dtype, options.k_scale), to_stored(v, dtype, options.v_scale)]
+    new = _to_bits(jnp.stack(new, axis=2).reshape(-1, dim))
+    flat = pages.reshape(-1, dim).at[index.reshape(-1)].set(new, mode="drop")
     return flat.reshape(pages.shape)
 
 
@@ -130,6 +141,8 @@ def _attend(
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_per_chunk)))
     grouped = q.astype(jnp.float32).reshape(tiles, tokens, kv_heads, group, dim) * options.scale
     grouped = grouped.transpose(0, 2, 1, 3, 4).reshape(tiles, kv_heads, tokens * group, dim)
+    if options.k_scale is not None:  # a scale of all keys is as well one of the queries
+        grouped *= options.k_scale[:, None, None]
     last_per_query = jnp.repeat(last, group, axis=1)
     window = options.sliding_window
     first_per_query = jnp.zeros_like(last_per_query) if window is None else last_per_query - window + 1
@@ -146,6 +159,8 @@ def _attend(
     state = lax.fori_loop(first_chunk, num_chunks, attend_chunk, _start(grouped, options.sinks, tokens))
     # a query that sees nothing has a total of zero, and its output stays zero
     out = state.out / jnp.where(state.total > 0, state.total, 1.0)[..., None]
+    if options.v_scale is not None:
+        out *= options.v_scale[:, None, None]
     out = out.reshape(tiles, kv_heads, tokens, group, dim).transpose(0, 2, 1, 3, 4)
     return jnp.where((last >= 0)[..., None, None], out.reshape(q.shape), 0.0)
 
@@ -199,13 +214,16 @@ def _gather(pages: Pages, ids: Int32[Array, "tiles columns"]) -> tuple[Array, Ar
     return _from_bits(keys).reshape(shape), _from_bits(values).reshape(shape)
 
 
-def _to_bits(x: Array, dtype: jnp.dtype) -> Array:
-    if dtype == jnp.uint16:
-        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return x.astype(dtype)
+def _to_bits(x: Array) -> Array:
+    bits = BITS.get(jnp.dtype(x.dtype))
+    return x if bits is None else lax.bitcast_convert_type(x, bits)
 
 
 def _from_bits(x: Array) -> Float[Array, "..."]:
     if x.dtype == jnp.uint16:
         return lax.bitcast_convert_type(x.astype(jnp.uint32) << 16, jnp.float32)
-    return x.astype(jnp.float32)
+    values = values_dtype(x.dtype)
+    return (x if values == x.dtype else lax.bitcast_convert_type(x, values)).astype(jnp.float32)
+
+
+BACKEND = Backend("xla", paged_attention_xla, HEAD_MAJOR)

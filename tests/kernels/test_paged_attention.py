@@ -1,6 +1,7 @@
-"""Every backend on the same cases, against float64."""
+"""The op, its registry, and the backends that need nothing but XLA."""
 
 import dataclasses
+import logging
 from functools import partial
 from typing import Any
 
@@ -9,143 +10,191 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pallas_kernels.paged_attention import (
+    HEAD_MAJOR,
+    INTERLEAVED,
+    Backend,
     PageGeometry,
-    interleaved,
+    Problem,
+    as_backend,
+    check,
+    choose_backend,
     list_backends,
     paged_attention,
     register_backend,
-    resolve_backend,
 )
-from pallas_kernels.paged_attention.cases import CORNERS, Case, build
+from pallas_kernels.paged_attention.backends import REGISTRY
+from pallas_kernels.paged_attention.cases import CORNERS, Arrays, Case, attend, build, strategy
+from pallas_kernels.paged_attention.check import check_case, run_case
 
-BACKENDS = ("reference", "xla")
-
-
-def pack(pages: np.ndarray, backend: str, dtype: jnp.dtype) -> jax.Array:
-    """Logical pages in the backend's own packing."""
-    if resolve_backend(backend).layout is interleaved:
-        return jnp.asarray(pages, dtype)
-    count, size, heads, dim = pages.shape
-    packed = jnp.asarray(pages.reshape(count, size, heads // 2, 2, dim).transpose(2, 0, 3, 1, 4), dtype)
-    return jax.lax.bitcast_convert_type(packed, jnp.uint16) if dtype == jnp.bfloat16 else packed
-
-
-def unpack(pages: jax.Array, backend: str, dtype: jnp.dtype) -> np.ndarray:
-    """The inverse of `pack`."""
-    if resolve_backend(backend).layout is not interleaved:
-        if dtype == jnp.bfloat16:
-            pages = jax.lax.bitcast_convert_type(pages, jnp.bfloat16)
-        heads, count, _, size, dim = pages.shape
-        pages = pages.transpose(1, 3, 0, 2, 4).reshape(count, size, 2 * heads, dim)
-    return np.asarray(pages.astype(jnp.float32))
-
-
-@partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap", "backend"), donate_argnames="pages")
-def step(q, k, v, pages, batch, sinks, **options):
-    return paged_attention(q, k, v, pages, batch, sinks=sinks, **options)
-
-
-def check(case: Case, backend: str, dtype: jnp.dtype, tolerance: float) -> None:
-    arrays = build(case)
-    cast = partial(jnp.asarray, dtype=dtype)
-    geometry = PageGeometry(len(arrays.pages), case.page_size, case.kv_heads, case.head_dim, jnp.dtype(dtype))
-    pages = pack(arrays.pages, backend, dtype)
-    expected = resolve_backend(backend).layout(geometry).array
-    assert (pages.shape, pages.dtype) == (expected.shape, expected.dtype)
-    out, pages = step(
-        cast(arrays.q), cast(arrays.k), cast(arrays.v), pages, arrays.batch,
-        None if arrays.sinks is None else jnp.asarray(arrays.sinks, jnp.float32),
-        scale=case.scale, sliding_window=case.sliding_window, soft_cap=case.soft_cap, backend=backend,
-    )  # fmt: skip
-    np.testing.assert_allclose(np.asarray(out, np.float64), arrays.out, rtol=tolerance, atol=tolerance)
-    np.testing.assert_array_equal(
-        unpack(pages, backend, dtype), np.asarray(cast(arrays.pages_after).astype(jnp.float32))
-    )
+PROBLEM = Problem("cpu", "cpu", 4, PageGeometry(1, 8, 2, 64, jnp.dtype("float32")), jnp.dtype("float32"))
 
 
 @pytest.mark.parametrize("name", CORNERS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_corner_in_float32(backend: str, name: str) -> None:
-    check(CORNERS[name], backend, jnp.float32, 1e-5)
-
-
-@pytest.mark.parametrize("name", ["mixed", "all at once", "several tiles"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_corner_in_bfloat16(backend: str, name: str) -> None:
-    check(CORNERS[name], backend, jnp.bfloat16, 4e-2)
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    prefix_pages = draw(st.integers(0, 2))
-    decode = draw(st.lists(st.integers(17, 60), max_size=4))
-    prefill = draw(st.lists(st.tuples(st.integers(2, 20), st.integers(16, 40)), max_size=3))
-    kv_heads = draw(st.sampled_from([1, 2]))
-    return Case(
-        rows=(*((1, kv) for kv in decode), *((n, n + old) for n, old in prefill)),
-        heads=kv_heads * draw(st.sampled_from([1, 3])),
-        kv_heads=kv_heads,
-        page_size=8,
-        padding_tokens=draw(st.integers(1, 4)),
-        padding_rows=draw(st.integers(1, 3)),
-        sliding_window=draw(st.none() | st.integers(1, 40)),
-        soft_cap=draw(st.none() | st.just(1.5)),
-        sinks=draw(st.booleans()),
-        shared_prefix_pages=prefix_pages,
-        seed=draw(st.integers(0, 99)),
-    )
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_corner(backend: str, name: str) -> None:
+    check_case(CORNERS[name], as_backend(backend), as_backend(backend).attend)
 
 
 @settings(max_examples=12)
-@given(cases())
+@given(strategy(dtypes=(("float32", None), ("float32", "int8"), ("bfloat16", "float8_e4m3fn"))))
 def test_any_case(case: Case) -> None:
-    check(case, "xla", jnp.float32, 1e-5)
+    check_case(case, as_backend("xla"), as_backend("xla").attend)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("layout", [INTERLEAVED, HEAD_MAJOR])
+def test_packing(layout: Any, dtype: str) -> None:
+    geometry = PageGeometry(5, 4, 3, 8, jnp.dtype(dtype))
+    pages = jnp.arange(np.prod(geometry.logical_shape)).reshape(geometry.logical_shape).astype(dtype)
+    packed = layout.pack(pages)
+    expected = layout.array(geometry)
+    assert (packed.shape, packed.dtype) == (expected.shape, expected.dtype)
+    assert layout.read(packed, 3, 8) == geometry
+    assert layout.read(packed, 4, 8) is None
+    assert (layout.unpack(packed, 3, 8) == pages).all()
+    first = jax.lax.slice_in_dim(packed, 0, packed.shape[layout.heads_axis] // 3, axis=layout.heads_axis)
+    assert (layout.unpack(first, 1, 8) == pages[:, :, :2]).all()
 
 
 def test_pages_are_updated_in_place() -> None:
     """Ten times the pool must not mean more temporaries, and the pool's bytes are aliased."""
+    step = jax.jit(partial(paged_attention, scale=0.1, backend="xla"), donate_argnums=3)
 
     def compiled(num_pages: int) -> tuple[Any, jax.ShapeDtypeStruct]:
-        geometry = PageGeometry(num_pages, 16, 3, 64, jnp.dtype(jnp.bfloat16))
-        layout = resolve_backend("xla").layout(geometry).array
-        case = Case(rows=((1, 30), (1, 9), (1, 20)), heads=9, kv_heads=3, head_dim=64, padding_tokens=1)
+        pages = HEAD_MAJOR.array(PageGeometry(num_pages, 16, 3, 64, jnp.dtype(jnp.bfloat16)))
+        case = Case(rows=((1, 30), (1, 9), (1, 20)), heads=9, kv_heads=3, padding_tokens=1, dtype="bfloat16")
         arrays = build(case)
-        args = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in (arrays.q, arrays.k, arrays.v)]
+        args = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (arrays.q, arrays.k, arrays.v)]
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays.batch)
-        options = {"scale": 0.1, "sliding_window": None, "soft_cap": None, "backend": "xla"}
-        return step.lower(*args, layout, batch, None, **options).compile().memory_analysis(), layout
+        return step.lower(*args, pages, batch).compile().memory_analysis(), pages
 
     small, _ = compiled(1000)
-    large, layout = compiled(10_000)
-    assert large.alias_size_in_bytes >= layout.size * layout.dtype.itemsize
+    large, pages = compiled(10_000)
+    assert large.alias_size_in_bytes >= pages.size * pages.dtype.itemsize
     assert large.temp_size_in_bytes == small.temp_size_in_bytes < 4e6
 
 
-def test_own_backend() -> None:
-    """A function of one's own is a backend like any other."""
-    reference = resolve_backend("reference")
+def doubled(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+    out, pages = as_backend("reference").attend(*args, **options)
+    return 2 * out, pages
 
-    def doubled(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
-        out, pages = reference.attend(*args, **options)
-        return 2 * out, pages
 
+def test_own_function() -> None:
+    """A function of one's own is a backend like any other, and can be held to another definition."""
+    few = {name: CORNERS[name] for name in ("mixed", "sinks")}
+    report = check(doubled, cases=few)
+    assert not report.passed
+    assert "2 failed" in str(report)
+    assert "off by" in str(report)
+    with pytest.raises(AssertionError, match="doubled"):
+        report.raise_if_failed()
+
+    def twice(case: Case, q: Any, keys: Any, values: Any, sinks: Any) -> np.ndarray:
+        return 2 * attend(case, q, keys, values, sinks)
+
+    check(doubled, cases=few, definition=twice).raise_if_failed()
+
+
+def test_a_kernel_that_reads_or_writes_too_much_fails() -> None:
+    def forgets_to_write(q: Any, k: Any, v: Any, pages: Any, *args: Any, **options: Any) -> Any:
+        return as_backend("reference").attend(q, k, v, pages, *args, **options)[0], pages
+
+    def reads_all(*args: Any, **options: Any) -> Any:
+        return as_backend("reference").attend(*args, **options | {"sliding_window": None})
+
+    cases = {"window": CORNERS["window shorter than a page"]}
+    assert "page" in next(check(forgets_to_write, cases=cases).having("failed")).detail
+    assert "nan" in next(check(reads_all, cases=cases).having("failed")).detail
+
+
+def test_registered_function() -> None:
     register_backend("mine", doubled)
-    assert "mine" in list_backends()
-    arrays = build(CORNERS["mixed"])
-    q, k, v, pages = (jnp.asarray(x, jnp.float32) for x in (arrays.q, arrays.k, arrays.v, arrays.pages))
-    out, _ = paged_attention(q, k, v, pages, arrays.batch, scale=CORNERS["mixed"].scale, backend="mine")
-    np.testing.assert_allclose(out, 2 * arrays.out, atol=1e-4)
-    with pytest.raises(ValueError, match="exists already"):
-        register_backend("mine", reference.attend)
+    try:
+        assert "mine" in list_backends()
+        case = CORNERS["mixed"]
+        arrays = build(case)
+        out, _ = call_op(case, arrays, "mine")
+        np.testing.assert_allclose(out, 2 * arrays.out, atol=1e-4)
+        with pytest.raises(ValueError, match="exists already"):
+            register_backend("mine", doubled)
+    finally:
+        del REGISTRY._backends["mine"]
+
+
+def call_op(case: Case, arrays: Arrays, backend: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+    q, k, v, pages = (jnp.asarray(x) for x in (arrays.q, arrays.k, arrays.v, arrays.pages))
+    return paged_attention(q, k, v, pages, arrays.batch, scale=case.scale, backend=backend, **options)
+
+
+def test_a_call_finds_the_backend_whose_packing_it_is() -> None:
+    case = CORNERS["mixed"]
+    arrays = build(case)
+    for pages in (arrays.pages, HEAD_MAJOR.pack(jnp.asarray(arrays.pages))):
+        out, _ = call_op(case, dataclasses.replace(arrays, pages=pages), "auto")
+        np.testing.assert_allclose(out, arrays.out, atol=1e-5)
+
+
+def test_the_choice_is_by_order_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(problem: Problem) -> None:
+        if problem.sliding_window:
+            raise NotImplementedError("sliding_window: not served")
+
+    picky = Backend("picky", doubled, require=refuse)
+    REGISTRY.register(picky)
+    order = REGISTRY.order
+    REGISTRY.order = {"cpu": ("picky", "reference")}
+    try:
+        windowed = dataclasses.replace(PROBLEM, sliding_window=7)
+        with caplog.at_level(logging.INFO, "pallas_kernels"):
+            assert choose_backend("auto", [PROBLEM]).backend is picky
+            for _ in range(3):
+                choice = choose_backend("auto", [PROBLEM, windowed])
+                assert choice.backend.name == "reference"
+                assert choice.passed_over == (("picky", "sliding_window: not served"),)
+        messages = [r.getMessage() for r in caplog.records]
+        assert messages == [
+            "paged_attention on cpu: picky",
+            "paged_attention on cpu: reference (not picky: sliding_window: not served)",
+        ]
+        with pytest.raises(NotImplementedError, match="sliding_window: not served"):
+            choose_backend("picky", [windowed])
+        REGISTRY.order = {"cpu": ("picky",)}
+        with pytest.raises(NotImplementedError, match="no backend serves this: picky: sliding_window"):
+            choose_backend("auto", [windowed])
+        with pytest.raises(ValueError, match="no backends for 'npu'; there are for cpu"):
+            choose_backend("auto", [dataclasses.replace(PROBLEM, platform="npu")])
+    finally:
+        REGISTRY.order = order
+        del REGISTRY._backends["picky"]
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"'cuda'.*reference"):
-        resolve_backend("cuda")
-    arrays = build(dataclasses.replace(CORNERS["mixed"], heads=4, kv_heads=2))
-    q, k, v, pages = (jnp.asarray(x, jnp.float32) for x in (arrays.q, arrays.k, arrays.v, arrays.pages))
+    with pytest.raises(ValueError, match=r"'cuda'.*auto.*reference"):
+        as_backend("cuda")
+    case = CORNERS["mixed"]
+    arrays = build(case)
     with pytest.raises(ValueError, match="multiple of kv_heads=2"):
-        paged_attention(q[:, :3], k, v, pages, arrays.batch, scale=1.0)
+        call_op(case, dataclasses.replace(arrays, q=arrays.q[:, :3]), "reference")
+    with pytest.raises(ValueError, match="not the packing of backend 'xla'"):
+        call_op(case, arrays, "xla")
+    with pytest.raises(ValueError, match="packing of none of"):
+        call_op(case, dataclasses.replace(arrays, pages=arrays.pages[0]), "auto")
+    with pytest.raises(ValueError, match="k_scale: pages of float32 hold values as they are"):
+        call_op(case, arrays, "reference", k_scale=jnp.ones(2))
+    int8 = build(CORNERS["int8"])
+    with pytest.raises(ValueError, match="v_scale: pages of int8 need one"):
+        call_op(CORNERS["int8"], int8, "reference", k_scale=jnp.ones(2))
+    with pytest.raises(ValueError, match="no interpreted form"):
+        check("xla", interpret=True)
+
+
+def test_padding_touches_nothing() -> None:
+    """With no rows at all, outputs are zero and every page keeps its bits."""
+    for name in ("reference", "xla"):
+        case = CORNERS["no rows"]
+        arrays = build(case)
+        out, pages = run_case(case, arrays, as_backend(name), as_backend(name).attend)
+        assert not out.any()
+        assert pages.tobytes() == arrays.pages.tobytes()

@@ -14,7 +14,8 @@ from jaxllm.layers.attention import pages_spec
 from jaxllm.layers.batch import Batch
 from jaxllm.models import CausalLM, DecoderConfig, Parameter, merge, split
 from jaxllm.parallel import make_mesh
-from pallas_kernels.paged_attention import PageGeometry, RaggedBatch, resolve_backend
+from jaxllm.runner.kernels import choose_attention
+from pallas_kernels.paged_attention import Kernel, PageGeometry, RaggedBatch
 
 PAGE_SIZE = 4
 STEP_TOKENS = 24
@@ -55,7 +56,7 @@ class PagedRunner:
         tensors: Mapping[str, np.ndarray],
         *,
         max_tokens: int = 64,
-        backend: str = "auto",
+        backend: Kernel = "auto",
     ) -> None:
         self.mesh = make_mesh(config.tensor_parallel_size)
         structure, parameters = split(model, config)
@@ -66,13 +67,13 @@ class PagedRunner:
         geometry = PageGeometry(
             1 + ROWS * pages, PAGE_SIZE, config.cache_heads, config.head_dim, config.dtype
         )
-        layout = resolve_backend(backend).layout(geometry)
-        sharding = NamedSharding(self.mesh, pages_spec(backend))
-        blank = np.zeros(layout.array.shape, layout.array.dtype)
+        self.backend = choose_attention(backend, config, self.mesh, PAGE_SIZE).backend
+        pool = self.backend.layout.array(geometry)
+        sharding = NamedSharding(self.mesh, pages_spec(self.backend.layout))
+        blank = np.zeros(pool.shape, pool.dtype)
         self.cache = tuple(jax.device_put(blank, sharding) for _ in range(config.num_layers))
         self.lengths = np.zeros(ROWS, np.int32)
         self.slots = tuple((0, layer) for layer in range(config.num_layers))
-        self.backend = backend
         self.run = jax.jit(partial(_run, structure), donate_argnums=1)
 
     def inputs(self, new: Mapping[int, Sequence[int]]) -> tuple[Any, Batch]:
