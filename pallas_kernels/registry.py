@@ -35,6 +35,10 @@ def serves_all(problem: Problem) -> None:
     """The `require` of a backend that refuses nothing."""
 
 
+def do_nothing() -> None:
+    """The `prepare` of a backend that is ready as it is."""
+
+
 BackendT = TypeVar("BackendT", bound=Backend)
 
 

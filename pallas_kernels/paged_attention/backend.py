@@ -9,7 +9,7 @@ from jaxtyping import Array
 from pallas_kernels.paged_attention.batch import RaggedBatch
 from pallas_kernels.paged_attention.layout import INTERLEAVED, PageLayout
 from pallas_kernels.paged_attention.problem import Problem
-from pallas_kernels.registry import serves_all
+from pallas_kernels.registry import do_nothing, serves_all
 
 
 @runtime_checkable
@@ -41,6 +41,7 @@ class Backend:
     Attributes:
         platform: the only one that it serves; None: any.
         require: raises NotImplementedError, with the reason, for a problem that is not served.
+        prepare: starts in the background what `require` will wait for.
         interpreted: the same kernel on the CPU, where `attend` needs an accelerator.
     """
 
@@ -50,3 +51,4 @@ class Backend:
     platform: str | None = None
     require: Callable[[Problem], None] = serves_all
     interpreted: AttentionFunction | None = None
+    prepare: Callable[[], None] = do_nothing

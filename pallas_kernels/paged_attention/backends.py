@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.paged_attention import cpu, reference, xla
 from pallas_kernels.paged_attention.backend import AttentionFunction, Backend
 from pallas_kernels.paged_attention.layout import INTERLEAVED, PageLayout
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.registry import Choice, Registry
 
 ORDER = {
-    "cpu": ("xla", "reference"),
+    "cpu": ("cpu", "xla", "reference"),
     "gpu": ("xla", "reference"),
     "tpu": ("xla", "reference"),
 }
@@ -65,5 +65,5 @@ def as_backend(kernel: Kernel) -> Backend:
     return Backend(getattr(kernel, "__name__", type(kernel).__name__), kernel)
 
 
-for _module in (reference, xla):
+for _module in (cpu, reference, xla):
     REGISTRY.register(_module.BACKEND)

@@ -1,0 +1,525 @@
+// Ragged paged attention for XLA on CPU: writes a step's keys and values into the pages and attends over them.
+//
+// A pool is [kv_heads, pages, 2, page_size * depth], depth being head_dim rounded up to 16: first a page's keys,
+// then its values. Keys lie in groups of `lanes` slots (16, or 8 for pages of 8, else 1), depth-major within a group,
+// so that a vector of scores needs no sums across lanes. bfloat16 is kept in pairs that fill 32-bit words, of
+// depths in keys and of slots in values: what the bf16 dot instructions of AVX-512 take, and two shifts elsewhere.
+//
+// The online softmax is https://arxiv.org/abs/1805.02867; merging of partial ones is
+// https://arxiv.org/abs/2311.01282.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <vector>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int kChunk = 256;        // keys whose scores are held at once: with their values 64 KB of bf16, half of an L2
+constexpr int kQueryRows = 48;     // queries that share the reading of keys: 12 tiles of 4
+constexpr int kSplitKeys = 512;    // the least that is worth a task of its own
+constexpr float kMasked = -1e30f;  // finite, so that differences of two are no NaN
+constexpr float kLog2e = 1.44269504f;
+
+struct bf16 { uint16_t bits; };
+struct f8 { uint8_t bits; };
+
+template <int N> using Floats __attribute__((vector_size(N * 4))) = float;
+template <int N> using Words __attribute__((vector_size(N * 4))) = uint32_t;
+template <int N> using Ints __attribute__((vector_size(N * 4))) = int32_t;
+template <int N> using Bytes __attribute__((vector_size(N))) = int8_t;
+template <int N> using UBytes __attribute__((vector_size(N))) = uint8_t;
+using F16 = Floats<16>;
+using Halves __attribute__((vector_size(32))) = uint16_t;
+
+template <class V> inline V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { uint32_t u = uint32_t{x.bits} << 16; float f; std::memcpy(&f, &u, 4); return f; }
+inline bf16 to_bf16(float x) {  // to nearest even; NaN stays NaN
+  uint32_t u; std::memcpy(&u, &x, 4);
+  if (x != x) return {uint16_t((u >> 16) | 0x40)};
+  return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+inline f8 to_f8(float x) {  // e4m3: 448 is the largest, to nearest even
+  uint32_t u; std::memcpy(&u, &x, 4);
+  uint8_t sign = (u >> 24) & 0x80;
+  if (x != x) return {uint8_t(sign | 0x7f)};
+  float a = std::min(std::fabs(x), 448.f);
+  if (a < 0.015625f) return {uint8_t(sign | uint8_t(std::nearbyint(a * 512.f)))};  // subnormal: steps of 2^-9
+  std::memcpy(&u, &a, 4);
+  u += 0x7ffff + ((u >> 20) & 1);
+  return {uint8_t(sign | ((u >> 20) - (120 << 3)))};
+}
+
+template <int N> inline void widen(const float* p, Floats<N>* x) { x[0] = load<Floats<N>>(p); }
+template <int N> inline void widen(const bf16* p, Floats<N>* x) {  // the even elements, then the odd ones
+  Words<N> w = load<Words<N>>(p);
+  x[0] = (Floats<N>)(w << 16); x[1] = (Floats<N>)(w & 0xffff0000u);
+}
+template <int N> inline void widen(const int8_t* p, Floats<N>* x) { x[0] = __builtin_convertvector(load<Bytes<N>>(p), Floats<N>); }
+template <int N> inline void widen(const f8* p, Floats<N>* x) {
+  Words<N> w = __builtin_convertvector(load<UBytes<N>>(p), Words<N>);
+  Words<N> magnitude = w & 0x7f, mantissa = w & 7;
+  Words<N> normal = (magnitude << 20) + (120u << 23);
+  Words<N> small = (Words<N>)(__builtin_convertvector((Ints<N>)mantissa, Floats<N>) * 0.001953125f);
+  Words<N> bits = (magnitude < 8) ? small : normal;
+  bits = (magnitude == 0x7f) ? (bits | 0x7fc00000u) : bits;
+  x[0] = (Floats<N>)(bits | ((w & 0x80) << 24));
+}
+template <class E> constexpr int kPack = std::is_same_v<E, bf16> ? 2 : 1;
+
+inline F16 exp2(F16 x) {  // relative error 2e-7 over the range of floats; below it 2^-126
+  x = (x < -126.f) ? (F16{} - 126.f) : x;
+  F16 shifted = x + 12582912.f;  // rounds to an integer in the low bits
+  F16 f = x - (shifted - 12582912.f);
+  F16 p = F16{} + 1.5353362e-4f;
+  for (float c : {1.3398874e-3f, 9.6184373e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.9314718e-1f, 1.f}) p = p * f + c;
+  return (F16)((Ints<16>)p + ((Ints<16>)shifted << 23));
+}
+inline F16 tanh(F16 x) {
+  x = (x > 20.f) ? (F16{} + 20.f) : (x < -20.f) ? (F16{} - 20.f) : x;
+  return 1.f - 2.f / (exp2(x * (2.f * kLog2e)) + 1.f);
+}
+
+struct Shape {
+  int heads, kv_heads, head_dim, depth, page_size, lanes, group;
+  int64_t num_pages;
+  int64_t half() const { return int64_t{page_size} * depth; }  // elements of a page's keys, and of its values
+  bool paired() const { return page_size % 2 == 0; }           // whether values of bf16 lie in pairs of slots
+};
+
+struct Options {
+  float scale, soft_cap;
+  int64_t window;
+  const float *sinks, *k_scale, *v_scale;
+};
+
+// Queries that are handled together, and where their softmax stands; scores are in units of log2.
+struct Tile {
+  const float* q;      // [rows, depth]
+  const uint32_t* qw;  // the same as pairs of bf16
+  float *out, *top, *total;
+  const int *first, *end;  // the keys that each query sees
+};
+
+// One chunk of a row's keys: pages that hold them.
+template <class E> struct Chunk {
+  const E* keys[kChunk + 2];
+  int begin, size;
+};
+
+template <class E, int N, int R, bool Dot>
+inline void score(const Shape& s, const Tile& t, const E* k, float* scores) {
+  constexpr int P = kPack<E>;
+  const int steps = s.depth / P;
+  Floats<N> sum[R] = {};
+  for (int i = 0; i < steps; i++) {
+#if defined(__AVX512BF16__)
+    if constexpr (Dot) {
+      __m512bh x = (__m512bh)load<__m512i>(k + i * N * P);
+      for (int r = 0; r < R; r++) sum[r] = (Floats<N>)_mm512_dpbf16_ps((__m512)sum[r], x, (__m512bh)_mm512_set1_epi32(t.qw[r * steps + i]));
+      continue;
+    }
+#endif
+    Floats<N> x[P];
+    widen<N>(k + i * N * P, x);
+    for (int r = 0; r < R; r++) for (int j = 0; j < P; j++) sum[r] += x[j] * t.q[r * s.depth + i * P + j];
+  }
+  for (int r = 0; r < R; r++) store(scores + r * kChunk, sum[r]);
+}
+
+// Adds the weighted values of the slots [begin, end) of one page to 16 * C columns of the outputs.
+template <class E, int R, int C, bool Dot>
+inline void add_values(const Shape& s, const E* v, int begin, int end, const float* weights, const bf16* rounded, F16 (&sum)[R][C]) {
+  if (kPack<E> == 2 && s.paired()) {
+    for (int i = begin / 2; 2 * i < end; i++) {
+      // a slot that no query sees may hold NaN
+      const uint32_t mask = (2 * i < begin ? 0xffff0000u : ~0u) & (2 * i + 1 >= end ? 0x0000ffffu : ~0u);
+      for (int c = 0; c < C; c++) {
+        Words<16> w = load<Words<16>>(v + (int64_t{i} * s.depth + 16 * c) * 2) & mask;
+#if defined(__AVX512BF16__)
+        if constexpr (Dot) {
+          for (int r = 0; r < R; r++) {
+            uint32_t pair; std::memcpy(&pair, rounded + r * kChunk + 2 * i, 4);
+            sum[r][c] = (F16)_mm512_dpbf16_ps((__m512)sum[r][c], (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
+          }
+          continue;
+        }
+#endif
+        F16 even = (F16)(w << 16), odd = (F16)(w & 0xffff0000u);
+        for (int r = 0; r < R; r++) sum[r][c] += even * weights[r * kChunk + 2 * i] + odd * weights[r * kChunk + 2 * i + 1];
+      }
+    }
+    return;
+  }
+  for (int i = begin; i < end; i++) for (int c = 0; c < C; c++) {
+    F16 x[2];
+    const E* place = v + int64_t{i} * s.depth + 16 * c;
+    if constexpr (std::is_same_v<E, bf16>) {
+      x[0] = (F16)(__builtin_convertvector(load<Halves>(place), Words<16>) << 16);
+    } else {
+      widen<16>(place, x);
+    }
+    for (int r = 0; r < R; r++) sum[r][c] += x[0] * weights[r * kChunk + i];
+  }
+}
+
+template <class E, int R, int C, bool Dot>
+inline void add_columns(const Shape& s, int column, const Chunk<E>& chunk, int begin, int end, const float* weights, const bf16* rounded, const float* rescale, float* out) {
+  F16 sum[R][C];
+  for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) sum[r][c] = load<F16>(out + r * s.depth + column + 16 * c) * rescale[r];
+  for (int slot = begin; slot < end;) {
+    const int page = slot / s.page_size, base = page * s.page_size;
+    const int last = std::min(end, base + s.page_size);
+    const E* values = chunk.keys[page] + s.half() + column * (s.paired() ? kPack<E> : 1);
+    add_values<E, R, C, Dot>(s, values, slot - base, last - base, weights + base, rounded + base, sum);
+    slot = last;
+  }
+  for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) store(out + r * s.depth + column + 16 * c, sum[r][c]);
+}
+
+// Takes one chunk of keys into account for R queries.
+template <class E, int N, int R, bool Dot>
+void step(const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
+  alignas(64) float scores[R * kChunk];
+  alignas(64) bf16 rounded[R * kChunk];
+  int begin = kChunk, end = 0;
+  for (int r = 0; r < R; r++) begin = std::min(begin, t.first[r] - chunk.begin), end = std::max(end, t.end[r] - chunk.begin);
+  begin = std::max(begin, 0), end = std::min(end, chunk.size);
+  if (begin >= end) return;
+  const int low = begin / 16 * 16, high = (end + 15) / 16 * 16;
+  for (int slot = begin / N * N; slot < end; slot += N) {
+    const int page = slot / s.page_size;
+    const E* k = chunk.keys[page] + int64_t{slot % s.page_size} * s.depth;
+    if constexpr (N == 16) {  // the values of this page and the keys of the one after the next: hardware stops at 4 KB
+      const char *values = (const char*)(k + s.half()), *ahead = (const char*)(chunk.keys[page + 2] + (k - chunk.keys[page]));
+      for (int line = 0; line < int(s.depth * 16 * sizeof(E)); line += 64) __builtin_prefetch(values + line), __builtin_prefetch(ahead + line);
+    }
+    score<E, N, R, Dot>(s, t, k, scores + slot);
+  }
+  float rescale[R];
+  const Ints<16> lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int r = 0; r < R; r++) {
+    float* row = scores + r * kChunk;
+    const int first = t.first[r] - chunk.begin, last = std::min(t.end[r] - chunk.begin, chunk.size);
+    F16 most = F16{} + t.top[r];
+    for (int i = low; i < high; i += 16) {
+      F16 x = load<F16>(row + i) * scale;
+      if (o.soft_cap > 0) x = tanh(x / o.soft_cap) * o.soft_cap;
+      x *= kLog2e;
+      const Ints<16> at = lane + i;
+      x = ((at >= first) & (at < last)) ? x : (F16{} + kMasked);
+      most = (x > most) ? x : most;
+      store(row + i, x);
+    }
+    float top = t.top[r];
+    for (int i = 0; i < 16; i++) top = std::max(top, most[i]);
+    F16 sums = {};
+    for (int i = low; i < high; i += 16) {
+      F16 x = load<F16>(row + i);
+      x = (x > 0.5f * kMasked) ? exp2(x - top) : F16{};
+      sums += x;
+      store(row + i, x);
+      if constexpr (Dot) {
+        const Words<16> u = (Words<16>)x;
+        store(rounded + r * kChunk + i, __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, Halves));
+      }
+    }
+    rescale[r] = std::exp2(t.top[r] - top);
+    float sum = 0;
+    for (int i = 0; i < 16; i++) sum += sums[i];
+    t.top[r] = top;
+    t.total[r] = t.total[r] * rescale[r] + sum;
+  }
+  int column = 0;
+  for (; column + 64 <= s.depth; column += 64) add_columns<E, R, 4, Dot>(s, column, chunk, begin, end, scores, rounded, rescale, t.out);
+  for (; column < s.depth; column += 16) add_columns<E, R, 1, Dot>(s, column, chunk, begin, end, scores, rounded, rescale, t.out);
+}
+
+
+template <class E, int N, bool Dot>
+void steps(int rows, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
+  switch (rows) {
+    case 1: return step<E, N, 1, Dot>(s, o, scale, t, chunk);
+    case 2: return step<E, N, 2, Dot>(s, o, scale, t, chunk);
+    case 3: return step<E, N, 3, Dot>(s, o, scale, t, chunk);
+    default: return step<E, N, 4, Dot>(s, o, scale, t, chunk);
+  }
+}
+
+template <class E>
+void attend_tile(int rows, bool dot, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<E, bf16>) if (dot && s.lanes == 16) return steps<E, 16, true>(rows, s, o, scale, t, chunk);
+#endif
+  if (s.lanes == 16) return steps<E, 16, false>(rows, s, o, scale, t, chunk);
+  for (int r = 0; r < rows; r++) {  // small pages: right, not fast
+    const Tile one{t.q + r * s.depth, nullptr, t.out + r * s.depth, t.top + r, t.total + r, t.first + r, t.end + r};
+    s.lanes == 8 ? step<E, 8, 1, false>(s, o, scale, one, chunk) : step<E, 1, 1, false>(s, o, scale, one, chunk);
+  }
+}
+
+// Queries, keys or values of the step: [tokens, heads, head_dim] in float32 or bfloat16.
+struct Vectors {
+  const void* data;
+  bool is_bf16;
+  int heads, dim;
+  float at(int64_t token, int head, int i) const {
+    const int64_t place = (token * heads + head) * dim + i;
+    return is_bf16 ? to_float(((const bf16*)data)[place]) : ((const float*)data)[place];
+  }
+};
+
+template <class E> inline E stored(float x, float scale) {
+  if constexpr (std::is_same_v<E, bf16>) return to_bf16(x);
+  else if constexpr (std::is_same_v<E, int8_t>) return int8_t(std::nearbyint(std::min(std::max(x / scale, -127.f), 127.f)));
+  else if constexpr (std::is_same_v<E, f8>) return to_f8(x / scale);
+  else return x;
+}
+
+// Rows of the step, and the pages that hold their keys.
+struct Batch {
+  const int32_t *start, *kv_lens, *table;
+  int rows, columns;
+  int count(int row) const { return start[row + 1] - start[row]; }
+  const int32_t* pages(int row) const { return table + int64_t{row} * columns; }
+};
+
+// A block of a row's queries over a part of its keys, for one kv head.
+struct Task {
+  int row, token, count, begin, end;
+  int64_t partial;  // where its half-way softmax goes; -1: it has all keys, and writes the output
+};
+
+// Runs f(0) ... f(count - 1) on the pool's threads. The caller works too, so it never waits for one to start.
+template <class F> void parallel_for(ffi::ThreadPool& pool, int count, int threads, F f) {
+  struct State { std::atomic<int> next{0}, done{0}; };
+  auto state = std::make_shared<State>();
+  auto work = [state, count, f] {
+    for (int i; (i = state->next.fetch_add(1)) < count;) f(i), state->done.fetch_add(1, std::memory_order_release);
+  };
+  for (int i = 1; i < std::min(threads, count); i++) pool.Schedule(std::function<void()>(work));
+  work();
+  for (int spins = 0; state->done.load(std::memory_order_acquire) < count;) if (++spins > 1000) std::this_thread::yield();
+}
+
+template <class E> class Step {
+ public:
+  Step(const Shape& shape, const Options& options, const Batch& batch, const Vectors& q, const Vectors& k, const Vectors& v, E* pages, void* out)
+      : s(shape), o(options), b(batch), q(q), k(k), v(v), pages(pages), out(out) {}
+
+  void run(ffi::ThreadPool& pool) {
+    bool chunks = false;
+    int64_t work = 0;
+    for (int row = 0; row < b.rows; row++) chunks |= b.count(row) > 1, work += int64_t{b.count(row)} * visible(row);
+    // below some 20 us of work another thread costs more than it saves
+    const int threads = work * s.heads < 4096 ? 1 : std::max<int>(1, pool.num_threads());
+    plan(threads);
+    if (chunks)  // all is written before anything reads it; a lone token is written by the task that reads it
+      parallel_for(pool, tasks.size(), threads, [this](int i) { if (is_last(tasks[i])) for (int g = 0; g < s.kv_heads; g++) write(tasks[i], g); });
+    parallel_for(pool, tasks.size() * s.kv_heads, threads, [this, chunks](int i) {
+      const Task& task = tasks[i / s.kv_heads];
+      if (!chunks && is_last(task)) write(task, i % s.kv_heads);
+      attend(task, i % s.kv_heads);
+    });
+    for (size_t i = 0; i < tasks.size(); i++) if (tasks[i].partial >= 0 && tasks[i].begin == first_key(tasks[i])) merge(i);
+  }
+
+ private:
+  Shape s; Options o; Batch b; Vectors q, k, v;
+  E* pages; void* out;
+  std::vector<Task> tasks;
+  std::vector<float> partials;
+
+  int position(int row, int token) const { return b.kv_lens[row] - b.count(row) + token; }
+  int first_seen(int position) const { return o.window > 0 ? int(std::max<int64_t>(0, position - o.window + 1)) : 0; }
+  int first_key(const Task& t) const { return first_seen(position(t.row, t.token)) / kChunk * kChunk; }
+  int end_key(const Task& t) const { return position(t.row, t.token + t.count - 1) + 1; }
+  int visible(int row) const { return b.kv_lens[row] - first_seen(position(row, 0)); }
+  bool is_last(const Task& t) const { return t.end == end_key(t); }
+  int64_t partial_size(const Task& t) const { return int64_t{t.count} * s.group * (s.depth + 2); }
+  E* page(int32_t id, int head) const { return pages + (head * s.num_pages + id) * 2 * s.half(); }
+
+  // Cuts rows into blocks of queries, and long contexts into parts where there are fewer tasks than threads can share.
+  void plan(int threads) {
+    const int block = std::max(1, kQueryRows / s.group);
+    int64_t units = 0;
+    for (int row = 0; row < b.rows; row++) units += (b.count(row) + block - 1) / block;
+    units *= s.kv_heads;
+    int64_t used = 0;
+    for (int row = 0; row < b.rows; row++) for (int token = 0; token < b.count(row); token += block) {
+      Task t{row, token, std::min(block, b.count(row) - token), 0, 0, -1};
+      const int begin = first_key(t), end = end_key(t);
+      int64_t parts = threads > 1 && units < 4 * threads ? std::min<int64_t>((4 * threads + units - 1) / units, (end - begin) / kSplitKeys) : 1;
+      parts = std::max<int64_t>(1, parts);
+      const int per = int(((end - begin + parts - 1) / parts + kChunk - 1) / kChunk) * kChunk;
+      for (t.begin = begin; t.begin < end; t.begin += per) {
+        t.end = std::min(end, t.begin + per);
+        if (end - begin > per) t.partial = used, used += partial_size(t) * s.kv_heads;
+        tasks.push_back(t);
+      }
+    }
+    partials.resize(used);
+  }
+
+  void write(const Task& t, int g) const {
+    const float k_scale = o.k_scale ? o.k_scale[g] : 1.f, v_scale = o.v_scale ? o.v_scale[g] : 1.f;
+    for (int i = t.token; i < t.token + t.count; i++) {
+      const int at = position(t.row, i), slot = at % s.page_size, n = s.lanes, p = kPack<E>, vp = s.paired() ? p : 1;
+      E* keys = page(b.pages(t.row)[at / s.page_size], g);
+      E* values = keys + s.half() + int64_t{slot / vp} * s.depth * vp + slot % vp;
+      keys += int64_t{slot / n} * s.depth * n + slot % n * p;
+      const int64_t token = b.start[t.row] + i;
+      for (int d = 0; d < s.depth; d++) {
+        const bool inside = d < s.head_dim;
+        keys[int64_t{d / p} * n * p + d % p] = stored<E>(inside ? k.at(token, g, d) : 0.f, k_scale);
+        values[int64_t{d} * vp] = stored<E>(inside ? v.at(token, g, d) : 0.f, v_scale);
+      }
+    }
+  }
+
+  void attend(const Task& t, int g) {
+    const int rows = t.count * s.group;
+    std::vector<float> floats(int64_t{rows} * (2 * s.depth + 2));
+    float *qs = floats.data(), *sums = qs + rows * s.depth, *top = sums + rows * s.depth, *total = top + rows;
+    std::vector<int> seen(2 * rows);
+    int *first = seen.data(), *end = first + rows;
+    const bool dot = q.is_bf16;
+    std::vector<uint32_t> words(dot && kPack<E> == 2 ? rows * s.depth / 2 : 0);
+    for (int r = 0; r < rows; r++) {
+      const int token = t.token + r / s.group, head = g * s.group + r % s.group, at = position(t.row, token);
+      first[r] = std::max(t.begin, first_seen(at)), end[r] = std::min(t.end, at + 1);
+      const bool sink = o.sinks && t.begin == first_key(t);
+      top[r] = sink ? o.sinks[head] * kLog2e : kMasked, total[r] = sink ? 1.f : 0.f;
+      for (int d = 0; d < s.head_dim; d++) qs[r * s.depth + d] = q.at(b.start[t.row] + token, head, d);
+      if (!words.empty()) for (int d = 0; d < s.depth; d++) {
+        const bf16 x = to_bf16(qs[r * s.depth + d]);
+        std::memcpy((char*)(words.data() + r * s.depth / 2) + 2 * d, &x, 2);
+      }
+    }
+    const float scale = o.scale * (o.k_scale ? o.k_scale[g] : 1.f);
+    const int per = kChunk / s.page_size;
+    for (int begin = t.begin; begin < t.end; begin += kChunk) {
+      Chunk<E> chunk;
+      chunk.begin = begin, chunk.size = std::min(kChunk, t.end - begin);
+      const int lowest = first_seen(position(t.row, t.token)) / s.page_size, last = (t.end - 1) / s.page_size;
+      for (int i = 0; i < per + 2; i++) chunk.keys[i] = page(b.pages(t.row)[std::clamp(begin / s.page_size + i, lowest, last)], g);
+      for (int r = 0; r < rows; r += 4) {
+        const Tile tile{qs + r * s.depth, words.empty() ? nullptr : words.data() + r * s.depth / 2, sums + r * s.depth, top + r, total + r, first + r, end + r};
+        attend_tile<E>(std::min(4, rows - r), dot, s, o, scale, tile, chunk);
+      }
+    }
+    if (t.partial < 0) return finish(t, g, sums, total);
+    std::memcpy(partials.data() + t.partial + g * partial_size(t), sums, partial_size(t) * sizeof(float));  // sums, top, total
+  }
+
+  // Merges the parts of the task's keys, of which it is the first.
+  void merge(size_t first) {
+    const Task& t = tasks[first];
+    const int rows = t.count * s.group;
+    size_t parts = 1;
+    while (first + parts < tasks.size() && tasks[first + parts].row == t.row && tasks[first + parts].token == t.token) parts++;
+    for (int g = 0; g < s.kv_heads; g++) {
+      auto part = [&](size_t i) { return partials.data() + tasks[first + i].partial + g * partial_size(t); };
+      float *sums = part(0), *top = sums + rows * s.depth, *total = top + rows;
+      for (size_t i = 1; i < parts; i++) for (int r = 0; r < rows; r++) {
+        const float *other = part(i), *other_top = other + rows * s.depth, *other_total = other_top + rows;
+        const float most = std::max(top[r], other_top[r]), a = std::exp2(top[r] - most), c = std::exp2(other_top[r] - most);
+        for (int d = 0; d < s.depth; d++) sums[r * s.depth + d] = sums[r * s.depth + d] * a + other[r * s.depth + d] * c;
+        total[r] = total[r] * a + other_total[r] * c, top[r] = most;
+      }
+      finish(t, g, sums, total);
+    }
+  }
+
+  void finish(const Task& t, int g, const float* sums, const float* total) const {
+    const float v_scale = o.v_scale ? o.v_scale[g] : 1.f;
+    for (int r = 0; r < t.count * s.group; r++) {
+      const int64_t place = (int64_t{b.start[t.row] + t.token + r / s.group} * s.heads + g * s.group + r % s.group) * s.head_dim;
+      const float factor = v_scale / total[r];
+      for (int d = 0; d < s.head_dim; d++) {
+        const float x = sums[r * s.depth + d] * factor;
+        if (q.is_bf16) ((bf16*)out)[place + d] = to_bf16(x);
+        else ((float*)out)[place + d] = x;
+      }
+    }
+  }
+};
+
+ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument("paged_attention: " + what); }
+
+// Whether the metadata stays within the arrays; nothing has been touched yet.
+ffi::Error check(const Batch& b, const Shape& s, int64_t tokens, int64_t window) {
+  if (b.start[0] != 0) return invalid("query_start[0] is " + std::to_string(b.start[0]) + ", not 0");
+  for (int row = 0; row < b.rows; row++) {
+    const std::string where = "[" + std::to_string(row) + "]";
+    const int64_t count = int64_t{b.start[row + 1]} - b.start[row], kv_len = b.kv_lens[row];
+    if (count < 0 || b.start[row + 1] > tokens) return invalid("query_start" + where + " to the next is " + std::to_string(b.start[row]) + " to " + std::to_string(b.start[row + 1]) + " of " + std::to_string(tokens) + " tokens");
+    if (count == 0) continue;
+    if (kv_len < count) return invalid("kv_lens" + where + " is " + std::to_string(kv_len) + ", less than the row's " + std::to_string(count) + " new tokens");
+    if (kv_len > int64_t{b.columns} * s.page_size) return invalid("kv_lens" + where + " is " + std::to_string(kv_len) + ", and its page table holds " + std::to_string(int64_t{b.columns} * s.page_size));
+    const int64_t first = window > 0 ? std::max<int64_t>(0, kv_len - count - window + 1) : 0;
+    for (int64_t i = first / s.page_size; i * s.page_size < kv_len; i++) {
+      const int32_t id = b.pages(row)[i];
+      if (id < 0 || id >= s.num_pages) return invalid("page_table[" + std::to_string(row) + ", " + std::to_string(i) + "] is " + std::to_string(id) + " of " + std::to_string(s.num_pages) + " pages");
+    }
+  }
+  return ffi::Error::Success();
+}
+
+using S32 = ffi::Buffer<ffi::S32>;
+using F32 = ffi::Buffer<ffi::F32>;
+
+ffi::Error attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer pages, S32 start, S32 kv_lens, S32 table, S32 num_rows, F32 sinks, F32 k_scale, F32 v_scale, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> pages_out, float scale, float soft_cap, int64_t window, int64_t page_size) {
+  if (pages.untyped_data() != pages_out->untyped_data()) return invalid("the pages are not updated in place");
+  auto optional = [](F32& x) { return x.element_count() ? x.typed_data() : nullptr; };
+  auto vectors = [](ffi::AnyBuffer& x) { return Vectors{x.untyped_data(), x.element_type() == ffi::BF16, int(x.dimensions()[1]), int(x.dimensions()[2])}; };
+  Shape s;
+  s.heads = q.dimensions()[1], s.kv_heads = k.dimensions()[1], s.head_dim = q.dimensions()[2], s.depth = (s.head_dim + 15) / 16 * 16;
+  s.page_size = page_size, s.lanes = page_size % 16 == 0 ? 16 : page_size % 8 == 0 ? 8 : 1;
+  s.group = s.heads / s.kv_heads, s.num_pages = pages.dimensions()[1];
+  const Options o{scale, soft_cap, window, optional(sinks), optional(k_scale), optional(v_scale)};
+  const int rows = num_rows.typed_data()[1];
+  const int64_t tokens = q.dimensions()[0];
+  if (rows < 0 || rows > kv_lens.dimensions()[0]) return invalid("num_rows[1] is " + std::to_string(rows) + " of " + std::to_string(kv_lens.dimensions()[0]) + " rows");
+  const Batch b{start.typed_data(), kv_lens.typed_data(), table.typed_data(), rows, int(table.dimensions()[1])};
+  if (ffi::Error error = check(b, s, tokens, window); error.failure()) return error;
+  const size_t token_bytes = size_t(s.heads) * s.head_dim * (q.element_type() == ffi::BF16 ? 2 : 4);
+  const int64_t used = rows ? b.start[rows] : 0;
+  std::memset((char*)out->untyped_data() + used * token_bytes, 0, (tokens - used) * token_bytes);
+  auto run = [&](auto* p) { Step(s, o, b, vectors(q), vectors(k), vectors(v), p, out->untyped_data()).run(pool); };
+  switch (pages.element_type()) {
+    case ffi::U16: run((bf16*)pages.untyped_data()); break;
+    case ffi::F32: run((float*)pages.untyped_data()); break;
+    case ffi::S8: run((int8_t*)pages.untyped_data()); break;
+    case ffi::U8: run((f8*)pages.untyped_data()); break;
+    default: return invalid("pages of this dtype are not served");
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    PagedAttention, attend,
+    ffi::Ffi::Bind()
+        .Ctx<ffi::ThreadPool>()
+        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+        .Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>()
+        .Arg<F32>().Arg<F32>().Arg<F32>()
+        .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
+        .Attr<float>("scale").Attr<float>("soft_cap").Attr<int64_t>("window").Attr<int64_t>("page_size"));
