@@ -138,7 +138,7 @@ def paged_attention_cpu(
     )
     none = jnp.zeros(0, jnp.float32)
     optional = [none if x is None else x.astype(jnp.float32) for x in (sinks, k_scale, v_scale)]
-    return call(
+    out, pages = call(
         q,
         k,
         v,
@@ -153,6 +153,7 @@ def paged_attention_cpu(
         window=np.int64(sliding_window or 0),
         page_size=np.int64(pages.shape[3] // _depth(q.shape[2])),
     )
+    return out, pages
 
 
 BACKEND = Backend(
