@@ -1,0 +1,151 @@
+"""How much the TPU kernels do at once: a safe default for any shape, and the memory that it takes."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.tpu_layout import LANES, Lanes
+from pallas_kernels.paged_attention.tpu_plan import Blocks, Plan
+from pallas_kernels.paged_attention.tpu_write import SLOTS
+
+MIB = 2**20
+VMEM = {"TPU v5": 64 * MIB, "TPU v5p": 64 * MIB, "TPU v5 lite": 128 * MIB, "TPU v6 lite": 128 * MIB}
+"""Bytes of a core's vector memory by device kind."""
+SMALL_VMEM = 16 * MIB
+"""That of the older chips, and what is taken for one that is not known."""
+SMEM = MIB
+"""Bytes of a core's scalar memory, the same on all chips since v4."""
+SMEM_RESERVED = 32 * 1024
+"""What of it the compiler and the lengths of rows may need."""
+
+DECODE_BYTES = 2 * MIB
+"""Bytes of pages copied at once for rows of one token: what v5e's memory delivers in 2.5 us and v6e's in 1.3,
+so that two such blocks under way cover the latency of about 1 us."""
+MATRIX_ROWS = 512
+"""Rows of a product in prefill: more do not make better use of a matrix unit of 128 or 256 rows."""
+MIXED_QUERIES = 16
+"""Tokens of a tile where rows have few: drafts, the ends of prompts."""
+PREFILL_TOKENS_PER_ROW = 32
+"""From so many tokens for each row of the bucket on, tiles are those of prefill."""
+
+
+UNSET = Blocks(1, 1, 1)
+
+
+def make_plan(
+    *,
+    decode: bool,
+    heads: int,
+    kv_heads: int,
+    lanes: Lanes,
+    page_size: int,
+    columns: int,
+    dtype: jnp.dtype,
+    queries: jnp.dtype,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    tokens: int,
+    rows: int,
+    device_kind: str,
+    blocks: Blocks | None,
+) -> Plan:
+    """The plan of a call: with the blocks given, or else the default."""
+    exact = jnp.dtype(jnp.float32) in (dtype, queries)
+    product = jnp.dtype(jnp.float32 if exact else jnp.bfloat16)
+    plan = Plan(
+        decode, heads, kv_heads, lanes, page_size, columns, dtype, product, sliding_window, soft_cap, UNSET
+    )
+    if blocks is None:
+        blocks = default_blocks(plan, tokens, rows, device_kind)
+    return dataclasses.replace(plan, blocks=fit_keys(plan, blocks))
+
+
+def default_blocks(plan: Plan, tokens: int, rows: int, device_kind: str) -> Blocks:
+    """Blocks that fit into half of the chip's vector memory, whatever the shape.
+
+    Args:
+        plan: its own `blocks` are not looked at.
+        tokens, rows: of the bucket.
+    """
+    most = 1 << (max(plan.columns, 1) - 1).bit_length()
+    row_bytes = plan.kv_heads * plan.page_size * plan.lanes.row * plan.dtype.itemsize
+    if plan.decode:
+        keys = 256
+        pages = _power(DECODE_BYTES // row_bytes)
+        blocks = Blocks(queries=1, pages=max(1, min(pages, most)), keys=keys, slots=3)
+    else:
+        prefill = tokens >= PREFILL_TOKENS_PER_ROW * rows
+        queries = _power(MATRIX_ROWS // plan.group) if prefill else MIXED_QUERIES
+        queries = max(8, min(queries, _power(2 * tokens - 1)))
+        blocks = Blocks(queries, pages=max(1, min(_power(1024 // plan.page_size), most)), keys=512)
+    blocks = fit_keys(plan, blocks)
+    budget = vmem_of(device_kind) // 2
+    while vmem_bytes(dataclasses.replace(plan, blocks=blocks)) > budget:
+        blocks = fit_keys(plan, _smaller(blocks))
+    return blocks
+
+
+def fit_keys(plan: Plan, blocks: Blocks) -> Blocks:
+    """The same with no more keys in a product than there are in a block."""
+    return dataclasses.replace(blocks, keys=min(blocks.keys, blocks.pages * plan.page_size))
+
+
+def _smaller(blocks: Blocks) -> Blocks:
+    """Half of whatever is cheapest to halve.
+
+    Raises:
+        NotImplementedError: nothing is left to halve.
+    """
+    if blocks.pages > 1:
+        return dataclasses.replace(blocks, pages=blocks.pages // 2)
+    if blocks.queries > 8:
+        return dataclasses.replace(blocks, queries=blocks.queries // 2)
+    if blocks.slots > 2:
+        return dataclasses.replace(blocks, slots=2)
+    raise NotImplementedError("one page and eight queries are more than fits into VMEM; take smaller pages")
+
+
+def vmem_of(device_kind: str) -> int:
+    """Bytes of vector memory of a core of such a chip."""
+    return VMEM.get(device_kind, SMALL_VMEM)
+
+
+def vmem_bytes(plan: Plan) -> int:
+    """Bytes of the attention kernel's buffers, and of the values of one product."""
+    blocks, operand = plan.blocks, plan.lanes.operand
+    row_bytes = plan.lanes.row * plan.dtype.itemsize
+    pages = blocks.slots * plan.kv_heads * plan.keys_in_block * row_bytes
+    tokens = (blocks.slots + 2) * blocks.queries * plan.query_rows * LANES * 4
+    matrices = (
+        plan.kv_heads * plan.matrix_rows * (operand * plan.product.itemsize + (2 * LANES + operand) * 4)
+    )
+    new = plan.decode * (
+        blocks.slots * plan.new_rows * LANES * 4 + 2 * plan.kv_heads * plan.tile_rows * row_bytes
+    )
+    product = 3 * plan.matrix_rows * blocks.keys * 4 + 2 * blocks.keys * operand * 4
+    return pages + tokens + matrices + new + product
+
+
+def write_bytes(plan: Plan) -> int:
+    """Bytes of the buffers of the kernel that writes pages."""
+    page = plan.kv_heads * plan.lanes.row * plan.dtype.itemsize
+    return SLOTS * plan.page_size * (plan.new_rows * LANES * 4 + page)
+
+
+def check_smem(rows: int, columns: int) -> None:
+    """Whether a page table fits into scalar memory.
+
+    Raises:
+        ValueError: it does not; the message says which settings make it smaller.
+    """
+    size = 4 * rows * columns
+    if size > SMEM - SMEM_RESERVED:
+        raise ValueError(
+            f"the page table of {rows} rows by {columns} pages takes {size:,} bytes, and a TPU core has "
+            f"{SMEM - SMEM_RESERVED:,} for it; lower max_num_seqs or max_model_len, or raise page_size"
+        )
+
+
+def _power(x: int) -> int:
+    """The largest power of two up to `x`, at least 1."""
+    return 1 << (max(x, 1).bit_length() - 1)
