@@ -1,0 +1,16 @@
+"""Keeps what a run of the compile checks has shown."""
+
+import pytest
+from aot_records import PROOFS
+
+from pallas_kernels.targets.proofs import read_proofs, write_proofs
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run of everything replaces all proofs, a part of it those that it has made again."""
+    if not PROOFS:
+        return
+    partial = exitstatus != 0 or session.config.getoption("keyword") or "::" in " ".join(session.config.args)
+    made = {proof.key for proof in PROOFS}
+    kept = [proof for proof in read_proofs() if proof.key not in made] if partial else []
+    write_proofs([*kept, *PROOFS])

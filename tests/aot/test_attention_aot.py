@@ -1,0 +1,143 @@
+"""Paged attention compiled for chips that are not there: in place, without copies, within their memories."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from aot_cases import MAX_MODEL_LEN, NUM_PAGES, PAGE_SIZE, ROWS, Case, attention_cases
+from aot_records import Result, compile_lowered
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels.paged_attention import (
+    Backend,
+    PageGeometry,
+    Problem,
+    RaggedBatch,
+    as_backend,
+    list_backends,
+    paged_attention,
+)
+from pallas_kernels.targets import Target
+
+pytestmark = pytest.mark.aot
+KERNELS = {"tpu": "tpu_custom_call", "gpu": "mosaic_gpu_v2"}
+
+
+def geometry(case: Case) -> PageGeometry:
+    """Of the pool, all devices together."""
+    model = case.model
+    return PageGeometry(NUM_PAGES, PAGE_SIZE, model.kv_heads, model.head_dim, jnp.dtype(case.pages))
+
+
+def problem(case: Case) -> Problem:
+    """What one device has to do."""
+    chip, whole = Target.parse(case.target).chip, geometry(case)
+    local = PageGeometry(NUM_PAGES, PAGE_SIZE, whole.kv_heads // case.devices, whole.head_dim, whole.dtype)
+    heads = case.model.heads // case.devices
+    return Problem(
+        chip.platform, chip.device_kind, heads, local, jnp.dtype(jnp.bfloat16), case.model.sliding_window
+    )
+
+
+def lower(case: Case, backend: Backend, *, spoil: bool = False) -> tuple[jax.stages.Lowered, int]:
+    """The program, and the bytes of its pool on each device; `spoil` reads the old pages after the update."""
+    model = case.model
+    mesh = Target.parse(case.target).mesh((case.devices,), ("tensor",))
+    pool = backend.layout.array(geometry(case))
+    cut = [None] * len(pool.shape)
+    cut[backend.layout.heads_axis] = "tensor"
+    heads, pages, whole = PartitionSpec(None, "tensor"), PartitionSpec(*cut), PartitionSpec()
+
+    def shape(dims: tuple[int, ...], dtype: object, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
+
+    columns = MAX_MODEL_LEN // PAGE_SIZE
+    batch = RaggedBatch(
+        *(shape(dims, jnp.int32, whole) for dims in ((ROWS + 1,), (ROWS,), (ROWS, columns), (2,)))
+    )
+    q = shape((case.tokens, model.heads, model.head_dim), jnp.bfloat16, heads)
+    kv = shape((case.tokens, model.kv_heads, model.head_dim), jnp.bfloat16, heads)
+    by_head = PartitionSpec("tensor")
+    scales = (shape((model.kv_heads,), jnp.float32, by_head),) * 2 if case.pages != "bfloat16" else ()
+
+    def attend(q, k, v, pages, batch, *scales):
+        k_scale, v_scale = scales or (None, None)
+        out, after = paged_attention(
+            q, k, v, pages, batch, scale=model.head_dim**-0.5, sliding_window=model.sliding_window,
+            k_scale=k_scale, v_scale=v_scale, backend=backend,
+        )  # fmt: skip
+        return (out + pages.reshape(-1)[:1].astype(out.dtype), after) if spoil else (out, after)
+
+    if case.devices > 1:
+        specs = (heads, heads, heads, pages, whole, *(by_head for _ in scales))
+        attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=(heads, pages), check_vma=False)
+    arrays = (q, kv, kv, shape(pool.shape, pool.dtype, pages), batch, *scales)
+    nbytes = math.prod(arrays[3].sharding.shard_shape(pool.shape)) * pool.dtype.itemsize
+    with jax.set_mesh(mesh):
+        return jax.jit(attend, donate_argnums=3).lower(*arrays), nbytes
+
+
+@functools.cache
+def refuses(case: Case) -> str | None:
+    """Why the backend does not serve the case, if it does not."""
+    if case.backend not in list_backends():
+        return f"there is no backend {case.backend!r}"
+    try:
+        as_backend(case.backend).require(problem(case))
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def check_in_place(result: Result, pool: int) -> None:
+    """The pool is updated where it is."""
+    assert result.memory.alias_size_in_bytes >= pool
+    assert not result.text.copies(pool), "the pool is copied"
+    assert result.memory.temp_size_in_bytes < pool // 2
+
+
+@pytest.mark.parametrize("case", attention_cases(), ids=str)
+def test_attention(case: Case) -> None:
+    reason = refuses(case)
+    if reason is not None:
+        pytest.skip(reason)
+    lowered, pool = lower(case, as_backend(case.backend))
+    result = compile_lowered(Target.parse(case.target), lowered)
+    check_in_place(result, pool)
+    checked = ["pages updated in place", "no copy of the pool"]
+    if case.backend in KERNELS:
+        assert KERNELS[case.backend] in result.text.custom_calls(), "the kernel is not in the program"
+        assert not result.text.gathers(pool), "the cache is gathered"
+        check_kernel_memory(result)
+        checked += ["no gather from the pool", "kernel memory within the chip's"]
+        if case.backend == "gpu":
+            checked.append("no registers spilled")
+    else:
+        # XLA reads pages by gathers, a piece of the context at a time and never max_model_len of it
+        context = pool // NUM_PAGES * (MAX_MODEL_LEN // PAGE_SIZE) * min(ROWS, case.tokens)
+        largest = max(one.nbytes for one in result.text.gathers())
+        assert largest <= context // 8, "whole contexts are gathered"
+        checked.append("no gather of whole contexts")
+    assert not result.text.collectives()
+    result.record("paged_attention", case.backend, case.devices, case.shape, case.pages, *checked)
+
+
+def check_kernel_memory(result: Result) -> None:
+    """The compiler's own count of what kernels use, against what the chip has."""
+    chip = result.target.chip
+    if result.gpu.registers is not None or chip.platform == "tpu":
+        assert result.kernel_memory is not None
+        assert 0 < result.kernel_memory <= chip.kernel_memory
+    if result.gpu.registers is not None:
+        assert result.gpu.registers <= chip.registers
+        assert result.gpu.spilled == 0, "registers are spilled to memory"
+
+
+@pytest.mark.parametrize("target", ["v5e:2x2", "h100:4"])
+def test_a_copied_pool_is_found(target: str) -> None:
+    case = next(c for c in attention_cases() if (c.backend, c.target) == ("xla", target))
+    lowered, pool = lower(case, as_backend("xla"), spoil=True)
+    with pytest.raises(AssertionError):
+        check_in_place(compile_lowered(Target.parse(target), lowered), pool)
