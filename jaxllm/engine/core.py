@@ -2,7 +2,6 @@
 
 import logging
 import random
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from jaxllm.engine.assembler import OutputAssembler, TokenLogprobs
 from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.metrics import EngineState, Metrics
 from jaxllm.engine.outputs import FinishReason, RequestOutput
+from jaxllm.engine.step_clock import StepClock
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.runner.runner import Admission, DispatchedStep, Runner
 from jaxllm.sampling.settings import row_settings
@@ -92,6 +92,7 @@ class EngineCore:
         self._samples: dict[str, Sample] = {}
         self._requests: dict[str, list[Sample]] = {}
         self._in_flight: deque[InFlight] = deque()
+        self._clock = StepClock()
         self._failures_in_a_row = 0
         self.last_error: Exception | None = None
         """Why requests have ended with errors, most recently."""
@@ -178,8 +179,9 @@ class EngineCore:
         """
         if self.failure is not None:
             raise EngineFailedError("the engine has failed; make another") from self.failure
-        begin = time.perf_counter()
+        self._clock.begin(busy=self._is_busy())
         plan = self.scheduler.schedule()
+        self._clock.scheduled(len(plan.rows), plan.num_tokens)
         for request_id in plan.preempted:
             record = self._samples[request_id].assembler.metrics
             assert record is not None
@@ -189,9 +191,12 @@ class EngineCore:
             self._failures_in_a_row = 0
         except Exception as error:
             outputs = self._recover(error)
-        if plan.rows:
-            self.metrics.step_done(seconds=time.perf_counter() - begin, num_tokens=plan.num_tokens)
+        self.metrics.step_done(self._clock.end(idle=not self._requests))
         return outputs
+
+    def _is_busy(self) -> bool:
+        """Whether the device still works on the step that it was given last."""
+        return bool(self._in_flight) and not self._in_flight[-1].step.is_done()
 
     def _run(self, plan: StepPlan) -> list[RequestOutput]:
         if plan.rows:
@@ -237,6 +242,7 @@ class EngineCore:
         }
         scored, targets = self._prompts_to_score(plan)
         step = self.runner.dispatch(plan, admissions, scores=bool(targets))
+        self._clock.dispatched(step.packed_at, busy=self._is_busy())
         logprobs = self.runner.logprobs(step) if any(map(self._wants_logprobs, plan.rows)) else None
         scores = self.runner.score(step, targets) if targets else None
         for array in (*(logprobs or ()), *(scores or ())):
@@ -290,6 +296,7 @@ class EngineCore:
 
     def _collect(self, done: InFlight) -> list[RequestOutput]:
         tokens = done.step.read()
+        self._clock.read(done.step.packed_at)
         logprobs = _Logprobs(done.logprobs)
         scores = _Logprobs(done.scores)
         touched: dict[str, OutputAssembler] = {}

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from jaxllm.engine.step_clock import PARTS, StepTimes
+
 # Seconds, three to a decade from a tenth of a millisecond to a quarter of an hour.
 _TIME_BOUNDS = tuple(base * 10.0**power for power in range(-4, 3) for base in (1.0, 2.0, 5.0))
 _FINISH_REASONS: tuple[str, ...] = ("stop", "length", "abort", "error")
@@ -119,6 +121,7 @@ class Metrics:
         self.inter_token_latency = Histogram()
         self.end_to_end_time = Histogram()
         self.step_time = Histogram()
+        self.step_parts = {part: Histogram() for part in PARTS}
 
     def request_arrived(self, num_prompt_tokens: int, *, arrival_time: float | None = None) -> RequestMetrics:
         """Counts a request and starts its own record.
@@ -172,16 +175,14 @@ class Metrics:
         self._finished[reason] += 1
         self.end_to_end_time.observe(request.finished_time - request.arrival_time)
 
-    def step_done(self, *, seconds: float, num_tokens: int) -> None:
-        """Counts a step.
-
-        Args:
-            seconds: what it took on the host.
-            num_tokens: tokens it computed.
-        """
-        self.step_time.observe(seconds)
-        self._totals["steps"] += 1
-        self._totals["scheduled_tokens"] += num_tokens
+    def step_done(self, times: StepTimes) -> None:
+        """Counts a turn of the step loop; one that dispatched nothing only adds to the parts."""
+        for part, histogram in self.step_parts.items():
+            histogram.observe(getattr(times, part))
+        if times.num_rows:
+            self.step_time.observe(times.total)
+            self._totals["steps"] += 1
+            self._totals["scheduled_tokens"] += times.num_tokens
 
     def snapshot(self, state: EngineState) -> dict[str, float]:
         """Everything counted, as one flat dict.
@@ -199,7 +200,8 @@ class Metrics:
         - `pages_used`, `num_pages`, `pages_used_ratio`.
         - `prefix_cache_queries_total`, `prefix_cache_hits_total` (tokens), `prefix_cache_hit_ratio`.
         - `{name}_seconds_{mean,p50,p90,p99}` and `{name}_count` for each name of `time_in_queue`,
-          `time_to_first_token`, `inter_token_latency`, `end_to_end_time`, `step_time`.
+          `time_to_first_token`, `inter_token_latency`, `end_to_end_time`, `step_time`, and of
+          `step_{schedule,pack,dispatch,wait,process,device,gap}`: the parts of a step, see `StepTimes`.
         """
         counts = {f"{name}_total": float(value) for name, value in self._totals.items()}
         counts |= {f"requests_finished_{reason}_total": float(n) for reason, n in self._finished.items()}
@@ -222,6 +224,8 @@ class Metrics:
             "step_time",
         ):
             counts |= _summary(name, getattr(self, name))
+        for part, histogram in self.step_parts.items():
+            counts |= _summary(f"step_{part}", histogram)
         return counts
 
 

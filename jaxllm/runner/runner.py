@@ -1,5 +1,6 @@
 """Runs the scheduler's plans on the devices: weights, pages, rows, and the programs that bind them."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -73,6 +74,7 @@ class Runner:
         buckets = self.lowering.buckets
         bucket = buckets.largest if scores else buckets.fit(plan.num_tokens)
         packed = self.lowering.step_layout(bucket).pack(plan, grown)
+        packed_at = time.perf_counter()
         rows = self._rows
         assert rows is not None
         forward = self.programs["forward", bucket.tokens]
@@ -81,7 +83,7 @@ class Runner:
         tokens, state, sampled = sample(rows.tokens, rows.sampler, output.logits, output.rows, output.lengths)
         self._rows = DeviceRows(tokens, tables, state)
         sampled.copy_to_host_async()
-        return DispatchedStep(plan, output, sampled)
+        return DispatchedStep(plan, output, sampled, packed_at)
 
     def _admit(self, row: int, admission: Admission, updates: Sequence[PageUpdate]) -> None:
         groups, _, columns = self.lowering.table_shape
@@ -140,6 +142,12 @@ class DispatchedStep:
     forward: Forward
     tokens: Array
     """int32, for each row of the step the token sampled."""
+    packed_at: float
+    """When the host had made all ready that the programs take, on the clock of `time.perf_counter`."""
+
+    def is_done(self) -> bool:
+        """Whether `read` would not wait."""
+        return self.tokens.is_ready()  # pyright: ignore[reportAttributeAccessIssue]  # jax's stubs leave it out
 
     def read(self) -> list[list[int]]:
         """For each row of the plan the tokens it sampled: one or none. Waits for the device."""

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.engine.metrics import EngineState, Histogram, Metrics
+from jaxllm.engine.step_clock import StepClock, StepTimes
 
 IDLE = EngineState(0, 0, 0, 0, 0, 0)
 
@@ -84,7 +85,8 @@ def test_an_earlier_arrival_counts() -> None:
 def test_steps() -> None:
     metrics = Metrics(Clock())
     for _ in range(2):
-        metrics.step_done(seconds=0.5, num_tokens=10)
+        metrics.step_done(StepTimes(num_rows=5, num_tokens=10, schedule=0.25, wait=0.25, device=4))
+    metrics.step_done(StepTimes(wait=0.25))  # reads the last step and dispatches none
     state = EngineState(
         requests_running=3,
         requests_waiting=2,
@@ -98,6 +100,8 @@ def test_steps() -> None:
         "steps_total": 2,
         "scheduled_tokens_total": 20,
         "step_time_seconds_mean": 0.5,
+        "step_wait_count": 3,
+        "step_wait_seconds_mean": 0.25,
         "requests_running": 3,
         "requests_waiting": 2,
         "pages_used": 8,
@@ -115,9 +119,40 @@ def test_a_snapshot_is_flat_and_documented_and_starts_at_zero() -> None:
     assert set(snapshot.values()) == {0.0}
     assert all(type(value) is float for value in snapshot.values())
     documentation = Metrics.snapshot.__doc__ or ""
-    listed = ("requests_finished_", "time_", "inter_token_", "end_to_end_", "step_time_")
+    listed = ("requests_finished_", "time_", "inter_token_", "end_to_end_", "step_")
     names = [name for name in snapshot if not name.startswith(listed)]
     assert [name for name in names if f"`{name}`" not in documentation] == []
+
+
+def test_the_times_of_a_turn_that_waits_for_the_step_before() -> None:
+    clock = Clock()
+    steps = StepClock(clock)
+
+    def turn(*, busy: bool, still_busy: bool, reads: float | None) -> StepTimes:
+        """Schedules for 1 s, packs for 2, dispatches for 3, waits for 10, processes for 4."""
+        steps.begin(busy=busy)
+        clock.now += 1
+        steps.scheduled(6, 7)
+        clock.now += 5
+        steps.dispatched(clock.now - 3, busy=still_busy)
+        if reads is not None:
+            clock.now += 10
+            steps.read(reads)
+        clock.now += 4
+        return steps.end(idle=False)
+
+    first = turn(busy=False, still_busy=False, reads=None)
+    assert (first.num_rows, first.num_tokens, first.begin) == (6, 7, 100)
+    assert (first.schedule, first.pack, first.dispatch, first.process) == (1, 2, 3, 4)
+    assert (first.wait, first.device, first.gap, first.host, first.total) == (0, 0, 0, 10, 10)
+    second = turn(busy=True, still_busy=True, reads=103)
+    assert (second.wait, second.device, second.gap, second.total) == (10, 126 - 103, 0, 20)
+    third = turn(busy=False, still_busy=False, reads=113)  # done before it was read, while outputs were made
+    assert (third.gap, third.device) == (4 + 1 + 2 + 3, 146 - 126)
+    fourth = turn(busy=True, still_busy=False, reads=133)  # it was still at work when this turn began
+    assert fourth.gap == 6
+    steps.end(idle=True)
+    assert turn(busy=False, still_busy=False, reads=None).gap == 0
 
 
 @given(st.lists(st.floats(1e-5, 900), min_size=1), st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0]))
