@@ -63,6 +63,32 @@ def write_proofs(proofs: list[Proof], path: Path = PATH) -> None:
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
+def summary(proofs: list[Proof]) -> str:
+    """A Markdown table: a line for each op, backend, target and number of chips."""
+    groups: dict[tuple[str, str, str, int], list[Proof]] = {}
+    for proof in proofs:
+        groups.setdefault((proof.op, proof.backend, proof.target, proof.devices), []).append(proof)
+    lines = [
+        "| Op | Backend | Compiled for | Chips | Programs | Pages | Kernel memory | Temporaries | Compile |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (op, backend, target, devices), group in sorted(groups.items()):
+        pages = ", ".join(sorted({proof.pages for proof in group if proof.pages}))
+        kernel = max((proof.kernel_memory or 0 for proof in group), default=0)
+        temporaries = max(proof.temporaries for proof in group)
+        seconds = max(proof.seconds for proof in group)
+        cells = (op, backend, target, devices, len(group), pages, _size(kernel), _size(temporaries))
+        lines.append(f"| {' | '.join(map(str, cells))} | {seconds:.0f} s |")
+    return "\n".join(lines)
+
+
+def _size(nbytes: int) -> str:
+    """In MB, or KB below one."""
+    if nbytes == 0:
+        return "-"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.0f} KB"
+
+
 def _from_json(record: dict[str, Any]) -> Proof:
     collectives = {kind: (count, size) for kind, (count, size) in record["collectives"].items()}
     return Proof(**{**record, "checked": tuple(record["checked"]), "collectives": collectives})

@@ -37,7 +37,7 @@ class GpuKernels:
         for path in folder.glob("*.ptxas"):
             text = path.read_text()
             used = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
-            found.registers = max(used + [found.registers or 0])
+            found.registers = max([*used, found.registers or 0])
             found.spilled += sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text))
         for path in folder.glob("*.mlir-passes.log"):
             with path.open() as lines:  # 20 MB, of which the first launch says it

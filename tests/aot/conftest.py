@@ -1,9 +1,14 @@
 """Keeps what a run of the compile checks has shown."""
 
+from pathlib import Path
+
 import pytest
 from aot_records import PROOFS
 
-from pallas_kernels.targets.proofs import read_proofs, write_proofs
+from pallas_kernels.targets.proofs import read_proofs, summary, write_proofs
+
+README = Path(__file__).parent.parent.parent / "README.md"
+MARKS = ("<!-- make aot writes this table -->\n\n", "\n\n<!-- to here -->")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -14,3 +19,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     made = {proof.key for proof in PROOFS}
     kept = [proof for proof in read_proofs() if proof.key not in made] if partial else []
     write_proofs([*kept, *PROOFS])
+    before, rest = README.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    README.write_text(before + MARKS[0] + summary(read_proofs()) + MARKS[1] + after)
