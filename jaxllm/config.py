@@ -6,9 +6,10 @@ written once: here. `EngineConfig.create(model, **options)` takes every field of
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, Literal, Protocol, Self, get_args, get_type_hints
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
@@ -127,6 +128,16 @@ class ParallelConfig:
         _positive("tensor_parallel_size", self.tensor_parallel_size)
 
 
+class AttentionBackend(Protocol):
+    """What the engine needs to see of a `pallas_kernels.paged_attention.Backend`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def attend(self) -> Callable[..., Any]: ...
+
+
 @dataclass(frozen=True)
 class CompileConfig:
     """How the step's programs are compiled."""
@@ -134,8 +145,19 @@ class CompileConfig:
     compilation_cache: bool = option(True, "keep compiled programs on disk for the next start")
     compilation_cache_dir: Path | None = option(None, "where (default: a folder of the user's own cache)")
     enforce_eager: bool = option(False, "skip compiling ahead: a program compiles when it is first needed")
-    attention_backend: str = option("auto", "name of a registered paged-attention kernel")
+    attention_backend: str | AttentionBackend | Callable[..., Any] = option(
+        "auto",
+        "name of a registered paged-attention kernel; 'auto' takes the first that serves the model "
+        "(in Python also a pallas_kernels.paged_attention.Backend, or a function)",
+    )
     progress: bool = option(True, "show progress bars while loading and compiling")
+
+    def __post_init__(self) -> None:
+        kernel = self.attention_backend
+        is_kernel = isinstance(kernel, str) or callable(kernel) or callable(getattr(kernel, "attend", None))
+        _require(
+            is_kernel, "attention_backend", kernel, "a name, a Backend of paged attention, or a function"
+        )
 
 
 @dataclass(frozen=True)

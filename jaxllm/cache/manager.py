@@ -1,6 +1,7 @@
 """The cache as the scheduler sees it: prefixes to find, tables to grow, pages to count."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from jaxllm.cache.groups import GroupSpec
@@ -148,6 +149,27 @@ class CacheManager:
             num_idle += sum(self.pool.references(page) == 0 for page in pages if page is not None)
             tables.append((*[NULL_PAGE] * first, *[page for page in pages if page is not None]))
         return Prefix(hit * self.page_size, tuple(tables), num_idle)
+
+    def num_coming(
+        self, prefix: Prefix, chain: HashChain, token_ids: Sequence[int], names: Container[bytes]
+    ) -> int:
+        """Tokens after a prefix just found whose pages are among `names`, short of the last token."""
+        if not names or not self.enable_prefix_caching:
+            return 0
+        first, most = prefix.num_tokens // self.page_size, (len(token_ids) - 1) // self.page_size
+        chain.extend(token_ids, most)
+        there = itertools.takewhile(names.__contains__, chain.digests[first:most])
+        return sum(1 for _ in there) * self.page_size
+
+    def names(
+        self, chain: HashChain, token_ids: Sequence[int], start: int, num_tokens: int
+    ) -> Sequence[bytes]:
+        """Names of the pages that become full with `num_tokens` known tokens from `start` on."""
+        first, end = start // self.page_size, min(start + num_tokens, len(token_ids)) // self.page_size
+        if first >= end or not self.enable_prefix_caching:
+            return ()
+        chain.extend(token_ids, end)
+        return chain.digests[first:end]
 
     def no_prefix(self) -> Prefix:
         """The empty prefix, for a request that must compute all its tokens."""

@@ -37,13 +37,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def report() -> dict[str, dict[str, Any]]:
-    """Versions, machine, devices, caches, what is registered, and the variables that jax and others read."""
+    """Versions, machine, devices, caches, what is registered, kernels, and variables that others read."""
     return {
         "versions": {"python": platform.python_version()} | _versions(),
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "executable": sys.executable},
         "devices": _devices(),
         "caches": _caches(),
         "registered": _registered(),
+        "attention": _attention(),
         "environment": _environment(os.environ),
     }
 
@@ -91,6 +92,34 @@ def _registered() -> dict[str, list[str]]:
         "attention backends": list_backends(),
         "logits processors": [processor.name for processor in registered_logits_processors()],
     }
+
+
+def _attention() -> dict[str, str]:
+    """The kernels that "auto" tries on the device that is there, in that order, and what each says to a usual
+    model: its own layers may still be another matter."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.paged_attention import PageGeometry, Problem
+    from pallas_kernels.paged_attention.backends import ORDER, REGISTRY
+    from pallas_kernels.paged_attention.problem import platform_of
+
+    try:
+        device = jax.devices()[0]
+    except RuntimeError as error:
+        return {"error": str(error)}
+    platform, dtype = platform_of(device.platform), jnp.dtype(jnp.bfloat16)
+    usual = Problem(platform, device.device_kind, 32, PageGeometry(0, 16, 8, 128, dtype), dtype)
+    found: dict[str, str] = {}
+    for name in ORDER.get(platform, ()):
+        try:
+            REGISTRY.get(name).require(usual)
+        except NotImplementedError as error:
+            found[name] = f"does not serve: {error}"
+        else:
+            first = not any(verdict.startswith("serves") for verdict in found.values())
+            found[name] = "serves, and is taken" if first else "serves"
+    return found
 
 
 def _environment(variables: Any) -> dict[str, str]:

@@ -18,10 +18,13 @@ from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.inputs import EngineInput, Prompt, TokensPrompt
 from jaxllm.engine.loading import EngineParts, load_parts
 from jaxllm.engine.mail import Mail
+from jaxllm.engine.metrics import choice_metrics
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.scoring import SCORING_PARAMS, PromptScore, prompt_score
 from jaxllm.engine.sleeping import Sleep
 from jaxllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
+from pallas_kernels.paged_attention import Backend
+from pallas_kernels.registry import Choice
 
 
 class Engine:
@@ -52,10 +55,13 @@ class Engine:
             model: a Hugging Face repo id, a folder, a GGUF file, or a name such as "smollm2-135m-instruct".
             mesh: devices to run on, as `jaxllm.parallel.make_mesh` makes them; by default the first ones.
             options: fields of the parts of `EngineConfig`, such as `dtype`, `max_model_len`, `num_pages`.
+                `attention_backend` is a registered name, a `pallas_kernels.paged_attention.Backend`, or a
+                function in the form of `pallas_kernels.paged_attention.AttentionFunction`.
 
         Raises:
             CheckpointError: the model cannot be found, read or recognised.
-            TypeError: an unknown option.
+            NotImplementedError: the attention kernel that was asked for does not serve the model.
+            TypeError: an unknown option, or an attention kernel that is none.
             ValueError: an option out of range, or one that does not suit the model or the machine.
         """
         return cls(load_parts(EngineConfig.create(model, **options), mesh))
@@ -289,13 +295,27 @@ class Engine:
         return self._parts.tokenizer
 
     def get_metrics(self) -> dict[str, float]:
-        """Counts and times so far (see `Metrics.snapshot`), and how many programs were compiled, and late."""
+        """Counts and times so far (see `Metrics.snapshot`), the programs, and the attention kernel.
+
+        `programs` were compiled in `compile_seconds`, and `programs_compiled_late_total` while serving.
+        `attention_backend_info{...}`, with labels as Prometheus writes them, is 1 for the kernel that runs,
+        and 0, with the reason, for each that would have been tried before it.
+        """
         programs = self._core.runner.programs
-        return self._core.get_metrics() | {
-            "programs": float(len(programs)),
-            "programs_compiled_late_total": float(programs.compiled_late),
-            "compile_seconds": programs.seconds,
-        }
+        return (
+            self._core.get_metrics()
+            | {
+                "programs": float(len(programs)),
+                "programs_compiled_late_total": float(programs.compiled_late),
+                "compile_seconds": programs.seconds,
+            }
+            | choice_metrics("attention_backend_info", self._parts.attention)
+        )
+
+    @property
+    def attention_backend(self) -> Choice[Backend]:
+        """The attention kernel that runs, and why those tried before it do not."""
+        return self._parts.attention
 
     def get_page_tables(self) -> dict[str, list[list[int]]]:
         """For each running request its pages, one list for each group of layers."""

@@ -28,7 +28,7 @@ from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.models.loading import load_weights
 from jaxllm.models.registry import ModelRegistry
 from jaxllm.parallel import make_mesh
-from jaxllm.runner.kernels import choose_attention
+from jaxllm.runner.kernels import check_kernel, choose_attention, prepare_attention
 from jaxllm.runner.lowering import Lowering, Sizes
 from jaxllm.runner.memory import count_pages, measure, page_bytes
 from jaxllm.runner.programs import use_compilation_cache
@@ -36,6 +36,7 @@ from jaxllm.runner.runner import Runner
 from jaxllm.sampling import SamplerConfig, registered_logits_processors
 from jaxllm.scheduler.scheduler import Scheduler
 from pallas_kernels.paged_attention import Backend
+from pallas_kernels.registry import Choice
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class EngineParts:
     config: EngineConfig
     model: DecoderConfig
     mesh: Mesh
+    attention: Choice[Backend]
+    """The attention kernel, and why it is not another one."""
     core: EngineCore
     inputs: InputProcessor
     tokenizer: PreTrainedTokenizerBase | None
@@ -92,21 +95,29 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
 
     Raises:
         CheckpointError: the model cannot be found, read or recognised.
+        NotImplementedError: the attention kernel that was asked for does not serve the model.
+        TypeError: the attention kernel is none.
         ValueError: the config does not suit the model or the machine.
     """
+    kernel = config.compile.attention_backend
+    check_kernel(kernel)
     if config.compile.compilation_cache:
         folder = config.compile.compilation_cache_dir
         use_compilation_cache(folder or Path(platformdirs.user_cache_dir("jaxllm")) / "programs")
     mesh = make_mesh(config.parallel.tensor_parallel_size) if mesh is None else mesh
+    prepare_attention(kernel, mesh)
     with closing(_open(config)) as checkpoint:
         architecture = ModelRegistry.resolve(checkpoint.config)
         model = _read_model(config, checkpoint, architecture, mesh)
-        attention = choose_attention(config.compile.attention_backend, model, mesh, config.cache.page_size)
+        choose = partial(choose_attention, kernel, model, mesh, config.cache.page_size)
+        # what is wrong with somebody's own kernel shows before the weights are loaded
+        attention = None if isinstance(kernel, str) else choose()
         tokenizer = _load_tokenizer(config, checkpoint)
         generation = checkpoint.generation_config
         eos = find_eos_token_ids(tokenizer, generation, checkpoint.config)
     source = WeightSource(config, architecture, model, mesh)
     params = source()
+    attention = attention or choose()  # late: what was begun above has had time
     lowering, num_pages = _size(config, model, architecture, params, mesh, attention.backend)
     sizes = lowering.sizes
     scheduler = Scheduler(
@@ -136,7 +147,7 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
         eos_token_ids=eos,
         default_params=default_sampling_params(generation),
     )
-    return EngineParts(config, model, mesh, core, inputs, tokenizer, source)
+    return EngineParts(config, model, mesh, attention, core, inputs, tokenizer, source)
 
 
 def _open(config: EngineConfig) -> Checkpoint:

@@ -8,8 +8,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxllm.engine.step_clock import PARTS, StepTimes
+from pallas_kernels.registry import Choice
 
 # Seconds, three to a decade from a tenth of a millisecond to a quarter of an hour.
 _TIME_BOUNDS = tuple(base * 10.0**power for power in range(-4, 3) for base in (1.0, 2.0, 5.0))
@@ -227,6 +229,23 @@ class Metrics:
         for part, histogram in self.step_parts.items():
             counts |= _summary(f"step_{part}", histogram)
         return counts
+
+
+def choice_metrics(name: str, choice: Choice[Any]) -> dict[str, float]:
+    """A choice among kernels as Prometheus shows texts: in the labels of a metric.
+
+    https://prometheus.io/docs/instrumenting/exposition_formats/#text-format-details
+    """
+    others = {f"{name}{_labels(backend=other, reason=why)}": 0.0 for other, why in choice.passed_over}
+    return {f"{name}{_labels(backend=choice.backend.name)}": 1.0} | others
+
+
+def _labels(**labels: str) -> str:
+    escaped = {
+        name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        for name, value in labels.items()
+    }
+    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}"
 
 
 def _between(start: float, end: float | None) -> float | None:

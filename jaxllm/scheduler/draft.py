@@ -11,11 +11,13 @@ class StepDraft:
 
     budget: tokens the step can still take.
     short: a running request did not find the pages it wanted, so nobody is to be admitted.
+    filling: names of the pages that this step fills; the steps after it can find them.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.short = False
+        self.filling: set[bytes] = set()
         self._decodes: list[RowPlan] = []
         self._prefills: list[RowPlan] = []
         self._decoding: list[Request] = []

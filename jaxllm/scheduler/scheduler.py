@@ -45,6 +45,8 @@ class Scheduler:
       never run was refused by `add`, and the first running request may take the pages of all others;
     - requests are admitted strictly in the policy's order: a large one at the head waits until its known
       tokens fit, and nobody overtakes it;
+    - a request waits for the next step if this one computes most of what it misses, for another request: it
+      finds those pages in the prefix cache then. So `n` samples of a prompt compute it once;
     - requests are preempted from the end of that order (the newest of the lowest priority), only for one
       that is ahead of them, and not to admit somebody. They compute their tokens again when they come back.
     """
@@ -237,6 +239,8 @@ class Scheduler:
         while index < len(self.running) and draft.budget:
             request = self.running[index]
             index += 1
+            # at every step, so that a prompt's pages can be found as soon as they have been computed
+            self.cache.advance(request.tables, request.chain, request.token_ids, request.num_computed_tokens)
             wanted = min(request.num_missing_tokens, draft.budget)
             if wanted:
                 count = self._make_room(request, wanted, draft)
@@ -252,8 +256,6 @@ class Scheduler:
         to compute again.
         """
         start = request.num_computed_tokens
-        # at every step, so that a prompt's pages can be found as soon as they have been computed
-        self.cache.advance(request.tables, request.chain, request.token_ids, start)
         if start + wanted <= self.cache.capacity(request.tables.num_columns, 0):
             return wanted
         while True:
@@ -278,6 +280,8 @@ class Scheduler:
             if request.num_in_flight:
                 return  # the host cannot send a token that it has not read
             prefix = self._find_prefix(request)
+            if self._is_coming(request, prefix, draft):
+                return
             count = self._room_to_admit(request, prefix, draft)
             if not count:
                 return
@@ -289,6 +293,16 @@ class Scheduler:
         if request.skip_prefix_cache:
             return self.cache.no_prefix()
         return self.cache.find_prefix(request.chain, request.token_ids)
+
+    def _is_coming(self, request: Request, prefix: Prefix, draft: StepDraft) -> bool:
+        """Whether this step computes at least half of what a waiting request misses.
+
+        Less would not be worth the step: prompts often share some first tokens of a chat template.
+        """
+        if request.skip_prefix_cache:
+            return False
+        coming = self.cache.num_coming(prefix, request.chain, request.token_ids, draft.filling)
+        return 0 < len(request.token_ids) - prefix.num_tokens <= 2 * coming
 
     def _room_to_admit(self, request: Request, prefix: Prefix, draft: StepDraft) -> int:
         """How many tokens of a waiting request can be computed now, or 0 to leave it waiting.
@@ -321,6 +335,7 @@ class Scheduler:
     def _plan_row(self, request: Request, count: int, draft: StepDraft) -> None:
         """Enters a running request's next `count` tokens, for which there is room."""
         start, columns = request.num_computed_tokens, request.tables.num_columns
+        draft.filling.update(self.cache.names(request.chain, request.token_ids, start, count))
         draft.add_pages(request, columns, self.cache.extend(request.tables, start + count))
         request.num_computed_tokens = start + count
         samples = start + count == request.num_known_tokens

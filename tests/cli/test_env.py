@@ -13,7 +13,15 @@ from jaxllm.cli.main import main
 def test_json_has_every_section(capsys: pytest.CaptureFixture[str]):
     assert main(["env", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert list(report) == ["versions", "machine", "devices", "caches", "registered", "environment"]
+    assert list(report) == [
+        "versions",
+        "machine",
+        "devices",
+        "caches",
+        "registered",
+        "attention",
+        "environment",
+    ]
     assert report["versions"]["jax"] == jax.__version__
     assert len(report["devices"]) == len(jax.devices())
     assert "xla" in report["registered"]["attention backends"]

@@ -266,3 +266,40 @@ def test_a_step_costs_the_same_however_many_wait(policy: str) -> None:
     few = costs(20)
     assert few == costs(10_000)
     assert len(set(few)) > 3, "the steps were of several kinds"
+
+
+# Requests that begin alike
+
+
+def alike(name: str, own: int, shared: int = 20) -> Request:
+    return Request(name, [*range(100, 100 + shared), *[len(name) * 7 + ord(name[-1])] * own], 3)
+
+
+def test_a_prompt_is_computed_once_for_all_who_come_together() -> None:
+    s = scheduler(max_num_batched_tokens=100)
+    for name in "abc":
+        s.add(alike(name, own=2))
+    s.add(request("other", prompt=6))
+    assert [(r.request_id, r.start, r.num_tokens) for r in run(s).rows] == [("a", 0, 22)]
+    rows = [(r.request_id, r.start, r.num_tokens) for r in run(s).rows]
+    assert rows == [("a", 22, 1), ("b", 20, 2), ("c", 20, 2), ("other", 0, 6)]
+
+
+def test_the_prompt_of_one_token_to_sample_is_found_too() -> None:
+    """It has nothing left to compute when the next step is planned before its token has come."""
+    s = scheduler(max_num_batched_tokens=100)
+    for name in "ab":
+        s.add(Request(name, range(21), 1))
+    assert [r.num_tokens for r in s.schedule().rows] == [21]
+    assert [(r.request_id, r.start, r.num_tokens) for r in s.schedule().rows] == [("b", 20, 1)]
+
+
+@pytest.mark.parametrize(
+    ("own", "options"), [(21, {}), (2, {"skip_prefix_cache": True}), (2, {"cache_salt": "salt"})]
+)
+def test_nobody_waits_for_what_saves_little_or_nothing(own: int, options: dict[str, object]) -> None:
+    s = scheduler(max_num_batched_tokens=100)
+    s.add(alike("a", own=2))
+    second = alike("b", own)
+    s.add(Request("b", second.prompt_token_ids, 3, **options))
+    assert [(r.request_id, r.start) for r in run(s).rows] == [("a", 0), ("b", 0)]
