@@ -38,9 +38,17 @@ def require(problem: Problem) -> None:
     Raises:
         NotImplementedError: they do not; the message says why.
     """
-    _require_shapes(
-        problem.geometry.page_size, problem.geometry.head_dim, problem.dtype, problem.geometry.dtype
-    )
+    from pallas_kernels.paged_attention.tpu_blocks import make_plan
+
+    geometry = problem.geometry
+    _require_shapes(geometry.page_size, geometry.head_dim, problem.dtype, geometry.dtype)
+    for decode in (True, False):
+        make_plan(
+            decode=decode, heads=problem.heads, kv_heads=geometry.kv_heads, lanes=Lanes(geometry.head_dim),
+            page_size=geometry.page_size, columns=1, dtype=geometry.dtype, queries=problem.dtype,
+            sliding_window=problem.sliding_window, soft_cap=problem.soft_cap, tokens=1, rows=1,
+            device_kind=problem.device_kind, blocks=None,
+        )  # fmt: skip
 
 
 def _require_shapes(page_size: int, head_dim: int, dtype: jnp.dtype, stored: jnp.dtype) -> None:
@@ -89,7 +97,7 @@ def attend(
         ValueError: the page table does not fit into scalar memory.
     """
     from pallas_kernels._compat import raise_on_races
-    from pallas_kernels.paged_attention.tpu_blocks import check_smem, make_plan, vmem_of
+    from pallas_kernels.paged_attention.tpu_blocks import check_smem, make_plan
     from pallas_kernels.paged_attention.tpu_call import attend_rows
     from pallas_kernels.paged_attention.tpu_write import write_rows
 
@@ -106,12 +114,11 @@ def attend(
         sliding_window=sliding_window, soft_cap=soft_cap, tokens=tokens, rows=rows, device_kind=device_kind,
     )  # fmt: skip
     one, rest = make(decode=True, blocks=decode_blocks), make(decode=False, blocks=rest_blocks)
-    limit = vmem_of(device_kind)
 
     repeated = None if k_scale is None else jnp.repeat(k_scale.astype(jnp.float32), heads // kv_heads)
     queries = query_rows(q, scale if repeated is None else scale * repeated, after=rest.blocks.queries)
     new = new_rows(to_stored(k, pages.dtype, k_scale), to_stored(v, pages.dtype, v_scale), around=page_size)
-    options = {"vmem_limit": limit, "interpret": interpret}
+    options = {"device_kind": device_kind, "interpret": interpret}
     checked = raise_on_races if interpret else lambda results: results
     out, pages = checked(attend_rows(one, queries, new, pages, batch, None, sinks, **options))
     pages = checked(write_rows(rest, new, pages, batch, **options))

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.tpu_layout import LANES, Lanes
 from pallas_kernels.paged_attention.tpu_plan import Blocks, Plan
-from pallas_kernels.paged_attention.tpu_write import SLOTS
 
 MIB = 2**20
 VMEM = {"TPU v5": 64 * MIB, "TPU v5p": 64 * MIB, "TPU v5 lite": 128 * MIB, "TPU v6 lite": 128 * MIB}
@@ -21,6 +20,8 @@ SMEM_RESERVED = 32 * 1024
 DECODE_BYTES = 2 * MIB
 """Bytes of pages copied at once for rows of one token: what v5e's memory delivers in 2.5 us and v6e's in 1.3,
 so that two such blocks under way cover the latency of about 1 us."""
+WRITE_SLOTS = 4
+"""Pages that the kernel that writes has at hand: being read, packed and written."""
 MATRIX_ROWS = 512
 """Rows of a product in prefill: more do not make better use of a matrix unit of 128 or 256 rows."""
 MIXED_QUERIES = 16
@@ -49,7 +50,11 @@ def make_plan(
     device_kind: str,
     blocks: Blocks | None,
 ) -> Plan:
-    """The plan of a call: with the blocks given, or else the default."""
+    """The plan of a call: with the blocks given, or else the default.
+
+    Raises:
+        NotImplementedError: the kernels' buffers do not fit into the chip's vector memory.
+    """
     exact = jnp.dtype(jnp.float32) in (dtype, queries)
     product = jnp.dtype(jnp.float32 if exact else jnp.bfloat16)
     plan = Plan(
@@ -57,11 +62,17 @@ def make_plan(
     )
     if blocks is None:
         blocks = default_blocks(plan, tokens, rows, device_kind)
-    return dataclasses.replace(plan, blocks=fit_keys(plan, blocks))
+    plan = dataclasses.replace(plan, blocks=fit_keys(plan, blocks))
+    if max(vmem_bytes(plan), write_bytes(plan)) > budget_of(device_kind):
+        raise NotImplementedError(
+            f"page_size={page_size} with {kv_heads} kv heads of {lanes.head_dim}: too much for "
+            f"{budget_of(device_kind):,} bytes of VMEM; take smaller pages"
+        )
+    return plan
 
 
 def default_blocks(plan: Plan, tokens: int, rows: int, device_kind: str) -> Blocks:
-    """Blocks that fit into half of the chip's vector memory, whatever the shape.
+    """Blocks that fit into the kernels' part of the chip's vector memory, if any do.
 
     Args:
         plan: its own `blocks` are not looked at.
@@ -79,9 +90,11 @@ def default_blocks(plan: Plan, tokens: int, rows: int, device_kind: str) -> Bloc
         queries = max(8, min(queries, _power(2 * tokens - 1)))
         blocks = Blocks(queries, pages=max(1, min(_power(1024 // plan.page_size), most)), keys=512)
     blocks = fit_keys(plan, blocks)
-    budget = vmem_of(device_kind) // 2
-    while vmem_bytes(dataclasses.replace(plan, blocks=blocks)) > budget:
-        blocks = fit_keys(plan, _smaller(blocks))
+    while vmem_bytes(dataclasses.replace(plan, blocks=blocks)) > budget_of(device_kind):
+        smaller = fit_keys(plan, _smaller(blocks))
+        if smaller == blocks:
+            break
+        blocks = smaller
     return blocks
 
 
@@ -91,23 +104,22 @@ def fit_keys(plan: Plan, blocks: Blocks) -> Blocks:
 
 
 def _smaller(blocks: Blocks) -> Blocks:
-    """Half of whatever is cheapest to halve.
-
-    Raises:
-        NotImplementedError: nothing is left to halve.
-    """
+    """Half of whatever is cheapest to halve; the same, where nothing is left."""
     if blocks.pages > 1:
         return dataclasses.replace(blocks, pages=blocks.pages // 2)
     if blocks.queries > 8:
         return dataclasses.replace(blocks, queries=blocks.queries // 2)
-    if blocks.slots > 2:
-        return dataclasses.replace(blocks, slots=2)
-    raise NotImplementedError("one page and eight queries are more than fits into VMEM; take smaller pages")
+    return dataclasses.replace(blocks, slots=2)
 
 
-def vmem_of(device_kind: str) -> int:
-    """Bytes of vector memory of a core of such a chip."""
-    return VMEM.get(device_kind, SMALL_VMEM)
+def budget_of(device_kind: str) -> int:
+    """Bytes that the kernels' buffers may take: half of a core's vector memory."""
+    return VMEM.get(device_kind, SMALL_VMEM) // 2
+
+
+def vmem_limit(size: int, device_kind: str) -> int:
+    """What the compiler may use where buffers take `size` bytes: as much again for its own values."""
+    return min(2 * size + 8 * MIB, VMEM.get(device_kind, SMALL_VMEM))
 
 
 def vmem_bytes(plan: Plan) -> int:
@@ -129,7 +141,7 @@ def vmem_bytes(plan: Plan) -> int:
 def write_bytes(plan: Plan) -> int:
     """Bytes of the buffers of the kernel that writes pages."""
     page = plan.kv_heads * plan.lanes.row * plan.dtype.itemsize
-    return SLOTS * plan.page_size * (plan.new_rows * LANES * 4 + page)
+    return WRITE_SLOTS * plan.page_size * (plan.new_rows * LANES * 4 + page)
 
 
 def check_smem(rows: int, columns: int) -> None:

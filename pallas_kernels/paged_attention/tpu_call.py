@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.paged_attention.batch import RaggedBatch
 from pallas_kernels.paged_attention.tpu_attend import Attend
+from pallas_kernels.paged_attention.tpu_blocks import vmem_bytes, vmem_limit
 from pallas_kernels.paged_attention.tpu_copies import Copies, Refs
 from pallas_kernels.paged_attention.tpu_layout import LANES, SUBLANES
 from pallas_kernels.paged_attention.tpu_plan import Plan
@@ -24,7 +25,7 @@ def attend_rows(
     out: Float[Array, "tokens*rows 128"] | None,
     sinks: Float[Array, " heads"] | None,
     *,
-    vmem_limit: int,
+    device_kind: str,
     interpret: Any,
 ) -> tuple[Float[Array, "tokens*rows 128"], Shaped[Array, "pages kv_heads page_size lanes"]]:
     """Attends the rows of one token and writes their keys and values, or attends the rows after them.
@@ -75,7 +76,7 @@ def attend_rows(
         ),
         out_shape=list(results.values()),
         input_output_aliases={places[name]: i for i, name in enumerate(results) if name in places},
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_limit),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_limit(vmem_bytes(plan), device_kind)),
         interpret=interpret,
         name="attend_decode_rows" if plan.decode else "attend_rows",
     )(*scalars, *arrays.values())

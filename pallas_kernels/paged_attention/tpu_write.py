@@ -16,6 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int32, Shaped
 
 from pallas_kernels.paged_attention.batch import RaggedBatch
+from pallas_kernels.paged_attention.tpu_blocks import WRITE_SLOTS as SLOTS
+from pallas_kernels.paged_attention.tpu_blocks import vmem_limit, write_bytes
 from pallas_kernels.paged_attention.tpu_layout import LANES
 from pallas_kernels.paged_attention.tpu_packed import (
     bits_of_row,
@@ -26,8 +28,6 @@ from pallas_kernels.paged_attention.tpu_packed import (
 )
 from pallas_kernels.paged_attention.tpu_plan import Plan, Scalar, divide, divide_up
 
-SLOTS = 4
-"""Pages at hand: being read, packed and written."""
 AHEAD = 2
 """Pages whose copies are started before their turn; so many that the rest are being written."""
 
@@ -186,7 +186,7 @@ def write_rows(
     pages: Shaped[Array, "pages kv_heads page_size lanes"],
     batch: RaggedBatch,
     *,
-    vmem_limit: int,
+    device_kind: str,
     interpret: Any,
 ) -> Shaped[Array, "pages kv_heads page_size lanes"]:
     """The pages with the keys and values of all rows but those of one token, written in place."""
@@ -216,7 +216,7 @@ def write_rows(
         ),
         out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
         input_output_aliases={len(scalars) + 1: 0},
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_limit),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_limit(write_bytes(plan), device_kind)),
         interpret=interpret,
         name="write_pages",
     )(*scalars, new, pages)
