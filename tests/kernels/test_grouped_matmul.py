@@ -48,7 +48,7 @@ def test_any_case(case: Case) -> None:
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize("name", CORNERS)
+@pytest.mark.parametrize("name", [name for name in CORNERS if "float" not in name])
 def test_items_hold_every_row_once(name: str, aligned: bool) -> None:
     """Each row with its group, those without one in the items after `counts[0]`, in tiles in order."""
     sizes, tokens = CORNERS[name].sizes, CORNERS[name].tokens

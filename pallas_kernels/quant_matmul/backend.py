@@ -1,0 +1,36 @@
+"""What a backend of the product with quantized weights is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from pallas_kernels.quant_matmul.activations import Activation
+from pallas_kernels.quant_matmul.problem import Problem
+from pallas_kernels.quant_matmul.weight import QuantizedWeight
+from pallas_kernels.registry import serves_all
+
+
+class QuantMatmulFunction(Protocol):
+    """What a backend implements: `quant_matmul` less its `backend` argument."""
+
+    def __call__(
+        self, x: Array, weight: QuantizedWeight, /, *, activation: Activation, out_dtype: DTypeLike
+    ) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute the op.
+
+    Attributes:
+        require: raises NotImplementedError, with the reason, for a problem that is not served.
+        interpreted: the same kernel on the CPU, where `multiply` needs an accelerator.
+    """
+
+    name: str
+    multiply: QuantMatmulFunction
+    require: Callable[[Problem], None] = serves_all
+    interpreted: QuantMatmulFunction | None = None
