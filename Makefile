@@ -29,12 +29,14 @@ test: $(VENV)/.has-demo $(VENV)/.has-test  ## install, and run the tests
 	$(PYTEST) -n 2 --dist loadfile $(ARGS)
 
 # The compilers of accelerators go into an environment of their own: every plain `import jax` beside them tries to
-# reach a TPU and a GPU. JAX_PLATFORMS and TPU_SKIP_MDS_QUERY keep them from looking for one.
+# reach a TPU and a GPU. JAX_PLATFORMS and TPU_SKIP_MDS_QUERY keep them from looking for one, and
+# ALLOW_MULTIPLE_LIBTPU_LOAD lets libtpu compile in several processes at a time, which a TPU would not allow.
 aot:  ## compile kernels and whole steps for TPUs and H100, none of which need be there, in .venv-aot
 	$(MAKE) run-aot VENV=$(VENV)-aot
 
 run-aot: export JAX_PLATFORMS = cpu
 run-aot: export TPU_SKIP_MDS_QUERY = 1
+run-aot: export ALLOW_MULTIPLE_LIBTPU_LOAD = 1
 run-aot: $(VENV)/.has-test $(VENV)/.has-aot
 	$(PYTEST) -m aot tests/aot $(ARGS)
 

@@ -144,7 +144,7 @@ def check_kernel_memory(result: Result) -> None:
     if result.gpu.registers is not None or chip.platform == "tpu":
         assert 0 < (result.kernel_memory or 0) <= chip.kernel_memory
     if result.gpu.registers is not None:
-        assert result.gpu.registers <= chip.registers
+        assert result.gpu.registers <= (chip.registers or 0)
         assert result.gpu.spilled == 0, "registers are spilled to memory"
 
 

@@ -1,4 +1,4 @@
-"""Whole steps of the engine, all layers of Llama-3-8B, compiled from shapes: no weights and no pages exist."""
+"""Whole steps of the engine, all layers of Llama-3-8B, compiled from shapes: nothing is allocated."""
 
 from functools import cache, partial
 
