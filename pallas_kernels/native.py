@@ -57,7 +57,7 @@ class Source:
         Raises:
             BuildError: there is no compiler, or it failed; the message has what it said.
         """
-        compiler = self._find_compiler()
+        compiler = self.find_compiler()
         library = self._folder() / f"{self.path.stem}-{self._key(compiler)}.so"
         if library.exists():
             return library
@@ -88,7 +88,12 @@ class Source:
                 break
         raise BuildError(f"{compiler} cannot build {self.path.name}: {said[-2000:]}")
 
-    def _find_compiler(self) -> str:
+    def find_compiler(self) -> str:
+        """The compiler's path.
+
+        Raises:
+            BuildError: there is none.
+        """
         wanted = COMPILERS if self.compiler is None else (self.compiler,)
         for name in wanted:
             if found := shutil.which(name):
@@ -104,6 +109,7 @@ class Source:
             self.path.read_bytes(),
             f"{os.path.realpath(compiler)} {stat.st_size} {stat.st_mtime_ns}",
             FLAGS,
+            NATIVE_FLAGS,
             self.flags,
             jaxlib.version.__version__,
             _cpu(),

@@ -231,7 +231,7 @@ void step(const Shape& s, const Options& o, float scale, const Tile& t, const Ch
     F16 sums = {};
     for (int i = low; i < high; i += 16) {
       F16 x = load<F16>(row + i);
-      x = (x > 0.5f * kMasked) ? exp2(x - top) : F16{};
+      x = (x <= 0.5f * kMasked) ? F16{} : exp2(x - top);  // a score of NaN stays one
       sums += x;
       store(row + i, x);
       if constexpr (Dot) {
@@ -286,7 +286,7 @@ struct Vectors {
 
 template <class E> inline E stored(float x, float scale) {
   if constexpr (std::is_same_v<E, bf16>) return to_bf16(x);
-  else if constexpr (std::is_same_v<E, int8_t>) return int8_t(std::nearbyint(std::min(std::max(x / scale, -127.f), 127.f)));
+  else if constexpr (std::is_same_v<E, int8_t>) return x != x ? 0 : int8_t(std::nearbyint(std::clamp(x / scale, -127.f, 127.f)));
   else if constexpr (std::is_same_v<E, f8>) return to_f8(x / scale);
   else return x;
 }
