@@ -2,6 +2,7 @@
 
 import bisect
 import logging
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from jaxllm.cache.manager import CacheManager
 from jaxllm.config import EngineConfig
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.inputs import InputProcessor, default_sampling_params, find_eos_token_ids
+from jaxllm.engine.laps import Laps
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.models import abstract
 from jaxllm.models.base import CausalLM, DecoderConfig
@@ -59,6 +61,8 @@ class EngineParts:
     tokenizer: PreTrainedTokenizerBase | None
     load_weights: "WeightSource"
     """Loads the weights once more, after a sleep that dropped them."""
+    load_seconds: Mapping[str, float]
+    """What the parts of loading took, in order."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,9 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
     if config.compile.compilation_cache:
         folder = config.compile.compilation_cache_dir
         use_compilation_cache(folder or Path(platformdirs.user_cache_dir("jaxllm")) / "programs")
+    laps = Laps()
     mesh = make_mesh(config.parallel.tensor_parallel_size) if mesh is None else mesh
+    laps.end("devices")
     prepare_attention(kernel, mesh)
     with closing(_open(config)) as checkpoint:
         architecture = ModelRegistry.resolve(checkpoint.config)
@@ -115,10 +121,14 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
         tokenizer = _load_tokenizer(config, checkpoint)
         generation = checkpoint.generation_config
         eos = find_eos_token_ids(tokenizer, generation, checkpoint.config)
+    laps.end("config_and_tokenizer")
     source = WeightSource(config, architecture, model, mesh)
     params = source()
+    laps.end("weights")
     attention = attention or choose()  # late: what was begun above has had time
+    laps.end("kernels")
     lowering, num_pages = _size(config, model, architecture, params, mesh, attention.backend)
+    laps.end("sizes")
     sizes = lowering.sizes
     scheduler = Scheduler(
         CacheManager(
@@ -134,8 +144,10 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
         enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
     )
     runner = Runner(lowering, params, num_pages)
+    laps.end("pages")
     if not config.compile.enforce_eager:
         runner.programs.compile_ahead(progress=config.compile.progress)
+    laps.end("programs")
     vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
     depth = int(config.scheduler.async_scheduling)
     core = EngineCore(runner, scheduler, vocabulary, depth=depth, seed=config.model.seed)
@@ -147,7 +159,7 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
         eos_token_ids=eos,
         default_params=default_sampling_params(generation),
     )
-    return EngineParts(config, model, mesh, attention, core, inputs, tokenizer, source)
+    return EngineParts(config, model, mesh, attention, core, inputs, tokenizer, source, laps.seconds)
 
 
 def _open(config: EngineConfig) -> Checkpoint:
