@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
+from pallas_kernels._compat import raise_on_races, tpu_interpreter
 from pallas_kernels.grouped_matmul.backend import Backend
 from pallas_kernels.grouped_matmul.problem import Problem
 from pallas_kernels.grouped_matmul.tiles import cut_tiles, from_bits, mesh_axes
@@ -149,10 +150,9 @@ def _require(problem: Problem) -> None:
 
 
 def _interpreted(x: Array, weights: Array, group_sizes: Array, /, *, out_dtype: DTypeLike) -> Array:
-    params = pltpu.InterpretParams(
-        detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan"
+    return raise_on_races(
+        grouped_matmul_tpu(x, weights, group_sizes, out_dtype=out_dtype, interpret=tpu_interpreter())
     )
-    return grouped_matmul_tpu(x, weights, group_sizes, out_dtype=out_dtype, interpret=params)
 
 
 BACKEND = Backend("tpu", grouped_matmul_tpu, _require, _interpreted)

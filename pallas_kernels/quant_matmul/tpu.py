@@ -16,6 +16,7 @@ from jax.sharding import ManualAxisType
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels._compat import raise_on_races, tpu_interpreter
 from pallas_kernels.quant_matmul.activations import Activation, quantize_rows
 from pallas_kernels.quant_matmul.backend import Backend
 from pallas_kernels.quant_matmul.problem import Problem
@@ -177,10 +178,9 @@ def _require(problem: Problem) -> None:
 def _interpreted(
     x: Array, weight: QuantizedWeight, /, *, activation: Activation, out_dtype: DTypeLike
 ) -> Array:
-    params = pltpu.InterpretParams(
-        detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan"
+    return raise_on_races(
+        quant_matmul_tpu(x, weight, activation=activation, out_dtype=out_dtype, interpret=tpu_interpreter())
     )
-    return quant_matmul_tpu(x, weight, activation=activation, out_dtype=out_dtype, interpret=params)
 
 
 BACKEND = Backend("tpu", quant_matmul_tpu, _require, _interpreted)

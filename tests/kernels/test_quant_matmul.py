@@ -37,11 +37,10 @@ def test_corner(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ON_TPU)
-def test_corner_on_tpu(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_corner_on_tpu(name: str) -> None:
     kernel = as_backend("tpu").interpreted
     assert kernel is not None
     check_case(CORNERS[name], kernel)
-    assert "RACE" not in capfd.readouterr().out  # jax before 0.12 only prints it
 
 
 def test_packing() -> None:
@@ -93,7 +92,7 @@ def test_cut_over_devices(kind: Any, block: tuple[int, int] | None, axis: int) -
     np.testing.assert_allclose(jax.jit(parts)(x, weight), whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_cpu_converts_a_few_columns_at_a_time(kind: Any) -> None:
     weight = jax.eval_shape(
         partial(quantize, kind=kind, block=(128, 1)), jax.ShapeDtypeStruct((1024, 4096), jnp.float32)
