@@ -38,7 +38,7 @@ def _raises() -> bool:
 def _check_races(results: PyTree[Any]) -> PyTree[Any]:
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
-    races = interpreter.get_races() if hasattr(interpreter, "get_races") else interpreter.races
+    races = getattr(interpreter, "get_races", lambda: interpreter.races)()
     if races is not None and races.races_found:
         interpreter.reset_tpu_interpret_mode_state()  # or the next kernel would be blamed for it, too
         raise RuntimeError("the kernel has a race; see the interpreter's output")
@@ -52,3 +52,10 @@ def transposed_ref(ref: Any) -> Any:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.transpose_ref(ref, (1, 0))
+
+
+def cuda_version() -> int | None:
+    """The CUDA that jax's plugin runs with, as CUDA counts: 12091 is 12.9.1. None: not known."""
+    from jax._src.lib import cuda_versions
+
+    return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
