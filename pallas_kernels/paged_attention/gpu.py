@@ -1,0 +1,152 @@
+"""Paged attention on Hopper GPUs: rows of one token with their keys divided, the others in tiles.
+
+XLA scatters the step's keys and values into the pages in place; Mosaic GPU kernels attend over them.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from pallas_kernels._compat import cuda_version
+from pallas_kernels.paged_attention.backend import Backend
+from pallas_kernels.paged_attention.batch import RaggedBatch, locate_tokens
+from pallas_kernels.paged_attention.gpu_layout import PageMajor
+from pallas_kernels.paged_attention.gpu_plan import (
+    ROWS,
+    Geometry,
+    Plan,
+    Score,
+    plan_ragged,
+    plan_singles,
+    swizzle_bytes,
+)  # fmt: skip
+from pallas_kernels.paged_attention.problem import Problem
+from pallas_kernels.paged_attention.scales import to_stored
+
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+PAGE_SIZES = (8, 16, 32, 64, 128)
+PAGE_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
+MISCOMPILES = range(12080, 12091)
+"""CUDA 12.8.0 to 12.9.0, as CUDA counts: their ptxas miscompiles causal masks."""
+LOG2E = 1.4426950408889634
+
+
+def paged_attention_gpu(
+    q: Float[Array, "tokens heads dim"],
+    k: Float[Array, "tokens kv_heads dim"],
+    v: Float[Array, "tokens kv_heads dim"],
+    pages: Shaped[Array, "pages kv_heads 2 page_size dim"],
+    batch: RaggedBatch,
+    /,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    sinks: Float[Array, " heads"] | None,
+    k_scale: Float[Array, " kv_heads"] | None,
+    v_scale: Float[Array, " kv_heads"] | None,
+    singles: Plan | None = None,
+    ragged: Plan | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "tokens heads dim"], Shaped[Array, "pages kv_heads 2 page_size dim"]]:
+    """See `paged_attention`; the pages are packed as `PageMajor`.
+
+    Args:
+        singles: how the work of rows of one token is cut; None: a computed default.
+        ragged: the same for the other rows.
+        interpret: parameters of Mosaic GPU's interpreter, to run on the CPU.
+    """
+    from pallas_kernels.paged_attention import gpu_kernel, gpu_tiles
+
+    tokens, heads, dim = q.shape
+    _, kv_heads, _, page_size, _ = pages.shape
+    geometry = Geometry(
+        heads // kv_heads, kv_heads, dim, page_size, jnp.dtype(q.dtype), jnp.dtype(pages.dtype)
+    )
+    pages = _write(k, v, pages, batch, k_scale, v_scale)
+    keys = batch.page_table.shape[1] * page_size
+    singles = singles or plan_singles(min(tokens, batch.kv_lens.shape[0]), keys, geometry)
+    ragged = ragged or plan_ragged(tokens, keys, geometry)
+    queries = q.reshape(tokens, kv_heads, -1, dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, dim)
+    more = 2 * ROWS + -queries.shape[1] % 8  # a tile may reach over the last token; copies want eights
+    attend = partial(
+        gpu_kernel.attend_tiles,
+        jnp.pad(queries, ((0, 0), (0, more), (0, 0))),
+        pages.reshape(-1, page_size, dim),
+        batch.page_table,
+        geometry=geometry,
+        score=Score(scale, sliding_window, soft_cap),
+        interpret=interpret,
+    )
+    scales = _scales(k_scale, v_scale, kv_heads)
+
+    def attend_all(tiles: Any, place: Any, plan: Plan) -> Array:
+        out, weight = attend(tiles, _sinks_of_rows(sinks, plan, geometry), scales, plan=plan)
+        merged = gpu_tiles.merge_splits(out, weight)
+        return gpu_tiles.gather_tokens(merged, place, plan.tile_tokens, geometry.group).astype(q.dtype)
+
+    out = attend_all(*gpu_tiles.single_tiles(batch, tokens), singles)
+    if tokens > 1:
+        tiles, place = gpu_tiles.ragged_tiles(batch, tokens, ragged.tile_tokens)
+        out = jnp.where(place.valid[:, None, None], attend_all(tiles, place, ragged), out)
+    return out, pages
+
+
+def _write(
+    k: Array, v: Array, pages: Array, batch: RaggedBatch, k_scale: Array | None, v_scale: Array | None
+) -> Array:
+    """Scatters the step's keys and values, one vector each, into the flat pool."""
+    num_pages, kv_heads, _, size, dim = pages.shape
+    place = locate_tokens(batch, k.shape[0])
+    page = batch.page_table[place.row, place.position // size]
+    half = (page[:, None] * kv_heads + jnp.arange(kv_heads))[..., None] * 2 + jnp.arange(2)
+    index = half * size + (place.position % size)[:, None, None]
+    index = jnp.where(place.valid[:, None, None], index, num_pages * kv_heads * 2 * size)  # dropped
+    new = jnp.stack([to_stored(k, pages.dtype, k_scale), to_stored(v, pages.dtype, v_scale)], axis=2)
+    flat = pages.reshape(-1, dim).at[index.reshape(-1)].set(new.reshape(-1, dim), mode="drop")
+    return flat.reshape(pages.shape)
+
+
+def _scales(k_scale: Array | None, v_scale: Array | None, kv_heads: int) -> Array | None:
+    if k_scale is None and v_scale is None:
+        return None
+    one = jnp.ones(kv_heads, jnp.float32)
+    both = (one if scale is None else scale.astype(jnp.float32) for scale in (k_scale, v_scale))
+    return jnp.stack(list(both), axis=1)
+
+
+def _sinks_of_rows(sinks: Array | None, plan: Plan, geometry: Geometry) -> Array | None:
+    """For each kv head and row of a tile the sink of the row's head, in base 2."""
+    if sinks is None:
+        return None
+    head = jnp.arange(ROWS * plan.warpgroups) % geometry.group
+    return sinks.astype(jnp.float32).reshape(geometry.kv_heads, -1)[:, head] * LOG2E
+
+
+def require(problem: Problem) -> None:
+    """Raises NotImplementedError, with the reason, for what the kernels do not serve."""
+    geometry = problem.geometry
+    if problem.platform != "gpu" or not any(name in problem.device_kind for name in HOPPER):
+        raise NotImplementedError(f"{problem.device_kind or problem.platform}: only Hopper GPUs are served")
+    if (version := cuda_version()) in MISCOMPILES:
+        raise NotImplementedError(f"CUDA {version}: ptxas of 12.8.0 to 12.9.0 miscompiles it; take 12.9.1")
+    if problem.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"dtype={problem.dtype}: only bfloat16 queries are served")
+    if geometry.dtype.name not in PAGE_DTYPES:
+        raise NotImplementedError(f"pages of {geometry.dtype}: only {', '.join(PAGE_DTYPES)} are served")
+    if geometry.page_size not in PAGE_SIZES:
+        raise NotImplementedError(f"page_size={geometry.page_size}: only {PAGE_SIZES} are served")
+    row_bytes = geometry.head_dim * geometry.dtype.itemsize
+    if geometry.head_dim > 256 or swizzle_bytes(row_bytes) == 0:
+        raise NotImplementedError(
+            f"head_dim={geometry.head_dim} in {geometry.dtype}: must be at most 256, in rows of 32 bytes"
+        )
+    if problem.heads // geometry.kv_heads > ROWS:
+        raise NotImplementedError(
+            f"{problem.heads} heads over {geometry.kv_heads} kv heads: more than {ROWS} each"
+        )
+
+
+BACKEND = Backend("gpu", paged_attention_gpu, layout=PageMajor(), require=require)

@@ -1,0 +1,125 @@
+"""How the GPU kernel cuts its work, and what it needs of a thread block's shared memory."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+ROWS = 64
+"""Rows of a wgmma: of one computing warpgroup's part of a tile."""
+SHARED_MEMORY = 232_448
+"""Bytes that a thread block can have on Hopper (CUDA C++ programming guide, compute capability 9.0)."""
+MULTIPROCESSORS = 132
+"""Of an H100 or H200 SXM; on a card with fewer, some thread blocks wait for others."""
+
+
+def swizzle_bytes(row_bytes: int) -> int:
+    """The widest swizzle whose rows fill a row of that many bytes; 0: none does."""
+    return next((width for width in (128, 64, 32) if row_bytes % width == 0), 0)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that a kernel is compiled for; `group` is query heads for each kv head."""
+
+    group: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: jnp.dtype
+    page_dtype: jnp.dtype
+
+    @property
+    def widens(self) -> bool:
+        """Whether pages have fewer bits than the queries."""
+        return self.page_dtype.itemsize < self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Score:
+    """What becomes of a product of query and key."""
+
+    scale: float
+    sliding_window: int | None
+    soft_cap: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is cut.
+
+    Attributes:
+        warpgroups: that compute, each on 64 rows of a tile: 1 or 2.
+        tile_tokens: tokens of a tile.
+        block: keys that are in work at a time: 64 or 128.
+        stages: blocks in shared memory, as the tensor cores take them.
+        raw_stages: blocks of 8 bits in shared memory, for pages of 8 bits.
+        splits: thread blocks that share a tile's keys.
+        blocks: thread blocks in all; each takes every `blocks`-th piece of work.
+    """
+
+    warpgroups: int
+    tile_tokens: int
+    block: int
+    stages: int
+    raw_stages: int
+    splits: int
+    blocks: int
+
+    def rows(self, geometry: Geometry) -> int:
+        """Rows of a tile that are read and written: a multiple of 8, the copy engine's step."""
+        if self.warpgroups > 1:
+            return ROWS * self.warpgroups
+        return -(-self.tile_tokens * geometry.group // 8) * 8
+
+    def registers(self, geometry: Geometry) -> tuple[int, int] | None:
+        """For each thread of the warpgroup that brings pages, and of those that compute.
+
+        Three warpgroups start with 168 each, and may move them between themselves; two have enough.
+        """
+        if self.warpgroups == 1:
+            return None
+        return (72, 216) if geometry.widens else (40, 232)
+
+    def shared_memory(self, geometry: Geometry) -> int:
+        """Bytes of shared memory, without some hundred for barriers and reductions."""
+        tile = self.warpgroups * ROWS * geometry.head_dim
+        keys = 2 * self.block * geometry.head_dim
+        total = (tile + self.stages * keys) * geometry.dtype.itemsize
+        if self.splits > 1:
+            total += 4 * (tile + self.warpgroups * ROWS)
+        if geometry.widens:
+            total += self.raw_stages * keys * geometry.page_dtype.itemsize
+        return total
+
+
+def plan_singles(tiles: int, keys: int, geometry: Geometry) -> Plan:
+    """For rows of one token: each tile's keys divided so that every multiprocessor has work.
+
+    Args:
+        tiles: rows at most.
+        keys: of a row at most.
+    """
+    return _fit(1, 1, tiles, keys, geometry)
+
+
+def plan_ragged(tokens: int, keys: int, geometry: Geometry) -> Plan:
+    """For rows of several tokens: 128 query rows at a time, or 64 with divided keys where tokens are few."""
+    warpgroups = 2 if tokens > ROWS else 1
+    tile_tokens = ROWS * warpgroups // geometry.group
+    return _fit(warpgroups, tile_tokens, -(-tokens // tile_tokens), keys, geometry)
+
+
+def _fit(warpgroups: int, tile_tokens: int, tiles: int, keys: int, geometry: Geometry) -> Plan:
+    """The most stages that fit. 128 keys at a time where the results leave registers: with head_dim 128 two
+    warpgroups spill 4 bytes (ptxas 12.9)."""
+    block = 2 * ROWS if geometry.head_dim <= 64 else ROWS
+    splits = 1
+    if warpgroups == 1:
+        splits = max(1, min(MULTIPROCESSORS // (tiles * geometry.kv_heads), -(-keys // block)))
+    for stages in (4, 3, 2, 1):
+        raw_stages = min(2, stages) if geometry.widens else 0
+        for raw in range(raw_stages, min(raw_stages, 1) - 1, -1):
+            plan = Plan(warpgroups, tile_tokens, block, stages, raw, splits, MULTIPROCESSORS)
+            if plan.shared_memory(geometry) <= SHARED_MEMORY - 4096:
+                return plan
+    raise NotImplementedError(f"{geometry}: a block of keys does not fit in {SHARED_MEMORY} bytes")
