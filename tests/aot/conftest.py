@@ -1,7 +1,9 @@
 """Keeps what a run of the compile checks has shown."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from aot_records import PROOFS
 
@@ -9,6 +11,15 @@ from pallas_kernels.targets.proofs import read_proofs, summary, write_proofs
 
 README = Path(__file__).parent.parent.parent / "README.md"
 MARKS = ("<!-- make aot writes this table -->\n\n", "\n\n<!-- to here -->")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compile_anew() -> Iterator[None]:
+    """A program from the cache of compiled programs could not be read: that needs the chip."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
