@@ -1,0 +1,70 @@
+"""Runs the CPU kernel under AddressSanitizer: `make asan`.
+
+The kernel is built with it into a folder of its own. Its process is started again with the sanitizer's
+library loaded first, and with every fresh allocation full of NaN, so that an output nobody wrote shows.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from pallas_kernels.native import Library, Source
+from pallas_kernels.paged_attention import cpu
+from pallas_kernels.paged_attention.cases import CORNERS, Case
+from pallas_kernels.paged_attention.check import check_case
+
+FLAGS = ("-fsanitize=address,bounds,float-cast-overflow", "-fno-sanitize-recover=all", "-g1", "-O1")
+"""The other checks of undefined behaviour make the compiler work for minutes."""
+OPTIONS = "detect_leaks=0:abort_on_error=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255"
+"""Python and jax keep what they allocate, so leaks are not looked for; bytes of 255 are NaN."""
+
+SPLIT = {
+    "split": Case(rows=((1, 2100),), heads=3, kv_heads=1, page_size=16, dtype="bfloat16"),
+    "split, all at once": Case(rows=((5, 1801),), page_size=16, sliding_window=1500, sinks=True),
+    "head_dim 24": Case(rows=((1, 20), (6, 11)), head_dim=24, page_size=2, dtype="bfloat16"),
+    "table without a spare column": Case(rows=((1, 16), (9, 32)), spare_columns=0, padding_rows=0),
+}
+
+
+def runtime() -> str:
+    """What must be loaded before anything else: the sanitizer's library, and the C++ one it looks into."""
+    compiler = cpu.LIBRARY.source.find_compiler()
+    paths = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        command = [compiler, f"-print-file-name={name}"]
+        path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if not Path(path).is_absolute():
+            sys.exit(f"{compiler} has no {name}")
+        paths.append(path)
+    return " ".join(paths)
+
+
+def source(folder: Path) -> Source:
+    """The kernel with sanitizers."""
+    return dataclasses.replace(cpu.LIBRARY.source, flags=FLAGS, folder=folder)
+
+
+def run(folder: Path) -> None:
+    """All cases on the kernel with sanitizers; the process dies at the first report."""
+    cpu.LIBRARY = Library(source(folder), cpu.LIBRARY.handlers)
+    for name, case in (CORNERS | SPLIT).items():
+        check_case(case, cpu.BACKEND, cpu.paged_attention_cpu)
+        print(f"passed {name}", flush=True)
+
+
+def start() -> int:
+    """Builds, outside the sanitizer, which would slow the compiler down, and runs the cases inside."""
+    with tempfile.TemporaryDirectory() as folder:
+        source(Path(folder)).build()
+        environment = os.environ | {"LD_PRELOAD": runtime(), "ASAN_OPTIONS": OPTIONS, "JAX_PLATFORMS": "cpu"}
+        return subprocess.call([sys.executable, __file__, folder], env=environment)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        run(Path(sys.argv[1]))
+    else:
+        sys.exit(start())
