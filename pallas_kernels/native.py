@@ -17,7 +17,6 @@ from pathlib import Path
 
 import jax
 import jaxlib.version
-import platformdirs
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +100,8 @@ class Source:
         raise BuildError(f"no C++ compiler: {', '.join(wanted)} not found")
 
     def _folder(self) -> Path:
+        import platformdirs  # which machines that only have a GPU to test on may lack
+
         return self.folder or Path(platformdirs.user_cache_dir("jaxllm")) / "native"
 
     def _key(self, compiler: str) -> str:
