@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pallas_kernels.paged_attention import cpu, reference, xla
+from pallas_kernels.paged_attention import cpu, gpu, reference, tpu, xla
 from pallas_kernels.paged_attention.backend import AttentionFunction, Backend
 from pallas_kernels.paged_attention.layout import INTERLEAVED, PageLayout
 from pallas_kernels.paged_attention.problem import Problem
@@ -10,8 +10,8 @@ from pallas_kernels.registry import Choice, Registry
 
 ORDER = {
     "cpu": ("cpu", "xla", "reference"),
-    "gpu": ("xla", "reference"),
-    "tpu": ("xla", "reference"),
+    "gpu": ("gpu", "xla", "reference"),
+    "tpu": ("tpu", "xla", "reference"),
 }
 """For each platform the backends that "auto" tries, best first."""
 
@@ -65,5 +65,5 @@ def as_backend(kernel: Kernel) -> Backend:
     return Backend(getattr(kernel, "__name__", type(kernel).__name__), kernel)
 
 
-for _module in (cpu, reference, xla):
+for _module in (cpu, gpu, reference, tpu, xla):
     REGISTRY.register(_module.BACKEND)
