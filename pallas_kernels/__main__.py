@@ -93,6 +93,8 @@ def run_check(arguments: argparse.Namespace) -> int:
             verdicts.append(verdict)
             if not arguments.json:
                 print(verdict, flush=True)
+    if not verdicts:
+        raise ValueError(f"no op has a case that matches {arguments.cases!r}")
     if arguments.json:
         print(
             json.dumps(
@@ -122,7 +124,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
                     name == "reference" or not runs_on(op, name, machine["platform"])
                 ):
                     continue
-                found.append(measure(workload, op.registry.get(name), limits, effort))
+                found.append(measure(workload, op.registry.get(name), limits, effort, arguments.layers))
                 if not arguments.json:
                     print(found[-1], flush=True)
     if arguments.json:
@@ -154,7 +156,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
         workloads = op.workloads(machine["platform"], machine["device"], options)
         path = arguments.path or default_path(op.name)
         for name in tunable:
-            for found in search(op.registry.get(name), workloads, effort, _tell):
+            for found in search(op.registry.get(name), workloads, effort, arguments.layers, _tell):
                 results.append({"op": op.name, "backend": name, **vars(found)})
                 if found.blocks:
                     measured = {**machine, "gain": round(found.gain, 3)}
@@ -183,6 +185,7 @@ def _sizes_parser() -> argparse.ArgumentParser:
         sizes.add_argument(f"--{name}", type=_numbers, default=(), metavar="N,N,...", help=what)
     sizes.add_argument("--page-size", type=_number, help="tokens of a page")
     sizes.add_argument("--page-dtype", choices=("bfloat16", "int8", "float8_e4m3fn"), help="of the cache")
+    sizes.add_argument("--layers", type=_number, help="at most so many with pools or weights of their own")
     sizes.add_argument("--repeats", type=_number, default=5, help="the median of so many")
     sizes.add_argument("--seconds", type=float, default=0.1, help="that each repetition takes about")
     sizes.add_argument(

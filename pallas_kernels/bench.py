@@ -68,7 +68,7 @@ class Workload:
     footprint: int
     prepare: Callable[[Any, Callable[..., Any], int], Prepared]
 
-    def copies(self, budget: int) -> int:
+    def copies(self, budget: int, most: int | None = None) -> int:
         """How many layers to run in turn: more than caches hold, where they fit.
 
         Raises:
@@ -77,7 +77,7 @@ class Workload:
         if self.footprint > budget:
             raise NotImplementedError(f"needs {self.footprint / 1e9:.1f} GB, there are {budget / 1e9:.1f}")
         enough = -(-CACHES // self.footprint)
-        most = MOST_COPIES.get(jax.default_backend(), MOST_COPIES_ELSEWHERE)
+        most = most or MOST_COPIES.get(jax.default_backend(), MOST_COPIES_ELSEWHERE)
         return max(1, min(enough, most, budget // self.footprint))
 
 
@@ -119,12 +119,14 @@ class Measurement:
         return f"{head} {self.seconds * 1e3:10.4f} ms {rate} {self.fraction:6.1%} of {self.bound}"
 
 
-def measure(workload: Workload, backend: Any, limits: Limits, effort: Effort) -> Measurement:
-    """Times a workload on a backend, unless it refuses."""
+def measure(
+    workload: Workload, backend: Any, limits: Limits, effort: Effort, most: int | None = None
+) -> Measurement:
+    """Times a workload on a backend, with at most so many copies, unless the backend refuses."""
     names = (workload.op, backend.name, workload.name)
     try:
         backend.require(workload.problem)
-        copies = workload.copies(memory_budget())
+        copies = workload.copies(memory_budget(), most)
         prepared = workload.prepare(backend, function_of(backend), copies)
         seconds, _ = time_step(prepared.step, prepared.carry, effort)
     except (NotImplementedError, ValueError) as error:

@@ -37,23 +37,24 @@ class Found:
 
 
 def search(
-    backend: Any, workloads: list[Workload], effort: Effort, report: Callable[[str], None] = print
+    backend: Any, workloads: list[Workload], effort: Effort, most: int | None, report: Callable[[str], None]
 ) -> Iterator[Found]:
     """For each kind of workload the fastest of the blocks that its backend offers.
 
     Args:
         backend: its attribute `tunable` says what can be chosen.
+        most: copies of a workload.
         report: is told of each set of blocks.
     """
     tunable: Tunable = backend.tunable
     for key, group in _by_key(tunable, backend, workloads):
-        defaults = [_run(one, backend, function_of(backend), effort) for one in group]
+        defaults = [_run(one, backend, function_of(backend), effort, most) for one in group]
         best, gain, counts = None, 1.0 + WORTH, dict.fromkeys(("tried", "wrong", "refused"), 0)
         for blocks in tunable.candidates(group[0].problem, group[0].phase):
             function = tunable.bind(group[0].phase, blocks)
             try:
                 gains = [
-                    _compare(one, backend, function, effort, *default)
+                    _compare(default, _run(one, backend, function, effort, most))
                     for one, default in zip(group, defaults, strict=True)
                 ]
             except AssertionError as error:
@@ -92,30 +93,23 @@ def _by_key(
 
 
 def _run(
-    workload: Workload, backend: Any, function: Callable[..., Any], effort: Effort
+    workload: Workload, backend: Any, function: Callable[..., Any], effort: Effort, most: int | None
 ) -> tuple[float, np.ndarray]:
     """Seconds of a step, and the output of the first one."""
-    prepared = workload.prepare(backend, function, workload.copies(memory_budget()))
+    prepared = workload.prepare(backend, function, workload.copies(memory_budget(), most))
     carry = prepared.step(prepared.carry)
     out = np.asarray(jax.tree.leaves(carry)[0], np.float32)
     seconds, _ = time_step(prepared.step, carry, effort)
     return seconds, out
 
 
-def _compare(
-    workload: Workload,
-    backend: Any,
-    function: Callable[..., Any],
-    effort: Effort,
-    seconds: float,
-    out: np.ndarray,
-) -> float:
+def _compare(default: tuple[float, np.ndarray], other: tuple[float, np.ndarray]) -> float:
     """How many times as fast as the default.
 
     Raises:
         AssertionError: the result is another.
     """
-    taken, found = _run(workload, backend, function, effort)
+    (seconds, out), (taken, found) = default, other
     error = np.abs(found - out).max() / max(float(np.abs(out).max()), 1e-30)
     if not error <= TOLERANCE:  # NaN is not
         raise AssertionError(f"another result than the default's, off by {error:.3g} of the largest")
