@@ -8,13 +8,22 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 COMMANDS = {
     "generate": "complete prompts, or answer them as a chat",
     "chat": "talk with a model in the terminal",
     "convert": "write a checkpoint that restores quickly and sharded",
+    "bench": "measure speed, and how it grows",
     "env": "show versions, devices, caches and kernels, for a bug report",
+}
+BENCH_COMMANDS = {
+    "bench throughput": "measure tokens a second with many requests",
+    "bench latency": "measure one request alone: first token, decoding, prefill",
+    "bench prefix": "compare prompts found in the prefix cache with prompts that are not",
+    "bench startup": "measure the time from starting a process to its first token",
+    "bench growth": "measure how a step's time grows with rows, tokens, context and the like",
+    "bench scheduler": "measure what planning a step costs; needs no model",
 }
 
 
@@ -22,9 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
-        program_parser().parse_args(argv)  # prints the help or the version, or complains, and exits
-    command = argv[0]
-    arguments = command_parser(command).parse_intermixed_args(argv[1:])
+        program_parser("jaxllm", COMMANDS).parse_args(argv)  # prints the help or the version, or complains
+    command = argv.pop(0)
+    if command == "bench":
+        if not argv or f"bench {argv[0]}" not in BENCH_COMMANDS:
+            benches = {name.removeprefix("bench "): text for name, text in BENCH_COMMANDS.items()}
+            program_parser("jaxllm bench", benches).parse_args(argv)
+        command = f"bench {argv.pop(0)}"
+    arguments = command_parser(command).parse_intermixed_args(argv)
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()
@@ -42,20 +56,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def program_parser() -> argparse.ArgumentParser:
-    """The parser of the program itself, which knows the commands by name and imports none of them."""
-    parser = argparse.ArgumentParser("jaxllm", description="LLM inference on JAX.")
+def program_parser(program: str, commands_of: Mapping[str, str]) -> argparse.ArgumentParser:
+    """A parser that ends the program: it knows the commands by name and imports none of them."""
+    parser = argparse.ArgumentParser(program, description="LLM inference on JAX.")
     parser.add_argument("--version", action="version", version=importlib.metadata.version("jaxllm"))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, summary in COMMANDS.items():
+    for name, summary in commands_of.items():
         commands.add_parser(name, help=summary)
     return parser
 
 
 def command_parser(command: str) -> argparse.ArgumentParser:
     """The parser of one command. It allows flags between prompts, which argparse's subcommands do not."""
-    module = importlib.import_module(f"jaxllm.cli.{command}")
-    summary = COMMANDS[command].capitalize() + "."
+    module = importlib.import_module(f"jaxllm.cli.{command.replace(' ', '_')}")
+    summary = (COMMANDS | BENCH_COMMANDS)[command]
+    summary = summary[0].upper() + summary[1:] + "."
     parser = argparse.ArgumentParser(f"jaxllm {command}", description=summary, allow_abbrev=False)
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")

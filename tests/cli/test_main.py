@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm.cli.main import COMMANDS, main
+from jaxllm.cli.main import BENCH_COMMANDS, COMMANDS, main
 
 
 def run(*argv: str) -> int:
@@ -22,9 +22,15 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
     assert all(f"    {name} " in text for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_bench_lists_what_there_is(capsys: pytest.CaptureFixture[str]):
+    assert run("bench", "--help") == 0
+    text = capsys.readouterr().out
+    assert all(f"    {name.removeprefix('bench ')}" in text for name in BENCH_COMMANDS)
+
+
+@pytest.mark.parametrize("command", [*(name for name in COMMANDS if name != "bench"), *BENCH_COMMANDS])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]):
-    assert run(command, "--help") == 0
+    assert run(*command.split(), "--help") == 0
     assert "--debug" in capsys.readouterr().out
 
 
@@ -32,6 +38,11 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     ("argv", "complaint"),
     [
         ([], "COMMAND"),
+        (["bench"], "COMMAND"),
+        (["bench", "nonsense"], "nonsense"),
+        (["bench", "throughput"], "MODEL"),
+        (["bench", "throughput", "m", "--dataset", "d", "--input-len", "3"], "--dataset"),
+        (["bench", "throughput", "m", "--num-prompts", "0"], "--num-prompts"),
         (["nonsense"], "nonsense"),
         (["generate"], "MODEL"),
         (["generate", "m", "hi", "--no-such-flag"], "--no-such-flag"),
@@ -89,7 +100,7 @@ def test_a_closed_pipe_is_no_traceback():
 
 def test_the_programs_help_imports_nothing_heavy():
     code = (
-        "import sys, jaxllm.cli.main as m; m.program_parser().format_help();"
+        "import sys, jaxllm.cli.main as m; m.program_parser('jaxllm', m.COMMANDS).format_help();"
         "print([x for x in ('jax', 'numpy', 'transformers', 'flax') if x in sys.modules])"
     )
     done = subprocess.run(
