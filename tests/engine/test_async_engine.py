@@ -72,12 +72,17 @@ def test_who_stops_listening_ends_only_their_own(engine: AsyncEngine, expected: 
             break
         await generator.aclose()
 
+    async def listen(started: asyncio.Event) -> None:
+        async for _ in engine.generate(PROMPTS[7], greedy(60)):
+            started.set()
+
     async def main() -> None:
+        started = asyncio.Event()
         stay = [last(engine.generate(p, greedy(12))) for p in PROMPTS[:4]]
-        cancelled = asyncio.create_task(last(engine.generate(PROMPTS[7], greedy(60))))
+        cancelled = asyncio.create_task(listen(started))
         leaving = [leave(p) for p in PROMPTS[4:]]
         staying, left = asyncio.gather(*stay), asyncio.gather(*leaving)
-        await asyncio.sleep(0.05)
+        await started.wait()
         cancelled.cancel()
         outputs, _ = await staying, await left
         assert [list(o.outputs[0].token_ids) for o in outputs] == expected[:4]

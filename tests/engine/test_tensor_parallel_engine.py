@@ -4,11 +4,13 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from small import CHECKPOINTS, golden, greedy, small_engine
 
 from jaxllm import Engine, SamplingParams
 from jaxllm.parallel import make_mesh
+from pallas_kernels.paged_attention import PageGeometry
 
 SIZES: dict[str, Any] = {
     "max_model_len": 96,
@@ -86,8 +88,11 @@ def check_shards(engine: Engine, devices: int) -> None:
         assert sizes == {array.size if whole else array.size // devices}, array.shape
     model, sizes = runner.lowering.model, runner.lowering.sizes
     assert model.cache_heads == max(2, devices)
-    page = sizes.page_size * 2 * model.cache_heads * model.head_dim
-    assert {pool.size for pool in runner._cache} == {runner.num_pages * page}
+    geometry = PageGeometry(
+        runner.num_pages, sizes.page_size, model.cache_heads, model.head_dim, jnp.dtype(model.dtype)
+    )
+    pool = runner.lowering.backend.layout.array(geometry)
+    assert {(pool.shape, pool.dtype) for pool in runner._cache} == {(pool.shape, pool.dtype)}
 
 
 def check_collectives(engine: Engine, layers: int) -> None:
