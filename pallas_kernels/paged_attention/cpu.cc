@@ -29,7 +29,7 @@ namespace {
 
 constexpr int kChunk = 256;        // keys whose scores are held at once: with their values 64 KB of bf16, half of an L2
 constexpr int kQueryRows = 48;     // queries that share the reading of keys: 12 tiles of 4
-constexpr int kSplitKeys = 512;    // the least that is worth a task of its own
+constexpr int kSegment = 1024;     // keys that have a softmax of their own: the least that is worth a task
 constexpr float kMasked = -1e30f;  // finite, so that differences of two are no NaN
 constexpr float kLog2e = 1.44269504f;
 
@@ -350,11 +350,14 @@ template <class E> class Step {
   int first_key(const Task& t) const { return first_seen(position(t.row, t.token)) / kChunk * kChunk; }
   int end_key(const Task& t) const { return position(t.row, t.token + t.count - 1) + 1; }
   int visible(int row) const { return b.kv_lens[row] - first_seen(position(row, 0)); }
+  static int end_of_segment(int key) { return key / kSegment * kSegment + kSegment; }
   bool is_last(const Task& t) const { return t.end == end_key(t); }
   int64_t partial_size(const Task& t) const { return int64_t{t.count} * s.group * (s.depth + 2); }
   E* page(int32_t id, int head) const { return pages + (head * s.num_pages + id) * 2 * s.half(); }
 
-  // Cuts rows into blocks of queries, and long contexts into parts where there are fewer tasks than threads can share.
+  // Cuts rows into blocks of queries, and contexts into their segments where there are too few tasks to share.
+  // Either way each segment has a softmax of its own and they are added up in order, so that a token's result is
+  // the same to the last bit, whatever else is in the step and however many threads there are.
   void plan(int threads) {
     const int block = std::max(1, kQueryRows / s.group);
     int64_t units = 0;
@@ -363,13 +366,15 @@ template <class E> class Step {
     int64_t used = 0;
     for (int row = 0; row < b.rows; row++) for (int token = 0; token < b.count(row); token += block) {
       Task t{row, token, std::min(block, b.count(row) - token), 0, 0, -1};
-      const int begin = first_key(t), end = end_key(t);
-      int64_t parts = threads > 1 && units < 4 * threads ? std::min<int64_t>((4 * threads + units - 1) / units, (end - begin) / kSplitKeys) : 1;
-      parts = std::max<int64_t>(1, parts);
-      const int per = int(((end - begin + parts - 1) / parts + kChunk - 1) / kChunk) * kChunk;
-      for (t.begin = begin; t.begin < end; t.begin += per) {
-        t.end = std::min(end, t.begin + per);
-        if (end - begin > per) t.partial = used, used += partial_size(t) * s.kv_heads;
+      const int end = t.end = end_key(t);
+      t.begin = first_key(t);
+      if (threads == 1 || units >= 4 * threads || end_of_segment(t.begin) >= end) {
+        tasks.push_back(t);
+        continue;
+      }
+      for (; t.begin < end; t.begin = t.end) {
+        t.end = std::min(end, end_of_segment(t.begin));
+        t.partial = used, used += partial_size(t) * s.kv_heads;
         tasks.push_back(t);
       }
     }
@@ -394,63 +399,79 @@ template <class E> class Step {
 
   void attend(const Task& t, int g) {
     const int rows = t.count * s.group;
-    std::vector<float> floats(int64_t{rows} * (2 * s.depth + 2));
-    float *qs = floats.data(), *sums = qs + rows * s.depth, *top = sums + rows * s.depth, *total = top + rows;
+    std::vector<float> qs(int64_t{rows} * s.depth), sums(partial_size(t)), more;
+    std::vector<uint32_t> words(q.is_bf16 && kPack<E> == 2 ? rows * s.depth / 2 : 0);
+    for (int r = 0; r < rows; r++) for (int d = 0; d < s.head_dim; d++) {
+      const float x = q.at(b.start[t.row] + t.token + r / s.group, g * s.group + r % s.group, d);
+      qs[r * s.depth + d] = x;
+      if (words.empty()) continue;
+      const bf16 half = to_bf16(x);
+      std::memcpy((char*)words.data() + (int64_t{r} * s.depth + d) * 2, &half, 2);
+    }
+    for (int begin = t.begin; begin < t.end; begin = end_of_segment(begin)) {
+      std::vector<float>& segment = begin == t.begin ? sums : more;
+      segment.assign(partial_size(t), 0.f);
+      attend_segment(t, g, begin, std::min(t.end, end_of_segment(begin)), qs, words, segment.data());
+      if (begin != t.begin) add(rows, sums.data(), more.data());
+    }
+    if (t.partial < 0) return finish(t, g, sums.data());
+    std::memcpy(partials.data() + t.partial + g * partial_size(t), sums.data(), partial_size(t) * sizeof(float));
+  }
+
+  // The softmax of the keys [from, to): weighted sums of values, then the greatest scores, then the sums of weights.
+  void attend_segment(const Task& t, int g, int from, int to, const std::vector<float>& qs, const std::vector<uint32_t>& words, float* sums) const {
+    const int rows = t.count * s.group;
+    float *top = sums + rows * s.depth, *total = top + rows;
+    std::fill(top, total, kMasked);
     std::vector<int> seen(2 * rows);
     int *first = seen.data(), *end = first + rows;
-    const bool dot = q.is_bf16;
-    std::vector<uint32_t> words(dot && kPack<E> == 2 ? rows * s.depth / 2 : 0);
     for (int r = 0; r < rows; r++) {
-      const int token = t.token + r / s.group, head = g * s.group + r % s.group, at = position(t.row, token);
-      first[r] = std::max(t.begin, first_seen(at)), end[r] = std::min(t.end, at + 1);
-      const bool sink = o.sinks && t.begin == first_key(t);
-      top[r] = sink ? o.sinks[head] * kLog2e : kMasked, total[r] = sink ? 1.f : 0.f;
-      for (int d = 0; d < s.head_dim; d++) qs[r * s.depth + d] = q.at(b.start[t.row] + token, head, d);
-      if (!words.empty()) for (int d = 0; d < s.depth; d++) {
-        const bf16 x = to_bf16(qs[r * s.depth + d]);
-        std::memcpy((char*)(words.data() + r * s.depth / 2) + 2 * d, &x, 2);
-      }
+      const int at = position(t.row, t.token + r / s.group);
+      first[r] = std::max(from, first_seen(at)), end[r] = std::min(to, at + 1);
     }
     const float scale = o.scale * (o.k_scale ? o.k_scale[g] : 1.f);
-    const int per = kChunk / s.page_size;
-    for (int begin = t.begin; begin < t.end; begin += kChunk) {
+    const int lowest = first_seen(position(t.row, t.token)) / s.page_size, last = (to - 1) / s.page_size;
+    for (int begin = from; begin < to; begin += kChunk) {
       Chunk<E> chunk;
-      chunk.begin = begin, chunk.size = std::min(kChunk, t.end - begin);
-      const int lowest = first_seen(position(t.row, t.token)) / s.page_size, last = (t.end - 1) / s.page_size;
-      for (int i = 0; i < per + 2; i++) chunk.keys[i] = page(b.pages(t.row)[std::clamp(begin / s.page_size + i, lowest, last)], g);
+      chunk.begin = begin, chunk.size = std::min(kChunk, to - begin);
+      for (int i = 0; i < kChunk / s.page_size + 2; i++) chunk.keys[i] = page(b.pages(t.row)[std::clamp(begin / s.page_size + i, lowest, last)], g);
       for (int r = 0; r < rows; r += 4) {
-        const Tile tile{qs + r * s.depth, words.empty() ? nullptr : words.data() + r * s.depth / 2, sums + r * s.depth, top + r, total + r, first + r, end + r};
-        attend_tile<E>(std::min(4, rows - r), dot, s, o, scale, tile, chunk);
+        const Tile tile{qs.data() + r * s.depth, words.empty() ? nullptr : words.data() + r * s.depth / 2, sums + r * s.depth, top + r, total + r, first + r, end + r};
+        attend_tile<E>(std::min(4, rows - r), !words.empty(), s, o, scale, tile, chunk);
       }
     }
-    if (t.partial < 0) return finish(t, g, sums, total);
-    std::memcpy(partials.data() + t.partial + g * partial_size(t), sums, partial_size(t) * sizeof(float));  // sums, top, total
   }
 
-  // Merges the parts of the task's keys, of which it is the first.
+  // Adds another segment's softmax to one.
+  void add(int rows, float* sums, const float* others) const {
+    float *top = sums + rows * s.depth, *total = top + rows;
+    const float *other_top = others + rows * s.depth, *other_total = other_top + rows;
+    for (int r = 0; r < rows; r++) {
+      const float most = std::max(top[r], other_top[r]), a = std::exp2(top[r] - most), c = std::exp2(other_top[r] - most);
+      for (int d = 0; d < s.depth; d++) sums[r * s.depth + d] = sums[r * s.depth + d] * a + others[r * s.depth + d] * c;
+      total[r] = total[r] * a + other_total[r] * c, top[r] = most;
+    }
+  }
+
+  // Adds up the segments of a block, of which this task has the first.
   void merge(size_t first) {
     const Task& t = tasks[first];
-    const int rows = t.count * s.group;
-    size_t parts = 1;
-    while (first + parts < tasks.size() && tasks[first + parts].row == t.row && tasks[first + parts].token == t.token) parts++;
     for (int g = 0; g < s.kv_heads; g++) {
-      auto part = [&](size_t i) { return partials.data() + tasks[first + i].partial + g * partial_size(t); };
-      float *sums = part(0), *top = sums + rows * s.depth, *total = top + rows;
-      for (size_t i = 1; i < parts; i++) for (int r = 0; r < rows; r++) {
-        const float *other = part(i), *other_top = other + rows * s.depth, *other_total = other_top + rows;
-        const float most = std::max(top[r], other_top[r]), a = std::exp2(top[r] - most), c = std::exp2(other_top[r] - most);
-        for (int d = 0; d < s.depth; d++) sums[r * s.depth + d] = sums[r * s.depth + d] * a + other[r * s.depth + d] * c;
-        total[r] = total[r] * a + other_total[r] * c, top[r] = most;
-      }
-      finish(t, g, sums, total);
+      auto part = [&](size_t i) { return partials.data() + tasks[i].partial + g * partial_size(t); };
+      for (size_t i = first + 1; i < tasks.size() && tasks[i].row == t.row && tasks[i].token == t.token; i++) add(t.count * s.group, part(first), part(i));
+      finish(t, g, part(first));
     }
   }
 
-  void finish(const Task& t, int g, const float* sums, const float* total) const {
-    const float v_scale = o.v_scale ? o.v_scale[g] : 1.f;
-    for (int r = 0; r < t.count * s.group; r++) {
-      const int64_t place = (int64_t{b.start[t.row] + t.token + r / s.group} * s.heads + g * s.group + r % s.group) * s.head_dim;
-      const float factor = v_scale / total[r];
+  // Writes a block's output. A sink takes part in the softmax and has no value.
+  void finish(const Task& t, int g, const float* sums) const {
+    const int rows = t.count * s.group;
+    const float *top = sums + rows * s.depth, *total = top + rows, v_scale = o.v_scale ? o.v_scale[g] : 1.f;
+    for (int r = 0; r < rows; r++) {
+      const int head = g * s.group + r % s.group;
+      const int64_t place = (int64_t{b.start[t.row] + t.token + r / s.group} * s.heads + head) * s.head_dim;
+      const float sink = o.sinks ? o.sinks[head] * kLog2e : kMasked, most = std::max(top[r], sink), rescale = std::exp2(top[r] - most);
+      const float factor = v_scale * rescale / (total[r] * rescale + (o.sinks ? std::exp2(sink - most) : 0.f));
       for (int d = 0; d < s.head_dim; d++) {
         const float x = sums[r * s.depth + d] * factor;
         if (q.is_bf16) ((bf16*)out)[place + d] = to_bf16(x);

@@ -194,3 +194,21 @@ def test_refusals() -> None:
     ):
         with pytest.raises(NotImplementedError, match=message):
             cpu.require(problem(**changes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_is_the_same_in_any_company(dtype: str) -> None:
+    """To the last bit: alone its context is cut into tasks for all threads, among others it is not."""
+    others = tuple((1, 50 + i) for i in range(9))
+    case = Case(
+        rows=((1, 2500), *others, (9, 1700)), page_size=16, sliding_window=2300, sinks=True, dtype=dtype
+    )
+    arrays = build(case)
+    together, _ = run_case(case, arrays, cpu.BACKEND, cpu.BACKEND.attend)
+    batch = arrays.batch
+    alone = batch._replace(
+        query_start=jnp.minimum(batch.query_start, 1), num_rows=jnp.asarray([1, 1], jnp.int32)
+    )
+    out, _ = run_case(case, dataclasses.replace(arrays, batch=alone), cpu.BACKEND, cpu.BACKEND.attend)
+    np.testing.assert_array_equal(out[0], together[0])
+    assert not out[1:].any()
