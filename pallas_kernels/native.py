@@ -164,8 +164,8 @@ class Library:
                 jax.ffi.register_ffi_target(f"{handler}_{key}", capsule, platform="cpu")
         except BuildError as error:
             built.set_exception(error)
-        except (OSError, AttributeError) as error:
-            built.set_exception(BuildError(f"{self.source.path.name}: {error}"))
+        except Exception as error:  # whoever waits for the library would wait for ever
+            built.set_exception(BuildError(f"{self.source.path.name}: {type(error).__name__}: {error}"))
         else:
             built.set_result(key)
 
