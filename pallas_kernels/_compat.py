@@ -55,7 +55,12 @@ def transposed_ref(ref: Any) -> Any:
 
 
 def cuda_version() -> int | None:
-    """The CUDA that jax's plugin runs with, as CUDA counts: 12091 is 12.9.1. None: not known."""
+    """The CUDA that jax's plugin runs with, as CUDA counts: 12091 is 12.9.1. None: there is none to ask."""
     from jax._src.lib import cuda_versions
 
-    return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+    if cuda_versions is None:
+        return None
+    try:
+        return cuda_versions.cuda_runtime_get_version()
+    except RuntimeError:  # the plugin is there to compile with, on a machine without CUDA
+        return None
