@@ -59,7 +59,8 @@ class Write:
     pages: Any
     new_slots: Any
     page_slots: Any
-    fetched: Any
+    new_fetched: Any
+    old_fetched: Any
     written: Any
 
     def run(self) -> None:
@@ -167,12 +168,14 @@ class Write:
         rows, slot = self.plan.new_rows, unit & (SLOTS - 1)
         token = token + self.plan.page_size  # see `new_rows`
         source = self.new.at[pl.ds(pl.multiple_of(token * rows, rows), self.plan.page_size * rows)]
-        return pltpu.make_async_copy(source, self.new_slots.at[slot], self.fetched.at[slot])
+        return pltpu.make_async_copy(source, self.new_slots.at[slot], self.new_fetched.at[slot])
 
     def old_copy(self, page_id: Scalar, unit: Scalar) -> Any:
         """A page as it was."""
         slot = unit & (SLOTS - 1)
-        return pltpu.make_async_copy(self.pages.at[page_id], self.page_slots.at[slot], self.fetched.at[slot])
+        return pltpu.make_async_copy(
+            self.pages.at[page_id], self.page_slots.at[slot], self.old_fetched.at[slot]
+        )
 
     def page_copy(self, page_id: Scalar, unit: Scalar) -> Any:
         """A page as it is to be."""
@@ -192,7 +195,7 @@ def write_rows(
     """The pages with the keys and values of all rows but those of one token, written in place."""
 
     names = ("query_start", "kv_lens", "page_table", "num_rows", "new", "pages", "pages", "new_slots",
-             "page_slots", "fetched", "written")  # fmt: skip
+             "page_slots", "new_fetched", "old_fetched", "written")  # fmt: skip
 
     def body(*refs: Any) -> None:
         # of the pages, which are argument and result, the result stands
@@ -210,8 +213,7 @@ def write_rows(
             scratch_shapes=[
                 pltpu.VMEM((SLOTS, plan.page_size * plan.new_rows, LANES), jnp.int32),
                 pltpu.VMEM((SLOTS, *pages.shape[1:]), pages.dtype),
-                pltpu.SemaphoreType.DMA((SLOTS,)),
-                pltpu.SemaphoreType.DMA((SLOTS,)),
+                *[pltpu.SemaphoreType.DMA((SLOTS,))] * 3,
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
