@@ -6,6 +6,7 @@ XLA scatters the step's keys and values into the pages in place; Mosaic GPU kern
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
@@ -28,6 +29,9 @@ from pallas_kernels.paged_attention.scales import to_stored
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 PAGE_SIZES = (8, 16, 32, 64, 128)
 PAGE_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
+HEAD_DIM = 128
+"""The most. With 256 the results take half of a thread's 255 registers: ptxas 12.9 spills up to 300 bytes;
+with 192 it spills 16 for pages of 8 bits."""
 MISCOMPILES = range(12080, 12091)
 """CUDA 12.8.0 to 12.9.0, as CUDA counts: their ptxas miscompiles causal masks."""
 LOG2E = 1.4426950408889634
@@ -54,7 +58,7 @@ def paged_attention_gpu(
     """See `paged_attention`; the pages are packed as `PageMajor`.
 
     Args:
-        singles: how the work of rows of one token is cut; None: a computed default.
+        singles: how the work of rows of one token is cut; None: tuned for this card, or computed.
         ragged: the same for the other rows.
         interpret: parameters of Mosaic GPU's interpreter, to run on the CPU.
     """
@@ -67,8 +71,9 @@ def paged_attention_gpu(
     )
     pages = _write(k, v, pages, batch, k_scale, v_scale)
     keys = batch.page_table.shape[1] * page_size
-    singles = singles or plan_singles(min(tokens, batch.kv_lens.shape[0]), keys, geometry)
-    ragged = ragged or plan_ragged(tokens, keys, geometry)
+    kind = "" if interpret else _device_kind()
+    singles = singles or plan_singles(min(tokens, batch.kv_lens.shape[0]), keys, geometry, kind)
+    ragged = ragged or plan_ragged(tokens, keys, geometry, kind)
     queries = q.reshape(tokens, kv_heads, -1, dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, dim)
     more = 2 * ROWS + -queries.shape[1] % 8  # a tile may reach over the last token; copies want eights
     attend = partial(
@@ -125,6 +130,12 @@ def _sinks_of_rows(sinks: Array | None, plan: Plan, geometry: Geometry) -> Array
     return sinks.astype(jnp.float32).reshape(geometry.kv_heads, -1)[:, head] * LOG2E
 
 
+def _device_kind() -> str:
+    """Of the mesh's devices, which may be ones to compile for; else of jax's own."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return device.device_kind
+
+
 def require(problem: Problem) -> None:
     """Raises NotImplementedError, with the reason, for what the kernels do not serve."""
     geometry = problem.geometry
@@ -138,10 +149,13 @@ def require(problem: Problem) -> None:
         raise NotImplementedError(f"pages of {geometry.dtype}: only {', '.join(PAGE_DTYPES)} are served")
     if geometry.page_size not in PAGE_SIZES:
         raise NotImplementedError(f"page_size={geometry.page_size}: only {PAGE_SIZES} are served")
-    row_bytes = geometry.head_dim * geometry.dtype.itemsize
-    if geometry.head_dim > 256 or swizzle_bytes(row_bytes) == 0:
+    if geometry.head_dim > HEAD_DIM:
         raise NotImplementedError(
-            f"head_dim={geometry.head_dim} in {geometry.dtype}: must be at most 256, in rows of 32 bytes"
+            f"head_dim={geometry.head_dim}: more than {HEAD_DIM} spills registers on Hopper"
+        )
+    if swizzle_bytes(geometry.head_dim * geometry.dtype.itemsize) == 0:
+        raise NotImplementedError(
+            f"head_dim={geometry.head_dim} in {geometry.dtype}: must be a multiple of 32 bytes"
         )
     if problem.heads // geometry.kv_heads > ROWS:
         raise NotImplementedError(

@@ -21,7 +21,14 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels._compat import transposed_ref
 from pallas_kernels.paged_attention.gpu_pages import PageStream, Piece, Pieces
-from pallas_kernels.paged_attention.gpu_plan import ROWS, Geometry, Plan, Score, swizzle_bytes
+from pallas_kernels.paged_attention.gpu_plan import (
+    ROWS,
+    Geometry,
+    Plan,
+    Score,
+    swizzle_bytes,
+    widened_columns,
+)
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30
@@ -125,14 +132,15 @@ def scratch_types(plan: Plan, geometry: Geometry) -> dict[str, Any]:
         scratch["weight_tile"] = plgpu.SMEM((plan.warpgroups, ROWS), jnp.float32)
     if geometry.widens:
         arrived = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.raw_stages)
-        scratch["raw_k"] = scratch["raw_v"] = _tiled((plan.raw_stages, plan.block, dim), geometry.page_dtype)
+        raw = _tiled((plan.raw_stages, plan.block, dim), geometry.page_dtype, widened_columns(dim))
+        scratch["raw_k"] = scratch["raw_v"] = raw
         scratch["raw_k_ready"] = scratch["raw_v_ready"] = arrived
     return scratch
 
 
-def _tiled(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
-    """Shared memory in the tiles and the swizzle that wgmma and the copy engine agree on."""
-    width = swizzle_bytes(shape[-1] * dtype.itemsize)
+def _tiled(shape: tuple[int, ...], dtype: jnp.dtype, most: int = 128) -> Any:
+    """Shared memory in the tiles and swizzle, of `most` bytes, that wgmma and the copy engine agree on."""
+    width = min(most, swizzle_bytes(shape[-1] * dtype.itemsize))
     transforms = (plgpu.TilingTransform((8, width // dtype.itemsize)), plgpu.SwizzleTransform(width))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -237,6 +245,10 @@ class _Compute:
     def _take(self, piece: Piece, stage: Array, first: Array, state: Softmax, *, masked: bool) -> Softmax:
         """Takes one more block of keys into account, the first of them at position `first`."""
         refs = self.refs
+        clean = masked and self.geometry.page_dtype != jnp.int8  # which has no NaN
+        if clean:  # before the scores take registers
+            plgpu.barrier_wait(refs.v_ready.at[stage])
+            self._clean_values(piece, stage, first)
         plgpu.barrier_wait(refs.k_ready.at[stage])
         scores = pl.run_scoped(
             lambda product: self._multiply_keys(product, stage),
@@ -252,9 +264,8 @@ class _Compute:
         total = state.total * rescale + weights.sum(axis=1)
         out = state.out * lax.broadcast_in_dim(rescale, state.out.shape, [0])
         weights = weights.astype(self.geometry.dtype)
-        plgpu.barrier_wait(refs.v_ready.at[stage])
-        if masked and self.geometry.page_dtype != jnp.int8:  # which has no NaN
-            self._clean_values(piece, stage, first)
+        if not clean:
+            plgpu.barrier_wait(refs.v_ready.at[stage])
         start: Any = plgpu.ACC.init(out)  # pyright: ignore[reportPrivateImportUsage]
         out = pl.run_state(lambda acc: plgpu.wgmma(acc, weights, refs.v.at[stage]))(start)
         plgpu.barrier_arrive(refs.v_empty.at[stage])
@@ -288,14 +299,17 @@ class _Compute:
     def _clean_values(self, piece: Piece, stage: Array, first: Array) -> None:
         """Zeros for the values that no token of the tile sees: they may be NaN, and 0 * NaN is NaN."""
 
+        dtype, dim = self.geometry.dtype, self.geometry.head_dim
+        width = swizzle_bytes(dim * dtype.itemsize) // dtype.itemsize  # a whole row takes too many registers
+
         def clean() -> None:
             for chunk in range(0, self.plan.block, ROWS):
-                rows = self.refs.v.at[stage, pl.ds(chunk, ROWS)]
-                values = plgpu.load(rows, (), layout=MATRIX)
-                key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=MATRIX) + (first + chunk)
-                rows[...] = jnp.where(
-                    (key >= piece.begin) & (key < piece.end), values, jnp.zeros_like(values)
-                )
+                key = plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=MATRIX) + (first + chunk)
+                seen = (key >= piece.begin) & (key < piece.end)
+                for column in range(0, dim, width):
+                    part = self.refs.v.at[stage, pl.ds(chunk, ROWS), pl.ds(column, width)]
+                    values = plgpu.load(part, (), layout=MATRIX)
+                    part[...] = jnp.where(seen, values, jnp.zeros_like(values))
             plgpu.commit_smem()
 
         @pl.when((first < piece.begin) | (first + self.plan.block > piece.end))

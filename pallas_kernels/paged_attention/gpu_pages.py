@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.paged_attention.gpu_plan import ROWS, Geometry, Plan
+from pallas_kernels.paged_attention.gpu_plan import ROWS, Geometry, Plan, widened_columns
 
 
 def ceil_div(x: Array, y: int) -> Array:
@@ -104,11 +104,10 @@ class PageStream:
 
         def fill(block: Array, filled: Array) -> Array:
             stage = lax.rem(filled, jnp.int32(self.plan.stages))
-            sources = self._sources(piece, block)
             self._wait_until_empty(refs.k_empty, stage, filled)
-            self._copy(sources, 0, refs.k.at[stage], refs.k_ready.at[stage])
+            self._copy(piece, block, 0, refs.k.at[stage], refs.k_ready.at[stage])
             self._wait_until_empty(refs.v_empty, stage, filled)
-            self._copy(sources, 1, refs.v.at[stage], refs.v_ready.at[stage])
+            self._copy(piece, block, 1, refs.v.at[stage], refs.v_ready.at[stage])
             return filled + 1
 
         return lax.fori_loop(piece.low, piece.high, fill, filled)
@@ -119,9 +118,8 @@ class PageStream:
 
         def bring(block: Array) -> None:
             raw = lax.rem(block - piece.low, jnp.int32(raw_stages))
-            sources = self._sources(piece, block)
-            self._copy(sources, 0, refs.raw_k.at[raw], refs.raw_k_ready.at[raw])
-            self._copy(sources, 1, refs.raw_v.at[raw], refs.raw_v_ready.at[raw])
+            self._copy(piece, block, 0, refs.raw_k.at[raw], refs.raw_k_ready.at[raw])
+            self._copy(piece, block, 1, refs.raw_v.at[raw], refs.raw_v_ready.at[raw])
 
         for ahead in range(raw_stages):
             pl.when(piece.low + ahead < piece.high)(lambda ahead=ahead: bring(piece.low + ahead))
@@ -145,39 +143,32 @@ class PageStream:
         return lax.fori_loop(piece.low, piece.high, fill, filled)
 
     def _widen(self, source: Any, target: Any) -> None:
+        width = widened_columns(self.geometry.head_dim)
         for first in range(0, self.plan.block, ROWS):
-            rows = pl.ds(first, ROWS)
-            narrow = plgpu.load(source.at[rows], (), layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
-            if self.geometry.page_dtype == jnp.float8_e4m3fn:  # which the hardware turns into float16 only
-                narrow = narrow.astype(jnp.float16).astype(jnp.float32)
-            target[rows] = plgpu.layout_cast(narrow.astype(self.geometry.dtype), plgpu.Layout.WGMMA)
+            for column in range(0, self.geometry.head_dim, width):
+                part = pl.ds(first, ROWS), pl.ds(column, width)
+                narrow = plgpu.load(source.at[part], (), layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+                if self.geometry.page_dtype == jnp.float8_e4m3fn:  # the hardware makes it float16 only
+                    narrow = narrow.astype(jnp.float16).astype(jnp.float32)
+                target[part] = plgpu.layout_cast(narrow.astype(self.geometry.dtype), plgpu.Layout.WGMMA)
 
     def _wait_until_empty(self, empty: Any, stage: Array, filled: Array) -> None:
         pl.when(filled >= self.plan.stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
 
-    def _sources(self, piece: Piece, block: Array) -> list[tuple[Array, Array]]:
-        """Of each copy of a block the index of the head's page, keys' half, and the first slot in it.
+    def _copy(self, piece: Piece, block: Array, half: int, target: Any, arrived: Any) -> None:
+        """Starts the copies of a block's keys (half 0) or values (1).
 
         The last page that is seen stands in for those after it, which the table does not know: masked later.
+        Pages are looked up for each half again: small ones are many, and would take registers in between.
         """
         size = self.geometry.page_size
         chunk = min(size, self.plan.block)
         first = piece.base + block * self.plan.block
         last_page = lax.div(piece.end - 1, jnp.int32(size))
-        sources = []
         for j in range(self.plan.block // chunk):
             position = first + j * chunk
             page = self.refs.table[piece.row, jnp.minimum(lax.div(position, jnp.int32(size)), last_page)]
-            sources.append(
-                ((page * self.geometry.kv_heads + piece.head) * 2, lax.rem(position, jnp.int32(size)))
-            )
-        return sources
-
-    def _copy(self, sources: list[tuple[Array, Array]], half: int, target: Any, arrived: Any) -> None:
-        size = self.geometry.page_size
-        chunk = min(size, self.plan.block)
-        for j, (page, slot) in enumerate(sources):
-            source = self.refs.pages.at[page + half]
+            source = self.refs.pages.at[(page * self.geometry.kv_heads + piece.head) * 2 + half]
             if chunk < size:
-                source = source.at[pl.ds(slot, chunk)]
+                source = source.at[pl.ds(lax.rem(position, jnp.int32(size)), chunk)]
             plgpu.copy_gmem_to_smem(source, target.at[pl.ds(j * chunk, chunk)], arrived)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from pallas_kernels.tuning import Blocks, lookup
+
 ROWS = 64
 """Rows of a wgmma: of one computing warpgroup's part of a tile."""
 SHARED_MEMORY = 232_448
@@ -11,10 +13,19 @@ SHARED_MEMORY = 232_448
 MULTIPROCESSORS = 132
 """Of an H100 or H200 SXM; on a card with fewer, some thread blocks wait for others."""
 
+OP = "paged_attention"
+TUNABLE = {"block": (ROWS, 2 * ROWS), "stages": (1, 2, 3, 4)}
+"""What `tuning.json` may choose: fields of `Plan`."""
+
 
 def swizzle_bytes(row_bytes: int) -> int:
     """The widest swizzle whose rows fill a row of that many bytes; 0: none does."""
     return next((width for width in (128, 64, 32) if row_bytes % width == 0), 0)
+
+
+def widened_columns(head_dim: int) -> int:
+    """Columns of 8 bits that are widened at a time: 128 of them would not fit in registers."""
+    return min(64, swizzle_bytes(head_dim))
 
 
 @dataclass(frozen=True)
@@ -92,31 +103,61 @@ class Plan:
         return total
 
 
-def plan_singles(tiles: int, keys: int, geometry: Geometry) -> Plan:
+def plan_singles(tiles: int, keys: int, geometry: Geometry, device_kind: str = "") -> Plan:
     """For rows of one token: each tile's keys divided so that every multiprocessor has work.
 
     Args:
         tiles: rows at most.
         keys: of a row at most.
+        device_kind: whose tuned blocks to take; "": the computed default.
+
+    Raises:
+        NotImplementedError: a block of keys does not fit into shared memory.
+        ValueError: see `lookup`.
     """
-    return _fit(1, 1, tiles, keys, geometry)
+    tuned = _tuned("singles", geometry, device_kind)
+    return _fit(1, 1, tiles, keys, geometry, tuned)
 
 
-def plan_ragged(tokens: int, keys: int, geometry: Geometry) -> Plan:
-    """For rows of several tokens: 128 query rows at a time, or 64 with divided keys where tokens are few."""
+def plan_ragged(tokens: int, keys: int, geometry: Geometry, device_kind: str = "") -> Plan:
+    """For rows of several tokens: 128 query rows at a time, or 64 with divided keys where tokens are few.
+
+    Args and errors are those of `plan_singles`.
+    """
+    tuned = _tuned("ragged", geometry, device_kind)
     warpgroups = 2 if tokens > ROWS else 1
     tile_tokens = ROWS * warpgroups // geometry.group
-    return _fit(warpgroups, tile_tokens, -(-tokens // tile_tokens), keys, geometry)
+    return _fit(warpgroups, tile_tokens, -(-tokens // tile_tokens), keys, geometry, tuned)
 
 
-def _fit(warpgroups: int, tile_tokens: int, tiles: int, keys: int, geometry: Geometry) -> Plan:
-    """The most stages that fit. 128 keys at a time where the results leave registers: with head_dim 128 two
-    warpgroups spill 4 bytes (ptxas 12.9)."""
-    block = 2 * ROWS if geometry.head_dim <= 64 else ROWS
-    splits = 1
+def tuning_key(phase: str, geometry: Geometry) -> dict[str, str | int]:
+    """What decides which blocks are good; the phase is "singles" or "ragged"."""
+    return {
+        "phase": phase,
+        "group": geometry.group,
+        "kv_heads": geometry.kv_heads,
+        "head_dim": geometry.head_dim,
+        "page_size": geometry.page_size,
+        "pages": geometry.page_dtype.name,
+    }
+
+
+def _tuned(phase: str, geometry: Geometry, device_kind: str) -> Blocks:
+    """The measured blocks, or the default: the most stages that fit, and 128 keys at a time where the results
+    leave registers. With head_dim 128, and with pages of 8, two warpgroups spill 4 bytes (ptxas 12.9)."""
+    wide = geometry.head_dim <= 64 and geometry.page_size >= 16
+    default = {"block": 2 * ROWS if wide else ROWS, "stages": max(TUNABLE["stages"])}
+    return lookup(OP, "gpu", device_kind, tuning_key(phase, geometry), TUNABLE) or default
+
+
+def _fit(
+    warpgroups: int, tile_tokens: int, tiles: int, keys: int, geometry: Geometry, blocks: Blocks
+) -> Plan:
+    """With as many of the stages as fit."""
+    block, splits = blocks["block"], 1
     if warpgroups == 1:
         splits = max(1, min(MULTIPROCESSORS // (tiles * geometry.kv_heads), -(-keys // block)))
-    for stages in (4, 3, 2, 1):
+    for stages in range(blocks["stages"], 0, -1):
         raw_stages = min(2, stages) if geometry.widens else 0
         for raw in range(raw_stages, min(raw_stages, 1) - 1, -1):
             plan = Plan(warpgroups, tile_tokens, block, stages, raw, splits, MULTIPROCESSORS)
