@@ -144,8 +144,8 @@ def tuning_key(phase: str, geometry: Geometry) -> dict[str, str | int]:
 
 def _tuned(phase: str, geometry: Geometry, device_kind: str) -> Blocks:
     """The measured blocks, or the default: the most stages that fit, and 128 keys at a time where the results
-    leave registers. With head_dim 128, and with pages of 8, two warpgroups spill 4 bytes (ptxas 12.9)."""
-    wide = geometry.head_dim <= 64 and geometry.page_size >= 16
+    leave registers. Two warpgroups spill 32 bytes with 128 keys, cap, window and head_dim 64 (ptxas 12.9)."""
+    wide = geometry.head_dim <= 64 and phase == "singles"
     default = {"block": 2 * ROWS if wide else ROWS, "stages": max(TUNABLE["stages"])}
     return lookup(OP, "gpu", device_kind, tuning_key(phase, geometry), TUNABLE) or default
 
