@@ -18,6 +18,8 @@ from pallas_kernels.paged_attention.check import check_case, problem_of
 from pallas_kernels.paged_attention.gpu_plan import Geometry, Plan, plan_ragged, plan_singles, tuning_key
 from pallas_kernels.paged_attention.problem import Problem
 
+pytestmark = pytest.mark.timeout(200, method="thread")
+"""A kernel that waits for ever waits in compiled code, where a signal is not heard."""
 H100 = "NVIDIA H100 80GB HBM3"
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
