@@ -171,7 +171,7 @@ def test_what_is_served(changes: dict[str, Any]) -> None:
         ({"page_size": 1}, "page_size=1:"),
         ({"page_size": 24}, "page_size=24:"),
         ({"page_size": 256}, "page_size=256:"),
-        ({"head_dim": 256}, "head_dim=256: more than 128"),
+        ({"head_dim": 256}, "head_dim=256: up to 128"),
         ({"head_dim": 72}, "head_dim=72 in bfloat16"),
         ({"head_dim": 80, "pages": "int8"}, "head_dim=80 in int8"),
         ({"heads": 65, "kv_heads": 1}, "65 heads over 1 kv heads"),
