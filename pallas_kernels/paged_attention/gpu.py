@@ -30,7 +30,7 @@ HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 PAGE_SIZES = (8, 16, 32, 64, 128)
 PAGE_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
 HEAD_DIM = 128
-"""The most. With 256 the results take half of a thread's 255 registers, and ptxas 12.9 spills 8 to 68 bytes."""
+"""The most. With 256 the results take half of a thread's 255 registers: ptxas 12.9 spills 8 to 68 bytes."""
 MISCOMPILES = range(12080, 12091)
 """CUDA 12.8.0 to 12.9.0, as CUDA counts: their ptxas miscompiles causal masks."""
 LOG2E = 1.4426950408889634
