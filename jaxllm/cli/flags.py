@@ -19,11 +19,23 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 Fields = Iterable[dataclasses.Field[Any]]
 
 
-def add_flags(parser: argparse._ActionsContainer, owner: type, fields: Fields) -> None:
+def add_flags(
+    parser: argparse._ActionsContainer,
+    owner: type,
+    fields: Fields,
+    *,
+    aliases: Mapping[str, Sequence[str]] | None = None,
+    words: bool = False,
+) -> None:
     """Adds a flag for each of `fields`, which belong to the dataclass `owner`.
 
     Help texts are the fields' `metadata["help"]` or the docstrings below them. A list is given by repeating
     its flag, a mapping as a JSON object.
+
+    Args:
+        aliases: more names that a field's flag has.
+        words: a list may also be given as several words after one flag. Then no such flag may stand before
+            an argument that is none.
 
     Raises:
         TypeError: a field's type has no form on the command line.
@@ -34,9 +46,11 @@ def add_flags(parser: argparse._ActionsContainer, owner: type, fields: Fields) -
         if f.default not in (None, dataclasses.MISSING, ()):
             text += f" (default: {f.default})"
         form = _form(f.name, hints[f.name])
-        parser.add_argument(
-            flag_name(f.name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **form
-        )
+        if words and form.get("action") == "append":
+            form |= {"action": "extend", "nargs": "+"}
+        names = [flag_name(name) for name in (f.name, *(aliases or {}).get(f.name, ()))]
+        help = text.replace("%", "%%")
+        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=help, **form)
 
 
 def flag_name(name: str) -> str:

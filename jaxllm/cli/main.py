@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 COMMANDS = {
     "generate": "complete prompts, or answer them as a chat",
     "chat": "talk with a model in the terminal",
+    "serve": "serve a model over HTTP, to OpenAI's clients",
     "convert": "write a checkpoint that restores quickly and sharded",
     "bench": "measure speed, and how it grows",
     "env": "show versions, devices, caches and kernels, for a bug report",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from jaxllm.cli.flags import Fields, add_flags, given
 from jaxllm.config import EngineConfig, ModelConfig, option_fields
+from jaxllm.engine.vllm_options import RENAMED
 from jaxllm.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -16,12 +17,18 @@ DECIDED_BY_COMMANDS = frozenset({"output_kind", "detokenize"})
 """Sampling parameters without a flag: a command shows text, and streams it where it can."""
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds MODEL, and a flag for every option of the engine."""
+def add_engine_flags(parser: argparse.ArgumentParser, *, model_may_lack: bool = False) -> None:
+    """Adds MODEL, and a flag for every option of the engine, under vLLM's name as well where it has another.
+
+    Args:
+        model_may_lack: MODEL is None where it is not given.
+    """
     model = next(f for f in dataclasses.fields(ModelConfig) if f.name == "model")
-    parser.add_argument("model", metavar="MODEL", help=model.metadata["help"])
+    nargs = "?" if model_may_lack else None
+    parser.add_argument("model", metavar="MODEL", nargs=nargs, help=model.metadata["help"])
     for name, part in get_type_hints(EngineConfig).items():
-        add_flags(parser.add_argument_group(f"{name} options", part.__doc__), part, _with_flags(part))
+        group = parser.add_argument_group(f"{name} options", part.__doc__)
+        add_flags(group, part, _with_flags(part), aliases=_VLLM_NAMES)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
@@ -62,6 +69,11 @@ def request_params(engine: "Engine", options: Mapping[str, Any]) -> SamplingPara
     """The model's own sampling parameters, with `options` in place of some."""
     defaults = engine.make_input([0]).params  # of any prompt that brings none of its own
     return dataclasses.replace(defaults, **options)
+
+
+_VLLM_NAMES = {
+    ours: [theirs for theirs, name in RENAMED.items() if name == ours] for ours in RENAMED.values()
+}
 
 
 def _with_flags(part: type) -> Fields:

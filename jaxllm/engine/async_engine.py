@@ -2,12 +2,12 @@
 
 import asyncio
 import itertools
+import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import aclosing
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -18,28 +18,17 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine.chat import Conversation
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.inputs import EngineInput, Prompt
+from jaxllm.engine.inputs import EngineInput, Prompt, TokensPrompt
 from jaxllm.engine.loading import load_parts
+from jaxllm.engine.metrics import Metrics
+from jaxllm.engine.output_stream import OutputStream, post
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.sampling import SamplingParams
 
+logger = logging.getLogger(__name__)
+
 Health = Literal["running", "sleeping", "failed", "closed"]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Listener:
-    """Where a request's outputs go: a queue of the event loop that asked."""
-
-    loop: asyncio.AbstractEventLoop
-    outputs: asyncio.Queue[RequestOutput | Exception]
-
-    def send(self, item: RequestOutput | Exception) -> None:
-        """Called in the engine's thread."""
-        try:
-            self.loop.call_soon_threadsafe(self.outputs.put_nowait, item)
-        except RuntimeError:  # the loop is closed, and so nobody waits
-            return
 
 
 class AsyncEngine:
@@ -58,9 +47,10 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._listeners: dict[str, Listener] = {}
+        self._streams: dict[str, OutputStream] = {}
         self._ids = itertools.count()
         self._closed = False
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._loop, name="jaxllm-engine", daemon=True)
         self._thread.start()
 
@@ -88,11 +78,11 @@ class AsyncEngine:
             EngineFailedError: the engine has failed.
             RuntimeError: it is closed or sleeps.
         """
-        make = self._engine.make_input
-        input = await asyncio.to_thread(make, prompt, params, priority=priority, **input_options)
-        async with aclosing(self._listen(request_id or f"async-{next(self._ids)}", input)) as outputs:
-            async for output in outputs:
-                yield output
+        input = await self.make_input(prompt, params, priority=priority, **input_options)
+        async with await self.submit({request_id or f"async-{next(self._ids)}": input}) as stream:
+            while not stream.finished:
+                for output in await stream.take():
+                    yield output
 
     async def chat(
         self,
@@ -104,34 +94,54 @@ class AsyncEngine:
         **template_options: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answers a conversation as `generate` completes a prompt; template options as for `Engine.chat`."""
-        prompt = await asyncio.to_thread(self._engine.render_chat, messages, **template_options)
+        prompt = await self.render_chat(messages, **template_options)
         answer = self.generate(prompt, params, request_id=request_id, priority=priority)
         async with aclosing(answer) as outputs:
             async for output in outputs:
                 yield output
 
+    async def make_input(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> EngineInput:
+        """Tokenizes and checks a request in a thread; see `InputProcessor.make`."""
+        return await asyncio.to_thread(self._engine.make_input, prompt, params, **options)
+
+    async def render_chat(self, messages: Conversation, **template_options: Any) -> TokensPrompt:
+        """A conversation as a prompt, made in a thread; see `InputProcessor.render_chat`."""
+        return await asyncio.to_thread(self._engine.render_chat, messages, **template_options)
+
+    async def submit(self, inputs: Mapping[str, EngineInput]) -> OutputStream:
+        """Starts requests that `make_input` made, all of them or none.
+
+        Args:
+            inputs: the requests by their ids.
+
+        Returns:
+            Where their outputs arrive. Close it, or the requests run to their ends.
+
+        Raises:
+            ValueError: an id in use, or a request that can never fit.
+            EngineFailedError: the engine has failed.
+            RuntimeError: it is closed or sleeps.
+        """
+        stream = OutputStream(inputs, self._close_soon)
+        try:
+            await self._call(lambda: self._add(inputs, stream))
+        except asyncio.CancelledError:  # the thread may have added them already
+            stream.close()
+            raise
+        return stream
+
     async def abort(self, request_id: str) -> bool:
-        """Ends a request; its generator gives a last output with the finish reason "abort".
+        """Ends a request; its stream gives a last output with the finish reason "abort".
 
         Returns:
             False if there is no such request.
         """
         return await self._call(lambda: self._abort(request_id))
 
-    async def _listen(self, request_id: str, input: EngineInput) -> AsyncGenerator[RequestOutput, None]:
-        listener = Listener(asyncio.get_running_loop(), asyncio.Queue())
-        await self._call(lambda: self._add(request_id, input, listener))
-        finished = False
-        try:
-            while not finished:
-                item = await listener.outputs.get()
-                if isinstance(item, Exception):
-                    raise item
-                finished = item.finished
-                yield item
-        finally:
-            if not finished:
-                self._send(lambda: self._abort(request_id))
+    def _close_soon(self, stream: OutputStream) -> None:
+        self._send(lambda: [self._abort(i) for i in stream.request_ids if self._streams.get(i) is stream])
 
     # The engine itself
 
@@ -140,9 +150,34 @@ class AsyncEngine:
         """Whether it can serve, and if not, why."""
         if self._closed:
             return "closed"
-        if self._engine.failure is not None:
+        if self._failure is not None or self._engine.failure is not None:
             return "failed"
         return "sleeping" if self._engine.is_sleeping else "running"
+
+    @property
+    def config(self) -> EngineConfig:
+        """What the engine was told."""
+        return self._engine.config
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """See `Engine.default_params`."""
+        return self._engine.default_params
+
+    @property
+    def max_model_len(self) -> int:
+        """See `Engine.max_model_len`."""
+        return self._engine.max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """See `Engine.max_num_seqs`."""
+        return self._engine.max_num_seqs
+
+    @property
+    def metrics(self) -> Metrics:
+        """See `Engine.metrics`. Numbers may change while they are read."""
+        return self._engine.metrics
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer; see `Engine.get_tokenizer`."""
@@ -207,24 +242,36 @@ class AsyncEngine:
             command()
             while self._engine.has_unfinished_requests() and self._commands.empty():
                 self._step()
-        for output in self._engine.abort_all():
-            self._deliver(output)
+        self._deliver(self._engine.abort_all())
         self._engine.close()
         while not self._commands.empty():  # these came too late, and the engine tells them so
             if (command := self._commands.get()) is not None:
                 command()
 
     def _step(self) -> None:
-        for output in self._engine.step():
-            self._deliver(output)
+        try:
+            outputs = self._engine.step()
+        except Exception as error:  # no request's fault: those the engine ends itself
+            logger.exception("the step loop has failed; all requests end with errors")
+            self._failure = error
+            self._engine.abort_all()
+            failed = EngineFailedError(f"the step loop has failed: {error}")
+            post((stream, request_id, failed) for request_id, stream in self._streams.items())
+            self._streams.clear()
+            return
+        self._deliver(outputs)
 
-    def _deliver(self, output: RequestOutput) -> None:
-        listener = self._listeners.get(output.request_id)
-        if output.finished:
-            self._listeners.pop(output.request_id, None)
-        if listener is not None:
-            failed = any(sample.finish_reason == "error" for sample in output.outputs)
-            listener.send(self._error(output.request_id) if failed else output)
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        letters = []
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if output.finished:
+                self._streams.pop(output.request_id, None)
+            if stream is not None:
+                failed = any(sample.finish_reason == "error" for sample in output.outputs)
+                item = self._error(output.request_id) if failed else output
+                letters.append((stream, output.request_id, item))
+        post(letters)
 
     def _error(self, request_id: str) -> Exception:
         kind = RequestFailedError if self._engine.failure is None else EngineFailedError
@@ -232,12 +279,22 @@ class AsyncEngine:
         error.__cause__ = self._engine.last_error
         return error
 
-    def _add(self, request_id: str, input: EngineInput, listener: Listener) -> None:
-        self._engine.add_input(request_id, input)
-        self._listeners[request_id] = listener
+    def _add(self, inputs: Mapping[str, EngineInput], stream: OutputStream) -> None:
+        if self._failure is not None:
+            raise EngineFailedError("the step loop has failed; make another engine") from self._failure
+        added = []
+        try:
+            for request_id, input in inputs.items():
+                self._engine.add_input(request_id, input)
+                added.append(request_id)
+        except Exception:
+            for request_id in added:
+                self._engine.abort_request(request_id)
+            raise
+        self._streams.update(dict.fromkeys(inputs, stream))
 
     def _abort(self, request_id: str) -> bool:
         output = self._engine.abort_request(request_id)
         if output is not None:
-            self._deliver(output)
+            self._deliver([output])
         return output is not None

@@ -18,7 +18,7 @@ from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.inputs import EngineInput, Prompt, TokensPrompt
 from jaxllm.engine.loading import EngineParts, load_parts
 from jaxllm.engine.mail import Mail
-from jaxllm.engine.metrics import choice_metrics
+from jaxllm.engine.metrics import Metrics, choice_metrics
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.scoring import SCORING_PARAMS, PromptScore, prompt_score
 from jaxllm.engine.sleeping import Sleep
@@ -283,6 +283,21 @@ class Engine:
     def default_params(self) -> SamplingParams:
         """What requests without parameters get: what the model's generation_config.json suggests."""
         return self._inputs.default_params
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a request, prompt and output."""
+        return self._inputs.max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Most requests in a step."""
+        return self._core.scheduler.max_num_seqs
+
+    @property
+    def metrics(self) -> Metrics:
+        """What is counted and timed; `get_metrics` gives it as numbers."""
+        return self._core.metrics
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.

@@ -4,10 +4,12 @@ import time
 
 
 class Laps:
-    """Seconds by name, in the order in which the parts ended."""
+    """Seconds by name, in the order in which the parts ended. Another thread may look on."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        """How much there is to do of what takes long, by name, as soon as that is known."""
         self._last = time.perf_counter()
 
     def end(self, name: str) -> None:

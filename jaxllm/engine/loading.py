@@ -91,11 +91,13 @@ class WeightSource:
                 )
 
 
-def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
+def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None = None) -> EngineParts:
     """Builds an engine's parts.
 
     Args:
         mesh: with the axes of `make_mesh`, to run on other devices than the first ones.
+        laps: written to as the parts of loading end, for somebody who looks on; its count `programs` is how
+            many the last part compiles.
 
     Raises:
         CheckpointError: the model cannot be found, read or recognised.
@@ -108,7 +110,7 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
     if config.compile.compilation_cache:
         folder = config.compile.compilation_cache_dir
         use_compilation_cache(folder or Path(platformdirs.user_cache_dir("jaxllm")) / "programs")
-    laps = Laps()
+    laps = Laps() if laps is None else laps
     mesh = make_mesh(config.parallel.tensor_parallel_size) if mesh is None else mesh
     laps.end("devices")
     prepare_attention(kernel, mesh)
@@ -144,6 +146,7 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
         enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
     )
     runner = Runner(lowering, params, num_pages)
+    laps.counts["programs"] = len(runner.programs)
     laps.end("pages")
     if not config.compile.enforce_eager:
         runner.programs.compile_ahead(progress=config.compile.progress)

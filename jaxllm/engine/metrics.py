@@ -15,7 +15,9 @@ from pallas_kernels.registry import Choice
 
 # Seconds, three to a decade from a tenth of a millisecond to a quarter of an hour.
 _TIME_BOUNDS = tuple(base * 10.0**power for power in range(-4, 3) for base in (1.0, 2.0, 5.0))
-_FINISH_REASONS: tuple[str, ...] = ("stop", "length", "abort", "error")
+_TOKEN_BOUNDS = tuple(base * 10.0**power for power in range(6) for base in (1.0, 2.0, 5.0))
+_STEP_TOKEN_BOUNDS = (1.0, *(2.0**power for power in range(3, 15)))
+FINISH_REASONS: tuple[str, ...] = ("stop", "length", "abort", "error")
 
 
 @dataclass
@@ -114,7 +116,7 @@ class Metrics:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._start = clock()
-        self._finished = dict.fromkeys(_FINISH_REASONS, 0)
+        self._finished = dict.fromkeys(FINISH_REASONS, 0)
         self._totals = dict.fromkeys(
             ("requests", "prompt_tokens", "generation_tokens", "preemptions", "steps", "scheduled_tokens"), 0
         )
@@ -122,6 +124,13 @@ class Metrics:
         self.time_to_first_token = Histogram()
         self.inter_token_latency = Histogram()
         self.end_to_end_time = Histogram()
+        self.prefill_time = Histogram()
+        self.decode_time = Histogram()
+        self.inference_time = Histogram()
+        self.time_per_output_token = Histogram()
+        self.prompt_length = Histogram(_TOKEN_BOUNDS)
+        self.output_length = Histogram(_TOKEN_BOUNDS)
+        self.step_tokens = Histogram(_STEP_TOKEN_BOUNDS)
         self.step_time = Histogram()
         self.step_parts = {part: Histogram() for part in PARTS}
 
@@ -176,6 +185,15 @@ class Metrics:
         request.finished_time = self._clock()
         self._finished[reason] += 1
         self.end_to_end_time.observe(request.finished_time - request.arrival_time)
+        self.prompt_length.observe(request.num_prompt_tokens)
+        self.output_length.observe(request.num_generation_tokens)
+        start, first, last = request.first_scheduled_time, request.first_token_time, request.last_token_time
+        if start is not None and first is not None and last is not None:
+            self.prefill_time.observe(first - start)
+            self.decode_time.observe(last - first)
+            self.inference_time.observe(last - start)
+            if request.num_generation_tokens > 1:
+                self.time_per_output_token.observe((last - first) / (request.num_generation_tokens - 1))
 
     def step_done(self, times: StepTimes) -> None:
         """Counts a turn of the step loop; one that dispatched nothing only adds to the parts."""
@@ -183,6 +201,7 @@ class Metrics:
             histogram.observe(getattr(times, part))
         if times.num_rows:
             self.step_time.observe(times.total)
+            self.step_tokens.observe(times.num_tokens)
             self._totals["steps"] += 1
             self._totals["scheduled_tokens"] += times.num_tokens
 

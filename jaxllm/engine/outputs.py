@@ -4,7 +4,7 @@ https://docs.vllm.ai/en/stable/api/vllm/outputs.html
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxllm.engine.metrics import RequestMetrics
@@ -75,3 +75,28 @@ class RequestOutput:
     """When it arrived, was first scheduled, had its first token, ..."""
     num_cached_tokens: int | None = None
     """Prompt tokens that were found in the prefix cache; None before the request first ran."""
+
+
+def join(first: RequestOutput, second: RequestOutput) -> RequestOutput:
+    """Two deltas of one request, the second after the first, as the delta they are together."""
+    outputs = {output.index: output for output in first.outputs}
+    for output in second.outputs:
+        before = outputs.get(output.index)
+        outputs[output.index] = output if before is None else _join_samples(before, output)
+    return replace(
+        second,
+        outputs=[outputs[index] for index in sorted(outputs)],
+        prompt_logprobs=second.prompt_logprobs if first.prompt_logprobs is None else first.prompt_logprobs,
+    )
+
+
+def _join_samples(first: CompletionOutput, second: CompletionOutput) -> CompletionOutput:
+    logprobs = None
+    if first.logprobs is not None and second.logprobs is not None:
+        logprobs = first.logprobs + second.logprobs
+    return replace(
+        second,
+        text=first.text + second.text,
+        token_ids=[*first.token_ids, *second.token_ids],
+        logprobs=logprobs,
+    )

@@ -1,0 +1,1 @@
+"""Modules that are run as programs under the names that vLLM's have."""

@@ -1,0 +1,1 @@
+"""`python -m jaxllm.entrypoints.openai.api_server`, as in vLLM."""

@@ -1,0 +1,65 @@
+"""For whoever runs the server: only there with `--admin`."""
+
+import asyncio
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from jaxllm.engine.async_engine import AsyncEngine
+from jaxllm.server.errors import ApiError, unavailable
+from jaxllm.server.service import Served, Service
+
+router = APIRouter()
+
+DRAIN_SECONDS = 0.05
+"""How often it is looked whether the last request has ended."""
+
+
+@router.post("/sleep")
+async def sleep(service: Served, level: int = 1) -> Response:
+    """Gives the device's memory back, once nothing runs: level 1 keeps the weights in the host's memory."""
+    if level not in (1, 2):
+        raise ApiError(400, f"level={level}: must be 1 or 2", param="level")
+    if service.active:
+        text = f"{service.active} outputs are being made; wait for them, or end them"
+        raise ApiError(409, text, code="busy", headers={"Retry-After": "1"})
+    engine = service.engine
+    await _idle(engine)
+    await engine.sleep(level)
+    return JSONResponse({"status": service.status})
+
+
+@router.post("/wake_up")
+async def wake_up(service: Served) -> Response:
+    """Takes the device's memory again."""
+    await _engine(service).wake_up()
+    return JSONResponse({"status": service.status})
+
+
+@router.get("/is_sleeping")
+async def is_sleeping(service: Served) -> dict[str, bool]:
+    """Whether the engine sleeps."""
+    return {"is_sleeping": service.status == "sleeping"}
+
+
+@router.post("/reset_prefix_cache")
+async def reset_prefix_cache(service: Served) -> Response:
+    """Forgets all cached prefixes; 409 while requests are running, which may use them."""
+    engine = service.engine
+    if not await engine.reset_prefix_cache():
+        raise ApiError(409, "requests are running; nothing was forgotten", code="busy")
+    return JSONResponse({"status": "ok"})
+
+
+def _engine(service: Service) -> AsyncEngine:
+    engine = service.loaded_engine
+    if engine is None:
+        raise unavailable("the model is being loaded; /ready says how far it is", retry_after=5)
+    return engine
+
+
+async def _idle(engine: AsyncEngine) -> None:
+    """Waits until requests that were given up have left the engine, which takes a step."""
+    while engine.get_metrics()["requests_running"] or engine.get_metrics()["requests_waiting"]:
+        await asyncio.sleep(DRAIN_SECONDS)

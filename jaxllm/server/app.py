@@ -1,0 +1,69 @@
+"""The server's endpoints put together."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+import jaxllm
+from jaxllm.server import admin, chat, completions, errors, metrics, status, tokenization
+from jaxllm.server.http_metrics import HttpMetrics
+from jaxllm.server.keys import KeyMiddleware, Keys
+from jaxllm.server.middleware import RequestMiddleware, SizeMiddleware
+from jaxllm.server.service import Service
+
+
+def create_app(service: Service, keys: Keys) -> FastAPI:
+    """The ASGI application. The model is loaded when it starts, and let go of when it stops.
+
+    Args:
+        service: what the endpoints share.
+        keys: those that clients may come with; if there are none, nobody needs one.
+    """
+    config = service.config
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.load()
+        yield
+        await service.close()
+
+    app = FastAPI(
+        title="jaxllm",
+        version=jaxllm.__version__,
+        lifespan=lifespan,
+        docs_url=None,  # these pages load their scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.service = service
+    service.registry.register(metrics.EngineCollector(service))
+    errors.install(app)
+    for part in (status, completions, chat, tokenization, metrics):
+        app.include_router(part.router)
+    if config.access.admin:
+        app.include_router(admin.router)
+    # the last one added is the first to see a request
+    app.add_middleware(
+        SizeMiddleware,
+        max_header_bytes=config.listen.h11_max_incomplete_event_size,
+        max_body_bytes=config.limits.max_body_bytes,
+    )
+    if keys:
+        app.add_middleware(
+            KeyMiddleware,
+            keys=keys,
+            root_path=config.listen.root_path,
+            metrics_exempt=config.access.metrics_without_key,
+        )
+    if config.listen.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.listen.allowed_origins,
+            allow_methods=["GET", "POST", "OPTIONS"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    log = not config.log.disable_log_requests
+    app.add_middleware(RequestMiddleware, metrics=HttpMetrics(service.registry), log=log)
+    return app

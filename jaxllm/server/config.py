@@ -1,0 +1,116 @@
+"""What the server is told: where it listens, who may ask, and how much it takes on.
+
+As in `jaxllm.config` each field carries its help text, and the flags of `jaxllm serve` are made from it. The
+names are vLLM's where it has the option: https://docs.vllm.ai/en/stable/cli/serve/
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args, get_type_hints
+
+from jaxllm.config import option
+
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+LogFormat = Literal["text", "json"]
+MEBIBYTE = 1 << 20
+
+
+def _at_least(least: float, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not least <= value < float("inf"):
+            raise ValueError(f"{name}={value}: must be a number of at least {least:g}")
+
+
+@dataclass(frozen=True)
+class ListenConfig:
+    """Where the server listens."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
+    port: int = option(8000, "port to listen on; 0 takes a free one")
+    uds: str | None = option(None, "path of a Unix socket to listen on instead")
+    root_path: str = option("", "path under which a proxy serves this server, such as /llm")
+    ssl_keyfile: str | None = option(None, "file with the TLS key")
+    ssl_certfile: str | None = option(None, "file with the TLS certificate")
+    ssl_ca_certs: str | None = option(
+        None, "file with the certificates that clients' ones are checked against"
+    )
+    ssl_cert_reqs: int = option(
+        0, "whether clients need a certificate: 0 no, 1 checked if there is one, 2 yes"
+    )
+    allowed_origins: Sequence[str] = option((), "web pages from here may call the server (CORS); '*' for all")
+    h11_max_incomplete_event_size: int = option(65536, "most bytes of a request's headers")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port={self.port}: must be 0 to 65535")
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ValueError("ssl_keyfile: needs ssl_certfile, and the other way round")
+        if self.ssl_cert_reqs not in (0, 1, 2):
+            raise ValueError(f"ssl_cert_reqs={self.ssl_cert_reqs}: must be 0, 1 or 2")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise ValueError(f"root_path={self.root_path!r}: must begin with a slash and end without")
+        _at_least(1024, h11_max_incomplete_event_size=self.h11_max_incomplete_event_size)
+
+
+@dataclass(frozen=True)
+class AccessConfig:
+    """Who may ask, and for what."""
+
+    api_key: Sequence[str] = option((), "keys that clients may come with; without any, nobody needs one")
+    api_key_file: Path | None = option(None, "file with a key on each line")
+    metrics_without_key: bool = option(False, "let /metrics be read without a key")
+    served_model_name: Sequence[str] = option((), "the model's names for clients (default: MODEL)")
+    chat_template: str | None = option(
+        None, "Jinja template for chats, or a file with one, instead of the model's"
+    )
+    trust_request_chat_template: bool = option(False, "let requests bring their own chat template")
+    admin: bool = option(False, "serve /sleep, /wake_up and /reset_prefix_cache")
+    vllm_metrics: bool = option(False, "give every metric under the prefix vllm: as well")
+
+
+@dataclass(frozen=True)
+class LimitConfig:
+    """How much the server takes on."""
+
+    max_num_queued_reqs: int = option(1024, "most outputs that wait for a place in a step; beyond it 503")
+    request_timeout: float = option(600.0, "most seconds for a request; a client may ask for fewer")
+    shutdown_timeout: int = option(30, "most seconds that running requests have left after SIGTERM")
+    sse_keep_alive: float = option(15.0, "seconds without a token after which a stream gets a comment")
+    max_body_bytes: int = option(8 * MEBIBYTE, "most bytes of a request's body")
+    max_outputs: int = option(128, "most outputs of one request: n times its prompts")
+
+    def __post_init__(self) -> None:
+        _at_least(0, max_num_queued_reqs=self.max_num_queued_reqs, shutdown_timeout=self.shutdown_timeout)
+        _at_least(0.001, request_timeout=self.request_timeout, sse_keep_alive=self.sse_keep_alive)
+        _at_least(1, max_body_bytes=self.max_body_bytes, max_outputs=self.max_outputs)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is logged, on stderr."""
+
+    log_level: LogLevel = option("info", "least severe messages that are logged")
+    log_format: LogFormat = option("text", "lines for people, or a JSON object a line")
+    disable_log_requests: bool = option(False, "do not log a line for each request")
+
+    def __post_init__(self) -> None:
+        for name, kind in (("log_level", LogLevel), ("log_format", LogFormat)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: must be one of {', '.join(get_args(kind))}"
+                )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """All that the server is told, in parts."""
+
+    listen: ListenConfig = ListenConfig()
+    access: AccessConfig = AccessConfig()
+    limits: LimitConfig = LimitConfig()
+    log: LogConfig = LogConfig()
+
+
+PARTS: dict[str, type] = get_type_hints(ServerConfig)
+"""The parts of `ServerConfig` by name."""

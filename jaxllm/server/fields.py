@@ -1,0 +1,175 @@
+"""The fields that requests for text share, and how those that are not served are refused.
+
+Names and meanings: https://platform.openai.com/docs/api-reference and, for what goes beyond it,
+https://docs.vllm.ai/en/stable/serving/openai_compatible_server/. Ranges are checked where they are defined,
+by `SamplingParams` and the engine; here only types are.
+"""
+
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+NOT_THERE: tuple[Any, ...] = (None, False, [], {}, "")
+"""Values that ask for nothing."""
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Tokens = list[int]
+Refusals = dict[str, tuple[tuple[Any, ...], str]]
+"""Parameters that are not served: values that ask for nothing besides `NOT_THERE`, and what to do instead."""
+
+GRAMMAR = "outputs cannot be held to a grammar; ask for the form in the prompt and check the answer"
+TOOLS = "calls of tools are not read from the output; describe tools in the prompt"
+REFUSED: Refusals = {
+    "response_format": (({"type": "text"},), GRAMMAR),
+    "structured_outputs": ((), GRAMMAR),
+    "guided_json": ((), GRAMMAR),
+    "guided_regex": ((), GRAMMAR),
+    "guided_choice": ((), GRAMMAR),
+    "guided_grammar": ((), GRAMMAR),
+    "guided_decoding_backend": ((), GRAMMAR),
+    "guided_whitespace_pattern": ((), GRAMMAR),
+    "structural_tag": ((), GRAMMAR),
+    "use_beam_search": ((), "search with beams is there in Python only: Engine.beam_search"),
+    "length_penalty": ((1.0,), "it belongs to beam search, which is there in Python only"),
+    "best_of": ((1,), "ask for n outputs and choose among them"),
+    "logits_processors": ((), "processors are there in Python only: SamplingParams(logits_processors=...)"),
+    "vllm_xargs": ((), "there are no extensions that would read them"),
+    "kv_transfer_params": ((), "prompts and outputs are computed by the same server"),
+    "mm_processor_kwargs": ((), "models here read text only"),
+}
+"""What neither chats nor completions are served with."""
+
+
+def refuse(data: Any, refused: Refusals) -> Any:
+    """A request's fields without those of `refused` that ask for nothing.
+
+    Raises:
+        PydanticCustomError: one that asks for something; the error names it and says what to do instead.
+    """
+    if not isinstance(data, dict):
+        return data
+    kept = {}
+    for name, value in data.items():
+        if name not in refused:
+            kept[name] = value
+            continue
+        accepted, advice = refused[name]
+        if not any(value == off and type(value) is type(off) for off in (*NOT_THERE, *accepted)):
+            message = f"{name}: not supported by this server; {advice}"
+            raise PydanticCustomError("refused", "{message}", {"param": name, "message": message})
+    return kept
+
+
+class ApiModel(BaseModel):
+    """A JSON object of a request: no value is converted, and no unknown field goes by."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(ApiModel):
+    """What a stream brings besides the text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+    """OpenAI pads its chunks against eavesdroppers; here only False is served."""
+
+    @model_validator(mode="after")
+    def _without_padding(self) -> Self:
+        if self.include_obfuscation:
+            raise ValueError("include_obfuscation: chunks are not padded; leave it out, and use TLS")
+        return self
+
+
+class GenerationRequest(ApiModel):
+    """What chats and completions have in common. None stands for the default, as if it were left out."""
+
+    refused: ClassVar[Refusals] = REFUSED
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    """Shown in the server's log."""
+
+    n: int | None = None
+    temperature: Finite | None = None
+    top_p: Finite | None = None
+    top_k: int | None = None
+    min_p: Finite | None = None
+    presence_penalty: Finite | None = None
+    frequency_penalty: Finite | None = None
+    repetition_penalty: Finite | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: Tokens | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    logit_bias: dict[str, Finite] | None = None
+    allowed_token_ids: Tokens | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    cache_salt: str | None = None
+    priority: int | None = None
+    request_id: str | None = Field(None, pattern=r"^[\w.:-]{1,128}$")
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        return refuse(data, cls.refused)
+
+    @model_validator(mode="after")
+    def _streams_with_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only with stream=true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk has the usage so far."""
+        return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def sampling(self) -> dict[str, Any]:
+        """Those sampling parameters that were given; they have the same names in `SamplingParams`."""
+        return {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+
+
+SAMPLING = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "max_tokens",
+    "min_tokens",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "prompt_logprobs",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+)
+"""Fields of `GenerationRequest` that are fields of `SamplingParams`."""

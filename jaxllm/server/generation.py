@@ -1,0 +1,265 @@
+"""One request for text, from its arrival until it is answered or given up."""
+
+import asyncio
+import math
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, NotRequired, Self, TypeVar
+
+from fastapi import Request
+from starlette.types import Receive
+from typing_extensions import TypedDict
+
+from jaxllm.engine.async_engine import AsyncEngine
+from jaxllm.engine.core import EngineFailedError, RequestFailedError
+from jaxllm.engine.inputs import EngineInput, Prompt
+from jaxllm.engine.output_stream import OutputStream
+from jaxllm.engine.outputs import RequestOutput
+from jaxllm.sampling import RequestOutputKind, SamplingParams
+from jaxllm.server.errors import ApiError, bad_value, unavailable
+from jaxllm.server.service import Service, Ticket
+
+TIMEOUT_HEADER = "x-request-timeout"
+T = TypeVar("T")
+
+
+class PromptTokensDetails(TypedDict):
+    """Where a prompt's tokens came from."""
+
+    cached_tokens: int
+
+
+class Usage(TypedDict):
+    """Tokens of a request: https://platform.openai.com/docs/api-reference/chat/object"""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: NotRequired[PromptTokensDetails]
+
+
+class ClientGoneError(Exception):
+    """Nobody is there any more to be answered."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be generated.
+
+    Attributes:
+        prompts: makes the prompts; called once the request has been admitted.
+        num_prompts: how many it will make.
+        params: what holds for each of them, over the model's own defaults.
+        stream: whether outputs are wanted as they grow.
+        input_options: `priority`, `add_special_tokens` and the like, see `InputProcessor.make`.
+        known: the request's parameters, for errors.
+        rename: the engine's names of parameters that the request calls otherwise.
+        user: who asks, for the log.
+    """
+
+    prompts: Callable[[AsyncEngine], Awaitable[Sequence[Prompt]]]
+    num_prompts: int
+    params: Mapping[str, Any]
+    stream: bool
+    input_options: Mapping[str, Any]
+    known: frozenset[str]
+    rename: Mapping[str, str]
+    user: str | None = None
+
+
+class Generation:
+    """The outputs of an admitted request. Close it, or use it in `async with`.
+
+    Attributes:
+        id: of the request, without the prefix of its kind.
+        inputs: one for each prompt.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        inputs: Sequence[EngineInput],
+        stream: OutputStream,
+        ticket: Ticket,
+        deadline: float,
+        service: Service,
+    ) -> None:
+        self.id = request_id
+        self.inputs = inputs
+        self._numbers = {name: number for number, name in enumerate(stream.request_ids)}
+        self._stream, self._ticket, self._deadline, self._service = stream, ticket, deadline, service
+        self._cached = [0] * len(inputs)
+        self._generated = 0
+        self._closed = False
+        service.requests += 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything has been taken."""
+        return self._stream.finished
+
+    async def take(self, patience: float | None = None) -> list[tuple[int, RequestOutput]]:
+        """What is new, with the number of the prompt that it belongs to.
+
+        Args:
+            patience: seconds after which it gives an empty list.
+
+        Raises:
+            ApiError: 408 after the deadline, 503 if the engine stopped.
+            RequestFailedError, EngineFailedError: as for `OutputStream.take`.
+        """
+        now = asyncio.get_running_loop().time()
+        limit = self._deadline if patience is None else min(self._deadline, now + patience)
+        try:
+            async with asyncio.timeout_at(limit):
+                outputs = await self._stream.take()
+        except TimeoutError:
+            if asyncio.get_running_loop().time() >= self._deadline:
+                raise ApiError(408, "the request took longer than its time limit", code="timeout") from None
+            return []
+        return [(self._numbers[output.request_id], self._count(output)) for output in outputs]
+
+    def _count(self, output: RequestOutput) -> RequestOutput:
+        if any(sample.finish_reason == "abort" for sample in output.outputs):
+            raise unavailable("the engine stopped before the request was done")
+        self._cached[self._numbers[output.request_id]] = output.num_cached_tokens or 0
+        self._generated += sum(len(sample.token_ids) for sample in output.outputs)
+        return output
+
+    async def collect(self) -> list[RequestOutput]:
+        """The whole outputs, in the order of the prompts; for requests that do not stream."""
+        found: dict[int, RequestOutput] = {}
+        while not self.finished:
+            found |= dict(await self.take())
+        return [found[number] for number in range(len(self.inputs))]
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        prompt = sum(len(input.prompt_token_ids) for input in self.inputs)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self._generated,
+            "total_tokens": prompt + self._generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached)},
+        }
+
+    def close(self) -> None:
+        """Ends what still runs and makes room for others. Closing twice does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._service.requests -= 1
+            self._stream.close()
+            self._ticket.give_back()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+async def start(service: Service, request: Request, job: Job, request_id: str | None) -> Generation:
+    """Admits a request, checks all of it, and hands it to the engine.
+
+    Raises:
+        ApiError: 400 for what cannot be served, 503 if too many wait or the engine cannot serve.
+    """
+    engine = service.engine
+    deadline = asyncio.get_running_loop().time() + time_limit(request, service.config.limits.request_timeout)
+    kind = RequestOutputKind.DELTA if job.stream else RequestOutputKind.FINAL_ONLY
+    try:
+        params = replace(engine.default_params, **{**job.params, "output_kind": kind})
+    except (TypeError, ValueError) as error:
+        raise bad_value(error, job.known, job.rename) from error
+    request.state.user = job.user
+    ticket = service.admit(params.n * job.num_prompts)
+    service.asked["n"].observe(params.n)
+    if params.max_tokens is not None:
+        service.asked["max_tokens"].observe(params.max_tokens)
+    try:
+        inputs = await _make_inputs(engine, job, params)
+        request_id = request_id or uuid.uuid4().hex
+        many = len(inputs) > 1
+        named = {f"{request_id}-{i}" if many else request_id: input for i, input in enumerate(inputs)}
+        stream = await _submit(service, engine, named, job)
+        return Generation(request_id, inputs, stream, ticket, deadline, service)
+    except BaseException:
+        ticket.give_back()
+        raise
+
+
+async def _make_inputs(engine: AsyncEngine, job: Job, params: SamplingParams) -> list[EngineInput]:
+    try:
+        prompts = await job.prompts(engine)
+    except (TypeError, ValueError) as error:
+        raise bad_value(error, job.known, job.rename) from error
+    inputs = []
+    for i, prompt in enumerate(prompts):
+        try:
+            inputs.append(await engine.make_input(prompt, params, **job.input_options))
+        except (TypeError, ValueError) as error:
+            found = bad_value(error, job.known, job.rename)
+            if len(prompts) > 1:
+                found.message = f"prompt {i}: {found.message}"
+            raise found from error
+    return inputs
+
+
+async def _submit(
+    service: Service, engine: AsyncEngine, inputs: Mapping[str, EngineInput], job: Job
+) -> OutputStream:
+    try:
+        return await engine.submit(inputs)
+    except ValueError as error:
+        raise bad_value(error, job.known, job.rename) from error
+    except (EngineFailedError, RequestFailedError):
+        raise
+    except RuntimeError:
+        _ = service.engine  # says what is the matter, if it stopped or fell asleep meanwhile
+        raise
+
+
+def time_limit(request: Request, most: float) -> float:
+    """Seconds that a request may take: the server's limit, or less if the client says so.
+
+    Raises:
+        ApiError: 400, the header is not a number above 0.
+    """
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return most
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ApiError(400, f"{TIMEOUT_HEADER}: must be a number of seconds above 0", param=TIMEOUT_HEADER)
+    return min(seconds, most)
+
+
+async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
+    """Waits for work, unless the client leaves before it is done.
+
+    Raises:
+        ClientGoneError: it left; the work has been cancelled.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        for running in (task, watch):
+            running.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,146 @@
+"""`/metrics`: what the engine counts, under the names and types that vLLM gives them.
+
+https://docs.vllm.ai/en/stable/design/metrics/ lists vLLM's; the prefix here is `jaxllm:`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.responses import Response
+
+from jaxllm.engine.metrics import FINISH_REASONS, Histogram
+from jaxllm.server.service import Served, Service
+
+router = APIRouter()
+
+GAUGES = {
+    "num_requests_running": ("requests_running", "Requests that hold a row of the batch."),
+    "num_requests_waiting": ("requests_waiting", "Requests that wait for one."),
+    "kv_cache_usage_perc": ("pages_used_ratio", "Share of the pages that requests hold, 0 to 1."),
+    "engine_sleep_state": (None, "1 while the engine sleeps."),
+}
+COUNTERS = {
+    "prefix_cache_queries": ("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
+    "prefix_cache_hits": ("prefix_cache_hits_total", "Prompt tokens found there."),
+    "num_preemptions": ("preemptions_total", "Times that a request lost its pages to another."),
+    "prompt_tokens": ("prompt_tokens_total", "Tokens of all prompts."),
+    "generation_tokens": ("generation_tokens_total", "Tokens generated."),
+}
+HISTOGRAMS = {
+    "iteration_tokens_total": ("step_tokens", "Tokens that a step computes."),
+    "time_to_first_token_seconds": ("time_to_first_token", "From arrival to the first token."),
+    "inter_token_latency_seconds": ("inter_token_latency", "From a token to the next of the same output."),
+    "request_time_per_output_token_seconds": ("time_per_output_token", "A request's mean time per token."),
+    "e2e_request_latency_seconds": ("end_to_end_time", "From arrival to the end."),
+    "request_queue_time_seconds": ("time_in_queue", "From arrival to the first step."),
+    "request_inference_time_seconds": ("inference_time", "From the first step to the last token."),
+    "request_prefill_time_seconds": ("prefill_time", "From the first step to the first token."),
+    "request_decode_time_seconds": ("decode_time", "From the first token to the last."),
+    "request_prompt_tokens": ("prompt_length", "A request's prompt tokens."),
+    "request_generation_tokens": ("output_length", "A request's generated tokens."),
+}
+"""vLLM's families: the engine's name for the figure, and what it is."""
+
+OWN_GAUGES = {
+    "pages": ("num_pages", "Pages of the cache."),
+    "pages_used": ("pages_used", "Pages that requests hold."),
+    "programs": ("programs", "Compiled programs."),
+    "compile_seconds": ("compile_seconds", "Seconds that compiling ahead took."),
+}
+OWN_COUNTERS = {
+    "programs_compiled_late": ("programs_compiled_late_total", "Programs compiled while serving."),
+    "steps": ("steps_total", "Steps run."),
+    "scheduled_tokens": ("scheduled_tokens_total", "Tokens that steps computed, recomputed ones included."),
+}
+"""Families that vLLM does not have."""
+
+
+class EngineCollector(Collector):
+    """Reads the engine's figures whenever Prometheus asks."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._prefixes = ("jaxllm", "vllm") if service.config.access.vllm_metrics else ("jaxllm",)
+
+    def collect(self) -> Iterator[Metric]:
+        """The families; those of the server alone while the engine is loading."""
+        for prefix in self._prefixes:
+            labels = {"model_name": self._service.names[0], "engine": "0"}
+            yield from self._families(prefix, labels)
+
+    def _families(self, prefix: str, labels: Mapping[str, str]) -> Iterator[Metric]:
+        service, engine = self._service, self._service.loaded_engine
+        yield _gauge(
+            f"{prefix}:server_active_outputs", "Outputs being made or waiting.", labels, service.active
+        )
+        if engine is None:
+            return
+        figures = engine.get_metrics()
+        for name, (source, text) in (GAUGES | OWN_GAUGES).items():
+            value = float(service.status == "sleeping") if source is None else figures[source]
+            yield _gauge(f"{prefix}:{name}", text, labels, value)
+        for name, (source, text) in (COUNTERS | OWN_COUNTERS).items():
+            yield _counter(f"{prefix}:{name}", text, labels, figures[source])
+        reasons = {reason: figures[f"requests_finished_{reason}_total"] for reason in FINISH_REASONS}
+        yield _finished(f"{prefix}:request_success", labels, reasons)
+        for name, (source, text) in HISTOGRAMS.items():
+            yield _histogram(f"{prefix}:{name}", text, labels, getattr(engine.metrics, source))
+        for name, histogram in service.asked.items():
+            yield _histogram(f"{prefix}:request_params_{name}", "As requests gave it.", labels, histogram)
+        yield _histogram(
+            f"{prefix}:step_time_seconds", "Of a step, on the host.", labels, engine.metrics.step_time
+        )
+        for part, histogram in engine.metrics.step_parts.items():
+            text = "The device idle between steps." if part == "gap" else f"Of a step: {part}."
+            yield _histogram(f"{prefix}:step_{part}_seconds", text, labels, histogram)
+        yield self._cache_config(prefix)
+
+    def _cache_config(self, prefix: str) -> Metric:
+        cache = self._service.engine_config.cache
+        labels = {
+            "block_size": str(cache.page_size),
+            "enable_prefix_caching": str(cache.enable_prefix_caching),
+            "engine": "0",
+        }
+        return _gauge(f"{prefix}:cache_config_info", "The cache's options.", labels, 1)
+
+
+def _gauge(name: str, text: str, labels: Mapping[str, str], value: float) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=list(labels))
+    family.add_metric(list(labels.values()), value)
+    return family
+
+
+def _counter(name: str, text: str, labels: Mapping[str, str], value: float) -> Metric:
+    family = CounterMetricFamily(name, text, labels=list(labels))
+    family.add_metric(list(labels.values()), value)
+    return family
+
+
+def _finished(name: str, labels: Mapping[str, str], reasons: Mapping[str, float]) -> Metric:
+    text = "Requests by how they ended."
+    family = CounterMetricFamily(name, text, labels=[*labels, "finished_reason"])
+    for reason, value in reasons.items():
+        family.add_metric([*labels.values(), reason], value)
+    return family
+
+
+def _histogram(name: str, text: str, labels: Mapping[str, str], histogram: Histogram) -> Metric:
+    buckets: list[Any] = []
+    total = 0
+    for bound, count in zip([*map(str, histogram.bounds), "+Inf"], list(histogram.counts), strict=True):
+        total += count
+        buckets.append((bound, total))
+    family = HistogramMetricFamily(name, text, labels=list(labels))
+    family.add_metric(list(labels.values()), buckets, sum_value=histogram.sum)
+    return family
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(service: Served) -> Response:
+    """Figures for Prometheus."""
+    return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,120 @@
+"""The server as a process: from its start to its end by a signal."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+
+from jaxllm.config import EngineConfig
+from jaxllm.server import logs
+from jaxllm.server.app import create_app
+from jaxllm.server.config import ServerConfig
+from jaxllm.server.keys import Keys, read_key_file
+from jaxllm.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Server(uvicorn.Server):
+    """Ends in order at the first signal: what runs is finished, nothing new is taken. Ends at the second."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Takes signals while the server runs; they do not end the process by themselves, as uvicorn's do."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal has come."""
+        if self.should_exit:
+            self.force_exit = True
+            return
+        self.stop()
+
+    def stop(self) -> None:
+        """Begins to end."""
+        limit = self._service.config.limits.shutdown_timeout
+        logger.info("stopping: %d requests have %g s to finish", self._service.requests, limit)
+        self._service.draining = True
+        self.should_exit = True
+
+
+def run(config: ServerConfig, engine_config: EngineConfig) -> int:
+    """Serves until a signal ends it.
+
+    Returns:
+        The exit code: 0 after a signal, 1 if it could not listen or the model could not be loaded.
+
+    Raises:
+        OSError, ValueError: a file of keys, a template or a certificate that cannot be read.
+    """
+    logs.configure(config.log)
+    server, service = make_server(config, engine_config)
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's way of saying that it cannot listen; it has logged why
+        return 1
+    if server.force_exit or service.is_loading:
+        # A thread may be in the middle of compiling, and has nothing to save; nor has a step.
+        logger.info("stopped at once")
+        sys.stderr.flush()
+        os._exit(0)
+    logger.info("stopped")
+    return 0 if service.failure is None else 1
+
+
+def make_server(config: ServerConfig, engine_config: EngineConfig) -> tuple[Server, Service]:
+    """The server, not yet started, and what its endpoints share.
+
+    Raises:
+        OSError, ValueError: as `run` does.
+    """
+    keys = list(config.access.api_key)
+    if config.access.api_key_file is not None:
+        keys += read_key_file(config.access.api_key_file)
+    service = Service(config, engine_config)
+    server = Server(_uvicorn_config(config, create_app(service, Keys(keys))), service)
+    service.on_failure = server.stop
+    return server, service
+
+
+def _uvicorn_config(config: ServerConfig, app: object) -> uvicorn.Config:
+    listen = config.listen
+    return uvicorn.Config(
+        app,  # pyright: ignore[reportArgumentType]
+        host=listen.host,
+        port=listen.port,
+        uds=listen.uds,
+        root_path=listen.root_path,
+        ssl_keyfile=listen.ssl_keyfile,
+        ssl_certfile=listen.ssl_certfile,
+        ssl_ca_certs=listen.ssl_ca_certs,
+        ssl_cert_reqs=listen.ssl_cert_reqs,
+        http="h11",  # the one that bounds headers
+        h11_max_incomplete_event_size=listen.h11_max_incomplete_event_size,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=config.limits.shutdown_timeout,
+    )

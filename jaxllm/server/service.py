@@ -1,0 +1,223 @@
+"""What all endpoints share: the engine, whether it can be asked, and how many may ask."""
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from fastapi import Depends, Request
+from prometheus_client import CollectorRegistry
+
+from converters.errors import CheckpointError
+from jaxllm.config import EngineConfig
+from jaxllm.engine.async_engine import AsyncEngine
+from jaxllm.engine.metrics import Histogram
+from jaxllm.engine.vocabulary import Vocabulary
+from jaxllm.server.config import ServerConfig
+from jaxllm.server.errors import ApiError, unavailable
+from jaxllm.server.startup import Startup
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["loading", "ready", "sleeping", "draining", "failed"]
+
+
+ASKED_BOUNDS = tuple(base * 10.0**power for power in range(6) for base in (1.0, 2.0, 5.0))
+
+
+class Ticket:
+    """Places that a request holds in the queue, from its arrival until it is given back."""
+
+    def __init__(self, service: "Service", outputs: int) -> None:
+        self._service, self._outputs = service, outputs
+
+    def give_back(self) -> None:
+        """Makes room for others. A second time it does nothing."""
+        self._service.active -= self._outputs
+        self._outputs = 0
+
+
+class Service:
+    """The engine and its state, for one server.
+
+    Attributes:
+        config: what the server was told.
+        started: when, in seconds since 1970.
+        active: outputs that are being made or wait, of all requests together.
+        requests: requests for text that have not been answered to the end.
+        draining: whether the server is about to stop.
+        failure: why the model could not be loaded.
+        on_failure: called then.
+        asked: what requests gave as n and max_tokens.
+        registry: what `/metrics` shows; the server's own, so that two in a process do not share counts.
+    """
+
+    def __init__(self, config: ServerConfig, engine_config: EngineConfig) -> None:
+        self.config = config
+        self.engine_config = engine_config
+        self.names = tuple(config.access.served_model_name) or (engine_config.model.model,)
+        self.chat_template = read_template(config.access.chat_template)
+        self.started = int(time.time())
+        self.active = 0
+        self.requests = 0
+        self.draining = False
+        self.failure: Exception | None = None
+        self.on_failure: Callable[[], object] = lambda: None
+        self.registry = CollectorRegistry()
+        self.asked = {name: Histogram(ASKED_BOUNDS) for name in ("n", "max_tokens")}
+        self._engine: AsyncEngine | None = None
+        self._vocabulary: Vocabulary | None = None
+        self._startup: Startup | None = None
+
+    def load(self) -> None:
+        """Begins to load the model. Called in the event loop, which learns of the end."""
+        loop = asyncio.get_running_loop()
+
+        def done(result: AsyncEngine | Exception) -> None:
+            loop.call_soon_threadsafe(self.loaded, result)
+
+        self._startup = Startup(self.engine_config, done)
+        self._startup.begin()
+
+    def loaded(self, result: AsyncEngine | Exception) -> None:
+        """Takes the engine, or the reason why there is none."""
+        if isinstance(result, Exception):
+            self.failure = result
+            told = isinstance(result, ValueError | OSError | NotImplementedError | CheckpointError)
+            logger.error("the model cannot be loaded: %s", result, exc_info=None if told else result)
+            self.on_failure()
+            return
+        if not result.config.model.skip_tokenizer_init:
+            self._vocabulary = Vocabulary(result.get_tokenizer())
+        self._engine = result
+        logger.info("ready: %s", ", ".join(self.names))
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a thread still loads the model."""
+        return self._startup is not None and self._startup.is_running
+
+    @property
+    def status(self) -> Status:
+        """Whether it can serve, and if not, why."""
+        if self.failure is not None or (self._engine is not None and self._engine.health == "failed"):
+            return "failed"
+        if self.draining:
+            return "draining"
+        if self._engine is None:
+            return "loading"
+        return "sleeping" if self._engine.health == "sleeping" else "ready"
+
+    def progress(self) -> dict[str, Any]:
+        """How far loading is; empty when it is done."""
+        return self._startup.progress() if self._startup is not None and self._engine is None else {}
+
+    @property
+    def loaded_engine(self) -> AsyncEngine | None:
+        """The engine, in whatever state it is; None before it is loaded."""
+        return self._engine
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine, ready to serve.
+
+        Raises:
+            ApiError: 503, it is not.
+        """
+        reasons = {
+            "loading": "the model is being loaded; /ready says how far it is",
+            "sleeping": "the engine sleeps; an administrator can wake it with /wake_up",
+            "draining": "the server is about to stop",
+            "failed": "the engine has failed; the server has to be started again",
+        }
+        if self.status != "ready":
+            raise unavailable(reasons[self.status], retry_after=5)
+        return cast(AsyncEngine, self._engine)
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """What the tokens say; None without a tokenizer."""
+        return self._vocabulary
+
+    @property
+    def model_template(self) -> str:
+        """The chat template that came with the model; empty if there is none."""
+        if self._engine is None or self._vocabulary is None:
+            return ""
+        return str(self._engine.get_tokenizer().chat_template or "")
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Token ids as text, special tokens included; empty without a tokenizer."""
+        if self._engine is None or self._vocabulary is None:
+            return ""
+        return str(self._engine.get_tokenizer().decode(token_ids, skip_special_tokens=False))
+
+    @staticmethod
+    def top_logprobs(asked: int) -> int:
+        """How many of a position's tokens to show; -1 stands for all of them."""
+        return sys.maxsize if asked == -1 else asked
+
+    def model_name(self, name: str | None) -> str:
+        """The name under which a request's model is served; without one, the first.
+
+        Raises:
+            ApiError: 404, the model is not served here.
+        """
+        if name is None:
+            return self.names[0]
+        if name not in self.names:
+            text = f"model: {name[:200]!r} is not served here; /v1/models lists what is"
+            raise ApiError(404, text, param="model", code="model_not_found")
+        return name
+
+    def admit(self, outputs: int) -> Ticket:
+        """Counts a request in.
+
+        Args:
+            outputs: how many it asks for.
+
+        Raises:
+            ApiError: 400 if that is more than one request may, 503 if too many wait.
+        """
+        limits = self.config.limits
+        if outputs > limits.max_outputs:
+            text = f"n: {outputs} outputs, prompts times n; at most {limits.max_outputs} in one request"
+            raise ApiError(400, text, param="n")
+        if self.active + outputs > self.engine.max_num_seqs + limits.max_num_queued_reqs:
+            raise unavailable("too many requests are waiting; try again", code="queue_full")
+        self.active += outputs
+        return Ticket(self, outputs)
+
+    async def close(self) -> None:
+        """Ends what still runs and frees the device."""
+        self.draining = True
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close)
+
+
+def read_template(source: str | None) -> str | None:
+    """A chat template, given as a file or as itself.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if source is None or "{" in source:
+        return source
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"chat_template={source!r}: neither a template nor a readable file: {error}"
+        ) from error
+
+
+def get_service(request: Request) -> Service:
+    """The service of the app that a request came to."""
+    return request.app.state.service
+
+
+Served = Annotated[Service, Depends(get_service)]
+"""An endpoint's parameter for the service."""

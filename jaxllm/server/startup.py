@@ -1,0 +1,99 @@
+"""Loading the model while the port already answers."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax.monitoring
+
+from jaxllm.config import EngineConfig
+from jaxllm.engine.async_engine import AsyncEngine
+from jaxllm.engine.engine import Engine
+from jaxllm.engine.laps import Laps
+from jaxllm.engine.loading import load_parts
+
+logger = logging.getLogger(__name__)
+
+REPORT_SECONDS = 5.0
+"""How often the log says how far it is."""
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+"""What jax reports for each program that it has compiled, or found in its cache."""
+
+
+class Startup:
+    """Makes the engine in a thread of its own, and says how far that is.
+
+    Args:
+        config: the engine's.
+        done: called in that thread with the engine, or with what went wrong.
+    """
+
+    def __init__(self, config: EngineConfig, done: Callable[[AsyncEngine | Exception], None]) -> None:
+        self._config = config
+        self._done = done
+        self._laps = Laps()
+        self._compiled = 0
+        self._begin = self._compile_begin = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="jaxllm-startup", daemon=True)
+
+    def begin(self) -> None:
+        """Starts the thread."""
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        self._thread.start()
+        threading.Thread(target=self._report, name="jaxllm-startup-log", daemon=True).start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it still loads."""
+        return self._thread.is_alive()
+
+    def progress(self) -> dict[str, Any]:
+        """How far it is: seconds since it began and of each part that is done, and programs, once known.
+
+        `seconds_left` is what the remaining programs will take at the speed so far.
+        """
+        now = time.monotonic()
+        found: dict[str, Any] = {"seconds": round(now - self._begin, 1)}
+        found["done"] = {name: round(seconds, 1) for name, seconds in self._laps.seconds.copy().items()}
+        programs = self._laps.counts.get("programs")
+        if programs is not None:
+            compiled = min(self._compiled, programs)
+            found |= {"programs": programs, "programs_compiled": compiled}
+            if compiled:
+                left = (now - self._compile_begin) / compiled * (programs - compiled)
+                found["seconds_left"] = round(left, 1)
+        return found
+
+    def _run(self) -> None:
+        try:
+            engine = AsyncEngine(Engine(load_parts(self._config, laps=self._laps)))
+        except Exception as error:
+            self._done(error)
+            return
+        finally:
+            jax.monitoring.unregister_event_duration_listener(self._heard)
+        logger.info("loaded in %.1f s", time.monotonic() - self._begin)
+        self._done(engine)
+
+    def _heard(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == _COMPILED:
+            if "programs" in self._laps.counts:
+                self._compiled += 1
+            else:
+                self._compile_begin = time.monotonic()
+
+    def _report(self) -> None:
+        while True:
+            self._thread.join(REPORT_SECONDS)
+            if not self._thread.is_alive():
+                return
+            found = self.progress()
+            if "programs" in found:
+                logger.info(
+                    "compiled %d of %d programs, about %s s left",
+                    found["programs_compiled"], found["programs"], found.get("seconds_left", "?"),
+                )  # fmt: skip
+            else:
+                logger.info("loading; done: %s", ", ".join(found["done"]) or "nothing yet")

@@ -1,0 +1,89 @@
+"""Whether the server lives and serves, and what."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+from typing_extensions import TypedDict
+
+import jaxllm
+from jaxllm.server.service import Served, Service
+
+router = APIRouter()
+
+
+class ModelCard(TypedDict):
+    """https://platform.openai.com/docs/api-reference/models/object, with vLLM's additions."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int | None
+
+
+class ModelList(TypedDict):
+    """What is served."""
+
+    object: str
+    data: list[ModelCard]
+
+
+@router.get("/health")
+async def health(service: Served) -> Response:
+    """Whether the process is of use: 200, also while it loads; 503 once it cannot serve any more."""
+    status = service.status
+    return JSONResponse({"status": status}, 503 if status == "failed" else 200)
+
+
+@router.api_route("/ping", methods=["GET", "POST"])
+async def ping(service: Served) -> Response:
+    """As `/health`; some platforms ask here."""
+    return await health(service)
+
+
+@router.get("/ready")
+async def ready(service: Served) -> Response:
+    """Whether requests are served now: 200, or 503 with how far loading is."""
+    status = service.status
+    return JSONResponse({"status": status, **service.progress()}, 200 if status == "ready" else 503)
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """The version of jaxllm."""
+    return {"version": jaxllm.__version__}
+
+
+@router.get("/load")
+async def load(service: Served) -> dict[str, Any]:
+    """Requests for text that have not been answered to the end."""
+    return {"server_load": service.requests}
+
+
+@router.get("/v1/models", response_model=ModelList)
+async def models(service: Served) -> ModelList:
+    """The names under which the model is served."""
+    return {"object": "list", "data": [_card(service, name) for name in service.names]}
+
+
+@router.get("/v1/models/{model:path}", response_model=ModelCard)
+async def model(model: str, service: Served) -> ModelCard:
+    """One of them."""
+    return _card(service, service.model_name(model))
+
+
+def _card(service: Service, name: str) -> ModelCard:
+    engine = service.loaded_engine
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "jaxllm",
+        "root": service.engine_config.model.model,
+        "parent": None,
+        "max_model_len": engine.max_model_len if engine is not None else None,
+    }

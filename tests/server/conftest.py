@@ -1,0 +1,26 @@
+"""One server for all tests that do not need one of their own."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "engine"))  # its small checkpoints
+
+from running import Running, running
+from small_text import text_checkpoint
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model that has text and chats."""
+    return text_checkpoint(tmp_path_factory.mktemp("server") / "model")
+
+
+@pytest.fixture(scope="session")
+def server(model: Path) -> Iterator[Running]:
+    """The server."""
+    options = {"served_model_name": ("tiny", "small"), "admin": True, "vllm_metrics": True}
+    with running(model, **options, max_num_queued_reqs=58, max_body_bytes=100_000, max_outputs=16) as found:
+        yield found

@@ -1,0 +1,127 @@
+"""The server as a process: how it starts, what it prints, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+from running import ENGINE
+
+from jaxllm.cli.flags import flag_name
+
+FLAGS = [
+    word
+    for name, value in ENGINE.items()
+    for word in (
+        [flag_name(name), str(value)] if not isinstance(value, bool) else [f"--no-{flag_name(name)[2:]}"]
+    )
+]
+
+
+@contextmanager
+def process(*argv: str, **environment: str) -> Iterator[subprocess.Popen]:
+    """The server, with its log as its stderr; killed if it is still there at the end."""
+    found = subprocess.Popen(
+        [sys.executable, "-m", "jaxllm.entrypoints.openai.api_server", *argv],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
+    try:
+        yield found
+    finally:
+        found.kill()
+        found.wait()
+        assert found.stderr is not None
+        found.stderr.close()
+
+
+def lines(server: subprocess.Popen, until: str) -> str:
+    """The log up to a line with this text."""
+    read = []
+    assert server.stderr is not None
+    for line in server.stderr:
+        read.append(line)
+        if until in line:
+            return line
+    raise AssertionError("".join(read))
+
+
+def address(server: subprocess.Popen) -> str:
+    line = json.loads(lines(server, "running on"))["message"]
+    return next(word for word in line.split() if word.startswith("http://"))
+
+
+def test_a_server_from_a_file_of_flags_drains_when_it_is_told_to_end(model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text(
+        "port: 0\nserved-model-name: [tiny]\nlog-format: json\nshutdown_timeout: 20\nhost: 127.0.0.9\n"
+    )
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nfrom-file\n")
+    argv = [
+        "--config",
+        str(config),
+        "--model",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--api-key-file",
+        str(keys),
+    ]
+    with process(*argv, "--api-key", "first", "second", *FLAGS, JAXLLM_API_KEY="from-environment") as server:
+        url = address(server)
+        assert httpx2.get(f"{url}/health").is_success
+        lines(server, "ready: tiny")
+        body = {"prompt": "abc", "max_tokens": 100, "ignore_eos": True, "stream": True, "user": "somebody"}
+        assert httpx2.post(f"{url}/v1/completions", json=body).status_code == 401
+        for key in ("first", "second", "from-file", "from-environment"):
+            bearer = {"authorization": f"Bearer {key}"}
+            assert httpx2.get(f"{url}/v1/models", headers=bearer).is_success
+        with httpx2.stream("POST", f"{url}/v1/completions", json=body, headers=bearer) as response:
+            texts = response.iter_lines()
+            next(texts)
+            server.send_signal(signal.SIGTERM)
+            rest = [line for line in texts if line]
+        assert rest[-1] == "data: [DONE]"
+        assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        logged = json.loads(lines(server, '"completion_tokens": 100'))
+        assert (logged["status"], logged["user"]) == (200, "somebody")
+        assert server.wait(20) == 0
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_while_the_model_is_loaded(model: Path, signals: int) -> None:
+    with process("--model", str(model), "--port", "0", "--log-format", "json", *FLAGS) as server:
+        address(server)
+        begin = time.monotonic()
+        for _ in range(signals):
+            server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        assert time.monotonic() - begin < 5
+
+
+def test_a_second_signal_ends_at_once(model: Path) -> None:
+    with process("--model", str(model), "--port", "0", "--log-format", "json", *FLAGS) as server:
+        url = address(server)
+        lines(server, "ready")
+        body = {"prompt": ["abc"] * 50, "n": 2, "max_tokens": 120, "ignore_eos": True, "stream": True}
+        with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
+            next(response.iter_lines())
+            server.send_signal(signal.SIGINT)
+            lines(server, "stopping")
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(5) == 0
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with process("--model", str(tmp_path), "--port", "0") as server:
+        lines(server, "cannot be loaded")
+        assert server.wait(30) == 1

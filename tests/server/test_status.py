@@ -1,0 +1,177 @@
+"""Health, models, metrics, tokens, administration: what surrounds the requests for text."""
+
+import asyncio
+import re
+
+import httpx2
+from prometheus_client.parser import text_string_to_metric_families
+from running import Running, server_config
+
+from jaxllm.config import EngineConfig
+from jaxllm.server.app import create_app
+from jaxllm.server.keys import Keys
+from jaxllm.server.metrics import COUNTERS, GAUGES, HISTOGRAMS
+from jaxllm.server.service import Service
+
+
+def not_loaded(keys=(), **options):
+    """A client of a server whose model has not been loaded."""
+    service = Service(server_config(**options), EngineConfig.create("some-model"))
+    root_path = options.get("root_path", "")
+    transport = httpx2.ASGITransport(create_app(service, Keys(keys)), root_path=root_path)
+    return httpx2.AsyncClient(transport=transport, base_url="http://server"), service
+
+
+def test_health_and_friends(server: Running) -> None:
+    http = server.http
+    assert http.get("/health").json() == {"status": "ready"}
+    assert http.get("/ready").json() == {"status": "ready"}
+    assert http.get("/ping").is_success
+    assert http.post("/ping").is_success
+    assert re.fullmatch(r"\d+\.\d+\.\d+", http.get("/version").json()["version"])
+    assert http.get("/load").json() == {"server_load": 0}
+    assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 128
+
+
+def test_before_the_model_is_loaded() -> None:
+    async def main() -> None:
+        client, service = not_loaded()
+        async with client:
+            assert (await client.get("/health")).status_code == 200
+            ready = await client.get("/ready")
+            assert (ready.status_code, ready.json()["status"]) == (503, "loading")
+            asked = await client.post("/v1/completions", json={"prompt": "a"})
+            assert asked.status_code == 503
+            assert asked.headers["retry-after"] == "5"
+            assert (await client.get("/metrics")).status_code == 200
+            service.loaded(RuntimeError("no such model"))
+            assert (await client.get("/health")).status_code == 503
+
+    asyncio.run(main())
+
+
+def test_request_ids_go_in_and_out(server: Running) -> None:
+    http = server.http
+    assert http.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert http.get("/health", headers={"x-request-id": "no good"}).headers["x-request-id"] != "no good"
+    assert len(http.get("/v1/nothing").headers["x-request-id"]) == 32
+    found = server.post("/v1/completions", prompt="a", max_tokens=1, request_id="own").json()
+    assert found["id"] == "cmpl-own"
+
+
+def test_metrics_have_the_names_and_types_of_vllm(server: Running) -> None:
+    server.post("/v1/completions", prompt="abc", max_tokens=5, ignore_eos=True)
+    text = server.http.get("/metrics").text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    for prefix in ("jaxllm", "vllm"):
+        for names, kind in ((GAUGES, "gauge"), (COUNTERS, "counter"), (HISTOGRAMS, "histogram")):
+            assert {families[f"{prefix}:{name}"].type for name in names} == {kind}
+        assert families[f"{prefix}:request_success"].type == "counter"
+
+    def value(name: str, **labels: str) -> float:
+        [family] = [f for f in families.values() if name.startswith(f.name)]
+        [found] = [s.value for s in family.samples if s.name == name and labels.items() <= s.labels.items()]
+        return found
+
+    assert value("jaxllm:generation_tokens_total", model_name="tiny") >= 5
+    assert value("jaxllm:request_success_total", finished_reason="length") >= 1
+    assert value("jaxllm:num_requests_running") == 0
+    count = value("jaxllm:time_to_first_token_seconds_count")
+    assert count >= 1
+    assert value("jaxllm:time_to_first_token_seconds_bucket", le="+Inf") == count
+    assert value("http_requests_total", handler="/v1/completions", status="2xx") >= 1
+
+
+def test_tokens_there_and_back(server: Running) -> None:
+    found = server.post("/tokenize", prompt="a b", return_token_strs=True).json()
+    assert found == {
+        "count": 3, "max_model_len": 128, "tokens": found["tokens"], "token_strs": ["<s>", "a", "Ġb"],
+    }  # fmt: skip
+    assert server.post("/detokenize", tokens=found["tokens"]).json() == {"prompt": "<s>a b"}
+    chat = server.post("/tokenize", messages=[{"role": "user", "content": "hi"}]).json()["tokens"]
+    assert server.post("/detokenize", tokens=chat).json() == {"prompt": "<s><|user|>hi>"}
+    for path, body, param in (
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": []}, "prompt"),
+        ("/tokenize", {"messages": [{"content": "x"}]}, "messages"),
+        ("/detokenize", {"tokens": [5000]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+    ):
+        response = server.post(path, **body)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_administration(server: Running) -> None:
+    ask = {"prompt": "what is administered", "max_tokens": 4, "temperature": 0}
+    before = server.post("/v1/completions", **ask).json()["choices"][0]["text"]
+    server.wait_idle()
+    assert server.http.post("/reset_prefix_cache").is_success
+    assert server.http.post("/sleep?level=3").status_code == 400
+    assert server.http.post("/sleep?level=1").json() == {"status": "sleeping"}
+    assert server.http.get("/is_sleeping").json() == {"is_sleeping": True}
+    assert server.http.get("/health").is_success
+    assert server.post("/v1/completions", **ask).status_code == 503
+    assert server.http.post("/wake_up").json() == {"status": "ready"}
+    found = server.post("/v1/completions", **ask).json()
+    assert found["choices"][0]["text"] == before
+    assert found["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_administration_is_only_there_when_asked_for() -> None:
+    async def main() -> None:
+        client, _ = not_loaded()
+        async with client:
+            for path in ("/sleep", "/wake_up", "/reset_prefix_cache"):
+                assert (await client.post(path)).status_code == 404
+
+    asyncio.run(main())
+
+
+def test_keys() -> None:
+    async def main() -> None:
+        client, _ = not_loaded(keys=["first", "second-ü"])
+        async with client:
+
+            async def status(path: str, **headers: str) -> int:
+                return (await client.get(path, headers=headers)).status_code
+
+            for path in ("/health", "/ready", "/ping"):
+                assert await status(path) in (200, 503)
+            for path in (
+                "/v1/models",
+                "/metrics",
+                "/version",
+                "/nothing",
+                "/%68ealth",
+                "//health",
+                "/health/",
+            ):
+                assert await status(path) == 401, path
+                assert await status(path, authorization="Bearer wrong") == 401
+                assert await status(path, authorization="Bearer first") != 401
+            assert await status("/version", authorization="first") == 401
+            assert await status("/version", authorization="bearer  first ") == 200
+            assert await status("/version", **{"x-api-key": "first"}) == 200
+            assert await status("/version", **{"x-api-key": "first", "authorization": "Bearer wrong"}) == 401
+            refused = await client.get("/version")
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+            assert refused.headers["www-authenticate"] == "Bearer"
+        open_metrics, _ = not_loaded(keys=["k"], metrics_without_key=True, root_path="/llm")
+        async with open_metrics as client:
+            assert (await client.get("/llm/metrics")).status_code == 200
+            assert (await client.get("/llm/version")).status_code == 401
+
+    asyncio.run(main())
+
+
+def test_web_pages_from_elsewhere() -> None:
+    async def main() -> None:
+        client, _ = not_loaded(keys=["k"], allowed_origins=("http://page",))
+        asked = {"origin": "http://page", "access-control-request-method": "POST"}
+        async with client:
+            answer = await client.options("/v1/completions", headers=asked)
+            assert answer.headers["access-control-allow-origin"] == "http://page"
+            other = await client.options("/v1/completions", headers=asked | {"origin": "http://other"})
+            assert "access-control-allow-origin" not in other.headers
+
+    asyncio.run(main())
