@@ -56,6 +56,26 @@ def draw_run(run: "Run", file: Path) -> None:
     figure.savefig(file)
 
 
+def draw_loads(loads: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """For each load tokens/s, and the median and 99th percentile of the latencies."""
+    figure, (rates, first, between) = _panels(3)
+    places = range(len(loads))
+    rates.bar(places, [load["output_tokens_per_second"] for load in loads.values()])
+    rates.set(title="output tokens/s")
+    for panel, name, title in (
+        (first, "ttft_seconds", "to the first token"),
+        (between, "itl_seconds", "ITL"),
+    ):
+        for share in ("p50", "p99"):
+            values = [1e3 * (load[name] or {}).get(share, 0.0) for load in loads.values()]
+            panel.plot(places, values, marker="o", label=share)
+        panel.set(title=title, ylabel="ms")
+        panel.legend()
+    for panel in (rates, first, between):
+        panel.set_xticks(places, list(loads), rotation=30, ha="right")
+    figure.savefig(file)
+
+
 def draw_prefix(report: Mapping[str, Any], file: Path) -> None:
     """Bars of time to the first token and of total tokens/s."""
     figure, axes = _panels(2)

@@ -3,26 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxllm.bench import workload
 from jaxllm.bench.figures import spread
 from jaxllm.bench.session import Run, Session
 from jaxllm.bench.workload import Item
 
 WARM_PROMPTS, WARM_TOKENS = 2, 8
 """What runs before anything is timed."""
-
-
-def items_for(
-    session: Session, *, num_prompts: int | None, input_len: int | None, output_len: int | None
-) -> list[Item]:
-    """The fixed workload's batch, or one of other sizes."""
-    count = num_prompts or workload.NUM_PROMPTS
-    size = session.vocab_size
-    if input_len is None:
-        prompts = workload.batch(size, count)
-    else:
-        prompts = workload.random_prompts(count, input_len, input_len, 0, size)
-    return [Item(prompt, output_len or workload.OUTPUT_LEN) for prompt in prompts]
 
 
 def warm(session: Session, items: Sequence[Item]) -> None:

@@ -63,6 +63,18 @@ def batch(vocab_size: int = VOCAB_SIZE, count: int = NUM_PROMPTS) -> list[list[i
     return random_prompts(count, SHORTEST, LONGEST, 0, vocab_size)
 
 
+def make_items(
+    vocab_size: int, *, num_prompts: int | None, input_len: int | None, output_len: int | None
+) -> list[Item]:
+    """The batch as requests, or one of other sizes."""
+    count = num_prompts or NUM_PROMPTS
+    if input_len is None:
+        prompts = batch(vocab_size, count)
+    else:
+        prompts = random_prompts(count, input_len, input_len, 0, vocab_size)
+    return [Item(prompt, output_len or OUTPUT_LEN) for prompt in prompts]
+
+
 def single(vocab_size: int = VOCAB_SIZE, length: int = 128) -> list[int]:
     """The prompt of the request that runs alone."""
     return random_prompts(1, length, length, 5, vocab_size)[0]

@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     output_len = arguments.output_len or workload.OUTPUT_LEN
     found = workload.read_dataset(arguments.dataset, output_len) if arguments.dataset else None
     with Session(arguments.model, **options) as session:
-        items = found or throughput.items_for(
-            session,
+        items = found or workload.make_items(
+            session.vocab_size,
             num_prompts=arguments.num_prompts,
             input_len=arguments.input_len,
             output_len=arguments.output_len,

@@ -14,6 +14,8 @@ COMMANDS = {
     "generate": "complete prompts, or answer them as a chat",
     "chat": "talk with a model in the terminal",
     "serve": "serve a model over HTTP, to OpenAI's clients",
+    "complete": "complete a prompt with a server's model",
+    "run-batch": "answer a file of requests in OpenAI's batch format",
     "convert": "write a checkpoint that restores quickly and sharded",
     "bench": "measure speed, and how it grows",
     "env": "show versions, devices, caches and kernels, for a bug report",
@@ -24,6 +26,7 @@ BENCH_COMMANDS = {
     "bench prefix": "compare prompts found in the prefix cache with prompts that are not",
     "bench startup": "measure the time from starting a process to its first token",
     "bench growth": "measure how a step's time grows with rows, tokens, context and the like",
+    "bench serve": "measure a server under load, as its clients see it",
     "bench scheduler": "measure what planning a step costs; needs no model",
 }
 
@@ -57,19 +60,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+_AS_MODULE = str.maketrans(" -", "__")
+
+
 def program_parser(program: str, commands_of: Mapping[str, str]) -> argparse.ArgumentParser:
     """A parser that ends the program: it knows the commands by name and imports none of them."""
-    parser = argparse.ArgumentParser(program, description="LLM inference on JAX.")
+    width = max(map(len, commands_of))
+    parser = argparse.ArgumentParser(
+        program,
+        description="LLM inference on JAX.",
+        epilog="commands:\n" + "\n".join(f"    {name:{width}}  {text}" for name, text in commands_of.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=importlib.metadata.version("jaxllm"))
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, summary in commands_of.items():
-        commands.add_parser(name, help=summary)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, help="one of those below")
+    for name in commands_of:
+        commands.add_parser(name)
     return parser
 
 
 def command_parser(command: str) -> argparse.ArgumentParser:
     """The parser of one command. It allows flags between prompts, which argparse's subcommands do not."""
-    module = importlib.import_module(f"jaxllm.cli.{command.replace(' ', '_')}")
+    module = importlib.import_module(f"jaxllm.cli.{command.translate(_AS_MODULE)}")
     summary = (COMMANDS | BENCH_COMMANDS)[command]
     summary = summary[0].upper() + summary[1:] + "."
     parser = argparse.ArgumentParser(f"jaxllm {command}", description=summary, allow_abbrev=False)

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from jaxllm.cli.flags import Fields, add_flags, given
+from jaxllm.cli.flags import Fields, add_flags, flag_name, given
 from jaxllm.config import EngineConfig, ModelConfig, option_fields
 from jaxllm.engine.vllm_options import RENAMED
 from jaxllm.sampling.params import SamplingParams
@@ -31,23 +31,39 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, model_may_lack: bool = 
         add_flags(group, part, _with_flags(part), aliases=_VLLM_NAMES)
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+def add_sampling_flags(
+    parser: argparse.ArgumentParser, *, without: Collection[str] = (), with_seed: bool = False
+) -> None:
     """Adds a flag for every sampling parameter, but for those named in `without`.
 
     An option of the engine that has the same name (`seed`) shares its flag.
+
+    Args:
+        with_seed: the command has no flags of the engine, and so none to share.
     """
-    without = {*without, *(f.name for _, f in option_fields())}
+    without = {*without} if with_seed else {*without, *(f.name for _, f in option_fields())}
     group = parser.add_argument_group(
         "sampling parameters", "Where the model brings defaults of its own, those hold."
     )
     add_flags(group, SamplingParams, [f for f in _sampling_fields() if f.name not in without])
 
 
-def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The engine's options that were given; a bad one is an error of usage, before anything is loaded."""
+def engine_options_given(arguments: argparse.Namespace) -> list[str]:
+    """The flags of the engine that were given, but for those that requests have, too."""
+    shared = {f.name for f in _sampling_fields()}
+    return [flag_name(name) for name in _engine_options(arguments) if name not in shared]
+
+
+def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     options = {}
     for part in get_type_hints(EngineConfig).values():
         options |= given(arguments, _with_flags(part))
+    return options
+
+
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The engine's options that were given; a bad one is an error of usage, before anything is loaded."""
+    options = _engine_options(arguments)
     try:
         EngineConfig.create(arguments.model, **options)
     except (TypeError, ValueError) as error:

@@ -13,13 +13,14 @@ from jaxllm.server.generation import ClientGoneError, Generation, while_connecte
 
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment, which clients skip; it keeps proxies from closing a connection that is silent for long."""
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 DONE = b"data: [DONE]\n\n"
 """The last event of OpenAI's streams."""
 
 
 def event(data: Any, name: str | None = None) -> bytes:
     """One event with JSON as its data."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = _encode(data)
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {text}\n\n".encode("utf-8", "replace")
 

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 Status = Literal["loading", "ready", "sleeping", "draining", "failed"]
 
 
+POLL_SECONDS = 0.02
 ASKED_BOUNDS = tuple(base * 10.0**power for power in range(6) for base in (1.0, 2.0, 5.0))
 
 
@@ -81,6 +82,17 @@ class Service:
 
         self._startup = Startup(self.engine_config, done)
         self._startup.begin()
+
+    async def wait_loaded(self) -> None:
+        """Waits until the model is loaded.
+
+        Raises:
+            Exception: what kept it from being loaded.
+        """
+        while self._engine is None and self.failure is None:
+            await asyncio.sleep(POLL_SECONDS)
+        if self.failure is not None:
+            raise self.failure
 
     def loaded(self, result: AsyncEngine | Exception) -> None:
         """Takes the engine, or the reason why there is none."""

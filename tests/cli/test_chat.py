@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from jaxllm.cli.chat import Conversation, held_interrupt
-from jaxllm.cli.figures import Figures
 from jaxllm.cli.main import main
+from jaxllm.cli.speakers import EngineSpeaker
 from jaxllm.sampling.params import RequestOutputKind, SamplingParams
 
 DELTA = SamplingParams(output_kind=RequestOutputKind.DELTA)
@@ -66,22 +66,21 @@ def test_a_refused_message_ends_a_script(
 
 @pytest.fixture
 def conversation(engine: type) -> Conversation:
-    return Conversation(engine.from_pretrained("m"), DELTA, None)
+    return Conversation(EngineSpeaker(engine.from_pretrained("m"), DELTA), None)
 
 
 def test_a_refused_message_leaves_the_conversation(conversation: Conversation):
     with pytest.raises(ValueError, match="max_model_len"):
-        conversation.answer("refuse", Figures(conversation.engine), show=str, stopped=lambda: False)
+        conversation.answer("refuse", show=str, stopped=lambda: False)
     assert conversation.messages == []
 
 
 def test_a_stopped_answer_is_kept_and_its_request_ended(conversation: Conversation):
     shown: list[str] = []
-    figures = Figures(conversation.engine)
-    answer = conversation.answer("a b c d", figures, show=shown.append, stopped=lambda: len(shown) == 2)
+    answer = conversation.answer("a b c d", show=shown.append, stopped=lambda: len(shown) == 2)
     assert answer == {"role": "assistant", "content": "A B ", "finish_reason": "stopped"}
     assert conversation.messages[-1] == {"role": "assistant", "content": "A B "}
-    assert conversation.engine.streams_open == 0  # pyright: ignore[reportAttributeAccessIssue]
+    assert conversation.speaker.engine.streams_open == 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_an_interrupt_is_held_once():

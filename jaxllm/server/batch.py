@@ -1,0 +1,162 @@
+"""Files of requests in OpenAI's batch format: https://platform.openai.com/docs/guides/batch
+
+Each line of the input is a JSON object with `custom_id`, `method`, `url` and `body`; each line of the output
+has the `custom_id` and the `response`, in the order in which they are done.
+"""
+
+import asyncio
+import json
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import httpx2
+
+TRIES = 5
+"""How often a request is sent that the server has no room for, or that does not reach it."""
+RETRY_SECONDS = 1.0
+"""Before the second try; twice as long before each further one, unless the server says how long."""
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """One line of the input."""
+
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+
+
+def read_requests(path: Path) -> list[BatchRequest]:
+    """The requests of a file.
+
+    Raises:
+        ValueError: a line that is no request, or a custom_id that comes twice; the message names the line.
+        OSError: the file cannot be read.
+    """
+    found: dict[str, BatchRequest] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            request = _request(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        if request.custom_id in found:
+            raise ValueError(f"{path}:{number}: custom_id {request.custom_id!r} came before")
+        found[request.custom_id] = request
+    return list(found.values())
+
+
+def _request(entry: Any) -> BatchRequest:
+    if not isinstance(entry, dict):
+        raise ValueError("must be a JSON object")
+    missing = [name for name in ("custom_id", "method", "url", "body") if name not in entry]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: missing")
+    custom_id, url, body = entry["custom_id"], entry["url"], entry["body"]
+    if not isinstance(custom_id, str) or not isinstance(body, dict):
+        raise ValueError("custom_id must be a string, body an object")
+    if entry["method"] != "POST" or not isinstance(url, str) or not url.startswith("/v1/"):
+        raise ValueError("method must be POST, url begin with /v1/")
+    if body.get("stream"):
+        raise ValueError("body.stream: a batch's answers are whole; leave it out")
+    return BatchRequest(custom_id, url, body)
+
+
+def read_done(path: Path) -> set[str]:
+    """The custom_ids that an output file has answers of. A last line that was not finished is cut off.
+
+    Raises:
+        ValueError: a line that is no answer.
+    """
+    if not path.exists():
+        return set()
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    done = set()
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            done.add(json.loads(line)["custom_id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: not an answer of a batch; give another file") from error
+    return done
+
+
+async def run_batch(
+    client: httpx2.AsyncClient,
+    requests: Sequence[BatchRequest],
+    output: TextIO,
+    *,
+    concurrency: int,
+    note: Callable[[], object] = lambda: None,
+) -> int:
+    """Sends requests, and writes each answer as soon as it is there.
+
+    Args:
+        concurrency: most requests under way.
+        note: called after each answer.
+
+    Returns:
+        How many did not get an answer with status 200.
+    """
+    waiting = iter(requests)
+    failed = 0
+
+    async def work(own: Iterable[BatchRequest]) -> None:
+        nonlocal failed
+        for request in own:
+            answer = await _ask(client, request)
+            failed += answer["response"] is None or answer["response"]["status_code"] != 200
+            output.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            output.flush()
+            note()
+
+    # every worker takes from the same iterator
+    await asyncio.gather(*(work(waiting) for _ in range(min(concurrency, len(requests)))))
+    return failed
+
+
+async def _ask(client: httpx2.AsyncClient, request: BatchRequest) -> dict[str, Any]:
+    """The line of output for a request."""
+    line: dict[str, Any] = {
+        "id": f"batch_req_{uuid.uuid4().hex}",
+        "custom_id": request.custom_id,
+        "response": None,
+        "error": None,
+    }
+    delay = RETRY_SECONDS
+    for attempt in range(TRIES):
+        last = attempt == TRIES - 1
+        try:
+            response = await client.post(request.url, json=request.body)
+        except httpx2.TransportError as error:
+            if last:
+                line["error"] = {"code": "connection_error", "message": str(error) or type(error).__name__}
+                return line
+        else:
+            if last or response.status_code not in (429, 503):
+                line["response"] = {
+                    "status_code": response.status_code,
+                    "request_id": response.headers.get("x-request-id", ""),
+                    "body": _body(response),
+                }
+                return line
+            with suppress(KeyError, ValueError):
+                delay = max(delay, float(response.headers["retry-after"]))
+        await asyncio.sleep(delay)
+        delay *= 2
+    raise AssertionError("the last try returns")
+
+
+def _body(response: httpx2.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return {"error": {"message": response.text[:1000], "type": "server_error"}}
