@@ -78,10 +78,12 @@ class LimitConfig:
     shutdown_timeout: int = option(30, "most seconds that running requests have left after SIGTERM")
     sse_keep_alive: float = option(15.0, "seconds without a token after which a stream gets a comment")
     max_body_bytes: int = option(8 * MEBIBYTE, "most bytes of a request's body")
+    max_stored_responses: int = option(1000, "answers of /v1/responses that are kept; the oldest go first")
     max_outputs: int = option(128, "most outputs of one request: n times its prompts")
 
     def __post_init__(self) -> None:
         _at_least(0, max_num_queued_reqs=self.max_num_queued_reqs, shutdown_timeout=self.shutdown_timeout)
+        _at_least(0, max_stored_responses=self.max_stored_responses)
         _at_least(0.001, request_timeout=self.request_timeout, sse_keep_alive=self.sse_keep_alive)
         _at_least(1, max_body_bytes=self.max_body_bytes, max_outputs=self.max_outputs)
 

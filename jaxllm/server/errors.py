@@ -35,6 +35,19 @@ TYPES = {
 }
 """What OpenAI's clients find in `type`, by status."""
 
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+"""What Anthropic's clients find in `type`, by status."""
+
 FORMS = {
     "prompt": "must be text, a list of token ids, or a list of several of these",
     "stop": "must be a string or a list of strings",
@@ -79,9 +92,15 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        """The error as an answer."""
-        return JSONResponse(self.body(), self.status, self.headers)
+    def anthropic_body(self) -> dict[str, Any]:
+        """The error as JSON in Anthropic's form: https://docs.anthropic.com/en/api/errors"""
+        kind = ANTHROPIC_TYPES.get(self.status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, path: str) -> JSONResponse:
+        """The error as an answer, in the form that a path's clients expect."""
+        anthropic = ANTHROPIC_PATH in path  # a proxy's path may come before it
+        return JSONResponse(self.anthropic_body() if anthropic else self.body(), self.status, self.headers)
 
 
 def unavailable(message: str, *, retry_after: int = 1, code: str | None = None) -> ApiError:
@@ -124,17 +143,18 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def _(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
+        return error.response(request.scope["path"])
 
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _of_validation(error).response()
+        return _of_validation(error).response(request.scope["path"])
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> JSONResponse:
         message = {404: f"no such path: {request.url.path}", 405: f"{request.method} is not served here"}
         text = message.get(error.status_code, str(error.detail))
-        return ApiError(error.status_code, text, headers=error.headers).response()
+        found = ApiError(error.status_code, text, headers=error.headers)
+        return found.response(request.scope["path"])
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, NotRequired, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from fastapi import Request
 from starlette.types import Receive
@@ -37,7 +37,7 @@ class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: NotRequired[PromptTokensDetails]
+    prompt_tokens_details: PromptTokensDetails
 
 
 class ClientGoneError(Exception):
@@ -75,6 +75,7 @@ class Generation:
     Attributes:
         id: of the request, without the prefix of its kind.
         inputs: one for each prompt.
+        on_close: called when it is closed, whether it was answered to the end or not.
     """
 
     def __init__(
@@ -92,7 +93,8 @@ class Generation:
         self._stream, self._ticket, self._deadline, self._service = stream, ticket, deadline, service
         self._cached = [0] * len(inputs)
         self._generated = 0
-        self._closed = False
+        self._closed = self._cancelled = False
+        self.on_close: Callable[[], None] = lambda: None
         service.requests += 1
 
     @property
@@ -123,6 +125,8 @@ class Generation:
 
     def _count(self, output: RequestOutput) -> RequestOutput:
         if any(sample.finish_reason == "abort" for sample in output.outputs):
+            if self._cancelled:
+                raise ApiError(400, "the request was cancelled", code="cancelled")
             raise unavailable("the engine stopped before the request was done")
         self._cached[self._numbers[output.request_id]] = output.num_cached_tokens or 0
         self._generated += sum(len(sample.token_ids) for sample in output.outputs)
@@ -145,6 +149,11 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": sum(self._cached)},
         }
 
+    def cancel(self) -> None:
+        """Ends what still runs, on somebody else's word: whoever takes its outputs is told."""
+        self._cancelled = True
+        self._stream.close()
+
     def close(self) -> None:
         """Ends what still runs and makes room for others. Closing twice does nothing."""
         if not self._closed:
@@ -152,6 +161,7 @@ class Generation:
             self._service.requests -= 1
             self._stream.close()
             self._ticket.give_back()
+            self.on_close()
 
     async def __aenter__(self) -> Self:
         return self

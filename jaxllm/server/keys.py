@@ -70,7 +70,7 @@ class KeyMiddleware:
             if key is None or key not in self._keys:
                 text = "no valid API key: send the header 'Authorization: Bearer KEY'"
                 error = ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-                await error.response()(scope, receive, send)
+                await error.response(scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

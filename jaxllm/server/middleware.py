@@ -54,7 +54,8 @@ class RequestMiddleware:
         except Exception as error:
             if status is not None:
                 raise  # the answer has begun: uvicorn closes the connection, which tells the client
-            await of_exception(error, request_id).response()(scope, receive, send_with_id)
+            answer = of_exception(error, request_id).response(scope["path"])
+            await answer(scope, receive, send_with_id)
         finally:
             seen = GONE if state.get("gone") else status or GONE
             self._done(scope, request_id, seen, time.perf_counter() - begin)
@@ -106,12 +107,13 @@ class SizeMiddleware:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > self._max_header_bytes:
             # h11 holds to its limit only where headers come in pieces
             error = ApiError(431, f"the headers are longer than {self._max_header_bytes} bytes")
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         text = f"the body is longer than {self._max_bytes} bytes"
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > self._max_bytes:
-                await ApiError(413, text, headers={"Connection": "close"}).response()(scope, receive, send)
+                error = ApiError(413, text, headers={"Connection": "close"})
+                await error.response(scope["path"])(scope, receive, send)
                 return
         seen = 0
 

@@ -18,6 +18,7 @@ from jaxllm.engine.metrics import Histogram
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.server.config import ServerConfig
 from jaxllm.server.errors import ApiError, unavailable
+from jaxllm.server.response_store import ResponseStore
 from jaxllm.server.startup import Startup
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Service:
         failure: why the model could not be loaded.
         on_failure: called then.
         asked: what requests gave as n and max_tokens.
+        responses: answers that are kept.
         registry: what `/metrics` shows; the server's own, so that two in a process do not share counts.
     """
 
@@ -69,6 +71,8 @@ class Service:
         self.on_failure: Callable[[], object] = lambda: None
         self.registry = CollectorRegistry()
         self.asked = {name: Histogram(ASKED_BOUNDS) for name in ("n", "max_tokens")}
+        self.responses = ResponseStore(config.limits.max_stored_responses)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._engine: AsyncEngine | None = None
         self._vocabulary: Vocabulary | None = None
         self._startup: Startup | None = None
@@ -203,9 +207,16 @@ class Service:
         self.active += outputs
         return Ticket(self, outputs)
 
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """Holds on to a task that nobody waits for, until it is done."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def close(self) -> None:
-        """Ends what still runs and frees the device."""
+        """Waits for answers in the background, as long as a shutdown may take; then ends what still runs."""
         self.draining = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self.config.limits.shutdown_timeout)
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
 

@@ -1,0 +1,115 @@
+"""What `/v1/responses` is asked with: https://platform.openai.com/docs/api-reference/responses/create"""
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from jaxllm.server.fields import GRAMMAR, TOOLS, ApiModel, Finite, Refusals, StreamOptions, refuse
+
+
+class TextPart(ApiModel):
+    """A part of a message. Others than text are refused."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: list[Any] | None = None
+    """An earlier answer's, which may come back with it; nothing is made of them."""
+
+
+class InputMessage(ApiModel):
+    """One message of the input; an answer's `output` can be given back as it is."""
+
+    type: Literal["message"] | None = None
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[TextPart]
+    id: str | None = None
+    status: str | None = None
+
+    def message(self) -> dict[str, Any]:
+        """The message as templates expect it."""
+        content = self.content
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+        return {"role": self.role, "content": text}
+
+
+class TextFormat(ApiModel):
+    """The form of the text: plain."""
+
+    refused: ClassVar[Refusals] = {
+        "format": (({"type": "text"},), GRAMMAR),
+        "verbosity": (("medium",), "ask for it in the prompt"),
+    }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        return refuse(data, cls.refused)
+
+
+class ResponsesRequest(ApiModel):
+    """What is to be answered, and how."""
+
+    refused: ClassVar[Refusals] = {
+        "tools": ((), TOOLS),
+        "tool_choice": (("none", "auto"), TOOLS),
+        "parallel_tool_calls": ((True,), TOOLS),
+        "max_tool_calls": ((), TOOLS),
+        "reasoning": (({"effort": None}, {"effort": "none"}), "reasoning is a part of the text"),
+        "prompt": ((), "prompts are not kept here; send the text"),
+        "conversation": ((), "go on with previous_response_id"),
+        "context_management": ((), "shorten the conversation yourself"),
+        "truncation": (("disabled",), "shorten the conversation yourself, or let previous_response_id go"),
+        "service_tier": (("auto", "default"), "all requests are served alike"),
+        "moderation": ((), "there is no moderation"),
+        "prompt_cache_key": ((), "prompts that begin alike share a cache by themselves"),
+        "prompt_cache_options": ((), "prompts that begin alike share a cache by themselves"),
+        "prompt_cache_retention": ((), "prompts are kept as long as there is room"),
+        "background_options": ((), "answers in the background start as soon as there is room"),
+    }
+
+    model: str | None = None
+    input: str | list[InputMessage]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: int | None = None
+    temperature: Finite | None = None
+    top_p: Finite | None = None
+    top_logprobs: int | None = None
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    text: TextFormat | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    store: bool | None = None
+    background: bool | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+    user: str | None = None
+    safety_identifier: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        return refuse(data, cls.refused)
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Self:
+        if self.background and (self.stream or self.store is False):
+            raise ValueError("background: an answer in the background is stored, and not streamed")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only with stream=true")
+        if self.top_logprobs and not self.wants_logprobs:
+            raise ValueError("top_logprobs: only with include=['message.output_text.logprobs']")
+        if self.input == [] and self.previous_response_id is None:
+            raise ValueError("input: there is none; give a text or at least one message")
+        return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether tokens come with their logprobs."""
+        return "message.output_text.logprobs" in (self.include or ())
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The input as messages."""
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        return [message.message() for message in self.input]
