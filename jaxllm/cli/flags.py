@@ -43,7 +43,7 @@ def add_flags(
     hints, texts = get_type_hints(owner), field_docstrings(owner)
     for f in fields:
         text = f.metadata.get("help") or texts[f.name]
-        if f.default not in (None, dataclasses.MISSING, ()):
+        if f.default not in (None, dataclasses.MISSING, (), ""):
             text += f" (default: {f.default})"
         form = _form(f.name, hints[f.name])
         if words and form.get("action") == "append":

@@ -16,6 +16,8 @@ from jaxllm.server.http_metrics import HttpMetrics
 logger = logging.getLogger("jaxllm.server.requests")
 
 REQUEST_ID = b"x-request-id"
+PROBES = ("/health", "/ready", "/ping", "/metrics")
+"""Paths that are asked all the time: their lines in the log are of the level debug."""
 GONE = 499
 """The status in the log of requests whose clients left; nginx writes the same."""
 _PLAIN_ID = re.compile(rb"[\w.:-]{1,128}")
@@ -80,10 +82,9 @@ class RequestMiddleware:
         if user := scope["state"].get("user"):
             fields["user"] = user
             tokens += f", user {user!r}"
-        logger.info(
-            "%s %s %r %d in %.3f s%s", request_id, scope["method"], scope["path"], status, seconds, tokens,
-            extra={"fields": fields},
-        )  # fmt: skip
+        level = logging.DEBUG if scope["path"].endswith(PROBES) else logging.INFO
+        told = (request_id, scope["method"], scope["path"], status, seconds, tokens)
+        logger.log(level, "%s %s %r %d in %.3f s%s", *told, extra={"fields": fields})
 
 
 def _request_id(scope: Scope) -> str:

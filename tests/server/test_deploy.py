@@ -1,0 +1,65 @@
+"""The operations page and the files of deploy/ speak of flags, paths and metrics that there are."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from running import Running
+
+from jaxllm.cli.main import command_parser
+
+ROOT = Path(__file__).parent.parent.parent
+DEPLOY = sorted(path for path in (ROOT / "deploy").rglob("*") if path.is_file())
+FILES = [ROOT / "docs" / "operations.md", *DEPLOY]
+
+
+def names(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in DEPLOY if path.suffix in (".yml", ".yaml", ".json")], ids=names
+)
+def test_files_can_be_read(path: Path) -> None:
+    text = path.read_text()
+    assert json.loads(text) if path.suffix == ".json" else all(yaml.safe_load_all(text))
+
+
+@pytest.mark.parametrize("path", FILES, ids=names)
+def test_flags_are_there(path: Path) -> None:
+    known = {flag for action in command_parser("serve")._actions for flag in action.option_strings}
+    others = {"--target", "--yes", "--no-install-recommends", "--create-home", "--start-period", "--fail"}
+    others |= {"--silent", "--no-cache-dir", "--from-file", "--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", path.read_text())) <= known | others
+
+
+@pytest.mark.parametrize("path", FILES, ids=names)
+def test_metrics_are_there(path: Path, server: Running) -> None:
+    text = server.http.get("/metrics").text
+    families = set(re.findall(r"^# TYPE (\S+)", text, re.M))
+    samples = set(re.findall(r"^([\w:]+)", text, re.M))
+    spoken = set(re.findall(r"jaxllm:[a-z_]*[a-z](?![\w*:])", path.read_text())) - {
+        "jaxllm:cpu",
+        "jaxllm:cuda",
+    }
+    assert spoken <= families | samples
+
+
+def test_probes_ask_paths_that_are_there(server: Running) -> None:
+    text = (ROOT / "deploy" / "kubernetes.yaml").read_text() + (ROOT / "deploy" / "Dockerfile").read_text()
+    paths = set(re.findall(r"path: (/\w+)", text)) | set(re.findall(r":8000(/\w+)", text))
+    assert paths == {"/health", "/ready"}
+    assert all(server.http.get(path).is_success for path in paths)
+
+
+def test_the_configuration_on_the_page_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jaxllm.cli.main import main
+
+    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "operations.md").read_text(), re.S)
+    (tmp_path / "serve.yaml").write_text(text)
+    served = []
+    monkeypatch.setattr("jaxllm.server.run.run", lambda *configs: served.append(configs) or 0)
+    assert main(["serve", "--config", str(tmp_path / "serve.yaml")]) == 0
+    assert served[0][0].access.served_model_name == ["smollm2", "default"]
