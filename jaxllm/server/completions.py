@@ -81,11 +81,7 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
     model = service.model_name(body.model)
     work = start(service, request, _job(body), body.request_id)
     generation = await while_connected(request.receive, work)
-    try:
-        writer = CompletionWriter(body, generation, model, service)
-    except BaseException:
-        generation.close()
-        raise
+    writer = CompletionWriter(body, generation, model, service)
     if body.stream:
         return EventStream(generation, writer, service.config.limits.sse_keep_alive)
     async with generation:

@@ -69,17 +69,19 @@ def run(config: ServerConfig, engine_config: EngineConfig) -> int:
     """
     logs.configure(config.log)
     server, service = make_server(config, engine_config)
+    code = 0
     try:
         server.run()
     except SystemExit:  # uvicorn's way of saying that it cannot listen; it has logged why
-        return 1
-    if server.force_exit or service.is_loading:
-        # A thread may be in the middle of compiling, and has nothing to save; nor has a step.
-        logger.info("stopped at once")
-        sys.stderr.flush()
-        os._exit(0)
+        code = 1
+    if service.failure is not None:
+        code = 1
     logger.info("stopped")
-    return 0 if service.failure is None else 1
+    if server.force_exit or service.is_loading:
+        # A thread may be in the middle of compiling or of a step, and has nothing to save.
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def make_server(config: ServerConfig, engine_config: EngineConfig) -> tuple[Server, Service]:

@@ -164,6 +164,27 @@ def test_steps_that_always_fail_fail_the_engine(doomed: AsyncEngine, monkeypatch
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_a_step_loop_that_breaks_tells_everybody(
+    doomed: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail():
+        raise RuntimeError("no plan")
+
+    async def main() -> None:
+        running = [asyncio.create_task(last(doomed.generate(p, greedy(60)))) for p in PROMPTS[:3]]
+        while doomed._engine.num_unfinished_requests < 3:
+            await asyncio.sleep(0.001)
+        monkeypatch.setattr(doomed._engine._core.scheduler, "schedule", fail)
+        for task in running:
+            with pytest.raises(EngineFailedError, match="no plan"):
+                await task
+        assert doomed.health == "failed"
+        with pytest.raises(EngineFailedError):
+            await last(doomed.generate(PROMPTS[0], greedy(4)))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_sleep_and_wake(engine: AsyncEngine, expected: list[list[int]]) -> None:
     async def main() -> None:
         await engine.sleep()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,6 +120,14 @@ def test_a_second_signal_ends_at_once(model: Path) -> None:
             lines(server, "stopping")
             server.send_signal(signal.SIGTERM)
             assert server.wait(5) == 0
+
+
+def test_a_port_that_is_taken(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with process("--model", str(model), "--port", port, *FLAGS) as server:
+            lines(server, "address already in use")
+            assert server.wait(20) == 1
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

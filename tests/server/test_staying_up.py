@@ -1,6 +1,7 @@
 """Clients that leave, hang, flood or fail: nobody else notices, and nothing is left behind."""
 
 import asyncio
+import dataclasses
 import json
 import random
 import socket
@@ -114,6 +115,21 @@ def test_a_reader_that_stops_reading_holds_nobody_up(clean: Running) -> None:
     choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
     assert "".join(choice["text"] for choice in choices) == expected
     assert len(sent) <= 4  # all that came meanwhile is one event
+
+
+def test_a_silent_stream_gets_comments(clean: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = clean.service.config
+    limits = dataclasses.replace(config.limits, sse_keep_alive=0.001)
+    monkeypatch.setattr(clean.service, "config", dataclasses.replace(config, limits=limits))
+    busy = [raw(clean, {**LONG, "n": 16, "temperature": 1}) for _ in range(2)]
+    text = clean.post("/v1/completions", **LONG, stream=True).text
+    assert ": keep-alive\n\n" in text
+    parts = [
+        json.loads(line[6:])["choices"][0]["text"] for line in text.splitlines() if line[:7] == "data: {"
+    ]
+    assert "".join(parts) == clean.post("/v1/completions", **LONG).json()["choices"][0]["text"]
+    for connection in busy:
+        connection.close()
 
 
 def test_a_failed_step_fails_its_requests_and_no_others(
