@@ -72,6 +72,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Completes a prompt and yields its outputs as they grow, of the kind that `params.output_kind` says.
 
+        Those that come while the caller is busy are joined into one.
+
         Raises:
             ValueError, TypeError: a prompt or parameter that cannot be served, or an id in use.
             RequestFailedError: something broke while it ran.

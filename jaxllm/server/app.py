@@ -7,7 +7,18 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 import jaxllm
-from jaxllm.server import admin, chat, completions, errors, messages, metrics, responses, status, tokenization
+from jaxllm.server import (
+    admin,
+    chat,
+    completions,
+    errors,
+    messages,
+    metrics,
+    responses,
+    status,
+    tokenization,
+    unserved,
+)
 from jaxllm.server.http_metrics import HttpMetrics
 from jaxllm.server.keys import KeyMiddleware, Keys
 from jaxllm.server.middleware import RequestMiddleware, SizeMiddleware
@@ -39,7 +50,7 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
     app.state.service = service
     service.registry.register(metrics.EngineCollector(service))
     errors.install(app)
-    for part in (status, completions, chat, responses, messages, tokenization, metrics):
+    for part in (status, completions, chat, responses, messages, tokenization, metrics, unserved):
         app.include_router(part.router)
     if config.access.admin:
         app.include_router(admin.router)

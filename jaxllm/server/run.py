@@ -20,6 +20,9 @@ from jaxllm.server.service import Service
 
 logger = logging.getLogger(__name__)
 
+SWITCH_SECONDS = 0.0005
+"""Seconds that the event loop's thread keeps Python's lock while the step loop waits for it. With Python's
+0.005, a tenth of a step, 32 streams of a small model on 2 cores were 4 and 7% slower in two pairs of runs."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -68,6 +71,7 @@ def run(config: ServerConfig, engine_config: EngineConfig) -> int:
         OSError, ValueError: a file of keys, a template or a certificate that cannot be read.
     """
     logs.configure(config.log)
+    sys.setswitchinterval(SWITCH_SECONDS)
     server, service = make_server(config, engine_config)
     code = 0
     try:

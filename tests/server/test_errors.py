@@ -145,6 +145,11 @@ def test_bodies_that_are_not_requests(server: Running) -> None:
     assert server.post("/v1/completions", prompt="a", max_tokens=1).status_code == 200
 
 
+def test_what_the_model_cannot_do_says_so(server: Running) -> None:
+    for path in ("/v1/embeddings", "/pooling", "/score", "/rerank"):
+        assert refusal(server.post(path, input="a"))["code"] == "unsupported_by_model"
+
+
 def test_giant_headers(server: Running) -> None:
     refusal(server.http.get("/health", headers={"x-large": "x" * 100_000}), 431)
     with contextlib.suppress(httpx2.NetworkError):  # the answer may be lost with the connection
