@@ -59,6 +59,7 @@ class AccessConfig:
 
     api_key: Sequence[str] = option((), "keys that clients may come with; without any, nobody needs one")
     api_key_file: Path | None = option(None, "file with a key on each line")
+    cache_salt_per_key: bool = option(False, "let requests with different keys share no prefix cache")
     metrics_without_key: bool = option(False, "let /metrics be read without a key")
     served_model_name: Sequence[str] = option((), "the model's names for clients (default: MODEL)")
     chat_template: str | None = option(

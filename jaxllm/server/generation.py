@@ -192,6 +192,9 @@ async def start(service: Service, request: Request, job: Job, request_id: str | 
         service.asked["max_tokens"].observe(params.max_tokens)
     try:
         inputs = await _make_inputs(engine, job, params)
+        if service.config.access.cache_salt_per_key:
+            key = request.state.key_hash
+            inputs = [replace(input, cache_salt=f"{key}/{input.cache_salt or ''}") for input in inputs]
         request_id = request_id or uuid.uuid4().hex
         many = len(inputs) > 1
         named = {f"{request_id}-{i}" if many else request_id: input for i, input in enumerate(inputs)}

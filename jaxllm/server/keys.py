@@ -54,7 +54,10 @@ def read_key_file(path: Path) -> list[str]:
 
 
 class KeyMiddleware:
-    """Answers 401 to requests without a key: `Authorization: Bearer KEY`, or `X-Api-Key: KEY`."""
+    """Answers 401 to requests without a key: `Authorization: Bearer KEY`, or `X-Api-Key: KEY`.
+
+    The key's hash goes on with the request, as `key_hash` in its state.
+    """
 
     def __init__(
         self, app: ASGIApp, keys: Keys, *, root_path: str = "", metrics_exempt: bool = False
@@ -72,6 +75,7 @@ class KeyMiddleware:
                 error = ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
                 await error.response(scope["path"])(scope, receive, send)
                 return
+            scope.setdefault("state", {})["key_hash"] = _hash(key).hex()
         await self._app(scope, receive, send)
 
 

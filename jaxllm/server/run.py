@@ -97,6 +97,8 @@ def make_server(config: ServerConfig, engine_config: EngineConfig) -> tuple[Serv
     keys = list(config.access.api_key)
     if config.access.api_key_file is not None:
         keys += read_key_file(config.access.api_key_file)
+    if config.access.cache_salt_per_key and not keys:
+        raise ValueError("cache_salt_per_key: there are no keys; give some, or leave it out")
     service = Service(config, engine_config)
     server = Server(_uvicorn_config(config, create_app(service, Keys(keys))), service)
     service.on_failure = server.stop

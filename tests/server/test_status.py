@@ -1,16 +1,19 @@
 """Health, models, metrics, tokens, administration: what surrounds the requests for text."""
 
 import asyncio
+import dataclasses
 import re
 
 import httpx2
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from running import Running, server_config
 
 from jaxllm.config import EngineConfig
 from jaxllm.server.app import create_app
-from jaxllm.server.keys import Keys
+from jaxllm.server.keys import KeyMiddleware, Keys
 from jaxllm.server.metrics import COUNTERS, GAUGES, HISTOGRAMS
+from jaxllm.server.run import make_server
 from jaxllm.server.service import Service
 
 
@@ -162,6 +165,34 @@ def test_keys() -> None:
             assert (await client.get("/llm/version")).status_code == 401
 
     asyncio.run(main())
+
+
+def test_keys_share_no_prefix_cache(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = server.service.config
+    access = dataclasses.replace(config.access, cache_salt_per_key=True)
+    monkeypatch.setattr(server.service, "config", dataclasses.replace(config, access=access))
+
+    async def main() -> None:
+        transport = httpx2.ASGITransport(KeyMiddleware(server.app, Keys(["a", "b"])))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+
+            async def cached(key: str) -> int:
+                body = {"prompt": "a prompt that only one key may know", "max_tokens": 1}
+                bearer = {"authorization": f"Bearer {key}"}
+                found = (await client.post("/v1/completions", json=body, headers=bearer)).json()
+                return found["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+            assert [await cached(key) > 0 for key in ("a", "a", "b", "b", "a")] == [
+                False,
+                True,
+                False,
+                True,
+                True,
+            ]
+
+    asyncio.run(main())
+    with pytest.raises(ValueError, match="no keys"):
+        make_server(server_config(cache_salt_per_key=True), EngineConfig.create("m"))
 
 
 def test_web_pages_from_elsewhere() -> None:
