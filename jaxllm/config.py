@@ -150,6 +150,11 @@ class CompileConfig:
         "name of a registered paged-attention kernel; 'auto' takes the first that serves the model "
         "(in Python also a pallas_kernels.paged_attention.Backend, or a function)",
     )
+    matmul_backend: str = option(
+        "auto",
+        "what multiplies with weights: 'xla', or the name of a registered kernel for packed weights; 'auto' "
+        "packs them on CPU where it can be done, and takes 'xla' elsewhere",
+    )
     progress: bool = option(True, "show progress bars while loading and compiling")
 
     def __post_init__(self) -> None:

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-DNDEBUG")
+HEADERS = Path(__file__).parent
+"""Where `parallel.h` is, which sources may include."""
 NATIVE_FLAGS = ("-march=native", "-mcpu=native", "")
 """The first that the compiler takes: of x86, of ARM, and of any other."""
 SECONDS = 300
@@ -79,7 +81,8 @@ class Source:
     def _compile(self, compiler: str, output: str) -> None:
         said = ""
         for native in NATIVE_FLAGS:
-            command = [compiler, *FLAGS, *self.flags, *filter(None, [native]), f"-I{jax.ffi.include_dir()}"]
+            include = (f"-I{jax.ffi.include_dir()}", f"-I{HEADERS}")
+            command = [compiler, *FLAGS, *self.flags, *filter(None, [native]), *include]
             said = _run([*command, str(self.path), "-o", output])
             if not said:
                 return
@@ -108,6 +111,7 @@ class Source:
         stat = os.stat(os.path.realpath(compiler))
         parts = (
             self.path.read_bytes(),
+            *(header.read_bytes() for header in sorted(HEADERS.glob("*.h"))),
             f"{os.path.realpath(compiler)} {stat.st_size} {stat.st_mtime_ns}",
             FLAGS,
             NATIVE_FLAGS,

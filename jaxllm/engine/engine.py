@@ -18,10 +18,11 @@ from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.inputs import EngineInput, Prompt, TokensPrompt
 from jaxllm.engine.loading import EngineParts, load_parts
 from jaxllm.engine.mail import Mail
-from jaxllm.engine.metrics import choice_metrics
+from jaxllm.engine.metrics import choice_metrics, metric_labels
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.scoring import SCORING_PARAMS, PromptScore, prompt_score
 from jaxllm.engine.sleeping import Sleep
+from jaxllm.runner.products import Products
 from jaxllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
 from pallas_kernels.paged_attention import Backend
 from pallas_kernels.registry import Choice
@@ -60,7 +61,7 @@ class Engine:
 
         Raises:
             CheckpointError: the model cannot be found, read or recognised.
-            NotImplementedError: the attention kernel that was asked for does not serve the model.
+            NotImplementedError: a kernel that was asked for does not serve the model.
             TypeError: an unknown option, or an attention kernel that is none.
             ValueError: an option out of range, or one that does not suit the model or the machine.
         """
@@ -299,9 +300,10 @@ class Engine:
 
         `programs` were compiled in `compile_seconds`, and `programs_compiled_late_total` while serving.
         `attention_backend_info{...}`, with labels as Prometheus writes them, is 1 for the kernel that runs,
-        and 0, with the reason, for each that would have been tried before it.
+        and 0, with the reason, for each that would have been tried before it. `matmul_backend_info{...}` says
+        what multiplies with weights.
         """
-        programs = self._core.runner.programs
+        programs, products = self._core.runner.programs, self._parts.products
         return (
             self._core.get_metrics()
             | {
@@ -310,12 +312,18 @@ class Engine:
                 "compile_seconds": programs.seconds,
             }
             | choice_metrics("attention_backend_info", self._parts.attention)
+            | {f"matmul_backend_info{metric_labels(backend=products.name, reason=products.reason)}": 1.0}
         )
 
     @property
     def attention_backend(self) -> Choice[Backend]:
         """The attention kernel that runs, and why those tried before it do not."""
         return self._parts.attention
+
+    @property
+    def matmul_backend(self) -> Products:
+        """What multiplies with the weights, and why it is not a kernel for packed ones."""
+        return self._parts.products
 
     def get_page_tables(self) -> dict[str, list[list[int]]]:
         """For each running request its pages, one list for each group of layers."""

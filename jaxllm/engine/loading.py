@@ -33,11 +33,13 @@ from jaxllm.parallel import make_mesh
 from jaxllm.runner.kernels import check_kernel, choose_attention, prepare_attention
 from jaxllm.runner.lowering import Lowering, Sizes
 from jaxllm.runner.memory import count_pages, measure, page_bytes
+from jaxllm.runner.products import Products, check_products, choose_products, prepare_products
 from jaxllm.runner.programs import use_compilation_cache
 from jaxllm.runner.runner import Runner
 from jaxllm.sampling import SamplerConfig, registered_logits_processors
 from jaxllm.scheduler.scheduler import Scheduler
-from pallas_kernels.paged_attention import Backend
+from pallas_kernels.packed_matmul import Backend
+from pallas_kernels.paged_attention import Backend as AttentionBackend
 from pallas_kernels.registry import Choice
 
 logger = logging.getLogger(__name__)
@@ -54,8 +56,10 @@ class EngineParts:
     config: EngineConfig
     model: DecoderConfig
     mesh: Mesh
-    attention: Choice[Backend]
+    attention: Choice[AttentionBackend]
     """The attention kernel, and why it is not another one."""
+    products: Products
+    """What multiplies with weights."""
     core: EngineCore
     inputs: InputProcessor
     tokenizer: PreTrainedTokenizerBase | None
@@ -73,13 +77,15 @@ class WeightSource:
     architecture: type[CausalLM]
     model: DecoderConfig
     mesh: Mesh
+    products: Backend | None
 
     def __call__(self) -> tuple[Array, ...]:
         """Loads the weights, or makes random ones, each in its sharding."""
         with jax.set_mesh(self.mesh):
             if self.config.model.load_format == "dummy":
-                return abstract.materialize(self.architecture, self.model, self.mesh, self.config.model.seed)
-            _, parameters = abstract.split(self.architecture, self.model)
+                seed = self.config.model.seed
+                return abstract.materialize(self.architecture, self.model, self.mesh, seed, self.products)
+            _, parameters = abstract.split(self.architecture, self.model, self.products)
             with closing(_open(self.config)) as checkpoint:
                 return load_weights(
                     checkpoint,
@@ -99,12 +105,13 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
 
     Raises:
         CheckpointError: the model cannot be found, read or recognised.
-        NotImplementedError: the attention kernel that was asked for does not serve the model.
+        NotImplementedError: a kernel that was asked for does not serve the model.
         TypeError: the attention kernel is none.
         ValueError: the config does not suit the model or the machine.
     """
     kernel = config.compile.attention_backend
     check_kernel(kernel)
+    check_products(config.compile.matmul_backend)
     if config.compile.compilation_cache:
         folder = config.compile.compilation_cache_dir
         use_compilation_cache(folder or Path(platformdirs.user_cache_dir("jaxllm")) / "programs")
@@ -112,6 +119,7 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
     mesh = make_mesh(config.parallel.tensor_parallel_size) if mesh is None else mesh
     laps.end("devices")
     prepare_attention(kernel, mesh)
+    prepare_products(config.compile.matmul_backend, mesh)
     with closing(_open(config)) as checkpoint:
         architecture = ModelRegistry.resolve(checkpoint.config)
         model = _read_model(config, checkpoint, architecture, mesh)
@@ -122,12 +130,15 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
         generation = checkpoint.generation_config
         eos = find_eos_token_ids(tokenizer, generation, checkpoint.config)
     laps.end("config_and_tokenizer")
-    source = WeightSource(config, architecture, model, mesh)
+    products = choose_products(config.compile.matmul_backend, model, mesh)
+    source = WeightSource(config, architecture, model, mesh, products.backend)
     params = source()
     laps.end("weights")
     attention = attention or choose()  # late: what was begun above has had time
     laps.end("kernels")
-    lowering, num_pages = _size(config, model, architecture, params, mesh, attention.backend)
+    with jax.set_mesh(mesh):
+        structure, _ = abstract.split(architecture, model, products.backend)
+    lowering, num_pages = _size(config, model, structure, params, mesh, attention.backend)
     laps.end("sizes")
     sizes = lowering.sizes
     scheduler = Scheduler(
@@ -159,7 +170,7 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
         eos_token_ids=eos,
         default_params=default_sampling_params(generation),
     )
-    return EngineParts(config, model, mesh, attention, core, inputs, tokenizer, source, laps.seconds)
+    return EngineParts(config, model, mesh, attention, products, core, inputs, tokenizer, source, laps.seconds)
 
 
 def _open(config: EngineConfig) -> Checkpoint:
@@ -204,16 +215,14 @@ def _read_model(
 def _size(
     config: EngineConfig,
     model: DecoderConfig,
-    architecture: type[CausalLM],
+    structure: abstract.Structure,
     params: tuple[Array, ...],
     mesh: Mesh,
-    backend: Backend,
+    backend: AttentionBackend,
 ) -> tuple[Lowering, int]:
     """The programs' sizes, and the number of pages: as many as fit, and no request longer than they hold."""
     device = mesh.devices.flat[0]
     defaults = CPU_DEFAULTS if device.platform == "cpu" else ACCELERATOR_DEFAULTS
-    with jax.set_mesh(mesh):
-        structure, _ = abstract.split(architecture, model)
     lowering = Lowering(
         model,
         partial(abstract.merge, structure),

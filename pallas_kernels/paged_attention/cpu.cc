@@ -8,19 +8,16 @@
 // The online softmax is https://arxiv.org/abs/1805.02867; merging of partial ones is
 // https://arxiv.org/abs/2311.01282.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
 #include <string>
-#include <thread>
 #include <type_traits>
 #include <vector>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
+#include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -304,18 +301,6 @@ struct Task {
   int row, token, count, begin, end;
   int64_t partial;  // where its half-way softmax goes; -1: it has all keys, and writes the output
 };
-
-// Runs f(0) ... f(count - 1) on the pool's threads. The caller works too, so it never waits for one to start.
-template <class F> void parallel_for(ffi::ThreadPool& pool, int count, int threads, F f) {
-  struct State { std::atomic<int> next{0}, done{0}; };
-  auto state = std::make_shared<State>();
-  auto work = [state, count, f] {
-    for (int i; (i = state->next.fetch_add(1)) < count;) f(i), state->done.fetch_add(1, std::memory_order_release);
-  };
-  for (int i = 1; i < std::min(threads, count); i++) pool.Schedule(std::function<void()>(work));
-  work();
-  for (int spins = 0; state->done.load(std::memory_order_acquire) < count;) if (++spins > 1000) std::this_thread::yield();
-}
 
 template <class E> class Step {
  public:
