@@ -11,14 +11,10 @@
 #include <cstring>
 #include <string>
 #include <vector>
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define USE_AMX 1
-#endif
+#include "amx.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -100,39 +96,24 @@ template <class E, int R = kRows> void multiply_rows(int rows, const uint32_t* c
   }
 }
 
-#if USE_AMX
-bool has_amx() {  // the kernel gives the registers to a process that asks for them
-  static const bool given = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
-  return given;
+#if JAXLLM_AMX
+// Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights.
+jaxllm::Tiles::Shapes shapes(int rows) {
+  const int first = std::min(16, rows), second = std::max(1, rows - 16);
+  const int of[8] = {first, first, second, second, first, second, 16, 16};
+  jaxllm::Tiles::Shapes result;
+  for (int i = 0; i < 8; i++) result.set(i, of[i], 64);
+  return result;
 }
 
-// Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights.
-class Tiles {
- public:
-  void set(int rows) {
-    if (rows == rows_) return;
-    rows_ = rows;
-    const int first = std::min(16, rows), second = std::max(1, rows - 16);
-    const int of[8] = {first, first, second, second, first, second, 16, 16};
-    Config c;
-    for (int i = 0; i < 8; i++) c.bytes[i] = 64, c.rows[i] = of[i];
-    _tile_loadconfig(&c);
-  }
-  ~Tiles() { if (rows_) _tile_release(); }
-
- private:
-  struct alignas(64) Config { uint8_t palette = 1, start = 0, reserved[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; };
-  int rows_ = 0;
-};
-
 // As `multiply_rows` of bfloat16, for up to 32 rows.
-void multiply_tiles(Tiles& tiles, int rows, const uint32_t* x, const uint32_t* panel, int depth, const Fetch& fetch, float* sums) {
+void multiply_tiles(jaxllm::Tiles& tiles, int rows, const uint32_t* x, const uint32_t* panel, int depth, const Fetch& fetch, float* sums) {
   constexpr int kLine = kPanel * 4;
   const int64_t stride = int64_t{depth} * 4;
   const uint32_t* x2 = x + 16 * depth;
   float* sums2 = sums + 16 * kPanel;
   const bool both = rows > 16;
-  tiles.set(rows);
+  tiles.set(shapes(rows));
   _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   for (int i = 0; i < depth; i += kTile) {
     const uint32_t* w = panel + i * kPanel;
@@ -169,13 +150,10 @@ template <class Out> void write(const float* sums, int rows, int columns, int64_
 }
 
 // The rows [first, end) times one panel.
-template <class E, class Out> void multiply_panel(const Product& p, int panel, int first, int end, Out* out, Tiles& tiles) {
+template <class E, class Out> void multiply_panel(const Product& p, int panel, int first, int end, Out* out, jaxllm::Tiles& tiles) {
   const uint32_t* weight = p.weight + int64_t{panel} * p.depth * kPanel;
-  int most = kRows;
-#if USE_AMX
-  const bool amx = kPack<E> == 2 && has_amx();
-  if (amx) most = kBlock;
-#endif
+  const bool amx = kPack<E> == 2 && jaxllm::has_amx();
+  const int most = amx ? kBlock : kRows;
   const int blocks = (end - first + most - 1) / most;
   // each block fetches its part of the panel after this one
   const int part = blocks == 1 ? 128 : blocks == 2 ? 64 : blocks <= 4 ? 32 : blocks <= 8 ? 16 : 8;
@@ -183,13 +161,13 @@ template <class E, class Out> void multiply_panel(const Product& p, int panel, i
   alignas(64) float sums[kBlock * kPanel];
   for (int block = 0, row = first; block < blocks; block++) {
     const Fetch fetch{next + int64_t{block} * part * p.depth, part};
-    int rows = (end - row) / (blocks - block);
+    const int rows = amx ? std::min(most, end - row) : (end - row) / (blocks - block);
     const uint32_t* x = p.x + int64_t{row} * p.depth;
-#if USE_AMX
-    if (amx) multiply_tiles(tiles, rows = std::min(most, end - row), x, weight, p.depth, fetch, sums);
-    else
+    if (amx) {
+#if JAXLLM_AMX
+      multiply_tiles(tiles, rows, x, weight, p.depth, fetch, sums);
 #endif
-    {
+    } else {
       const uint32_t* each[kRows];
       for (int r = 0; r < rows; r++) each[r] = x + int64_t{r} * p.depth;
       multiply_rows<E>(rows, each, weight, p.depth, fetch, sums);
@@ -206,10 +184,10 @@ template <class E, class Out, class Pool> void multiply_all(const Product& p, Ou
   const int parts = std::max(1, std::min(p.rows / kBlock, threads * 4 / p.panels()));
   // neighbouring panels go to one task, so that what is fetched ahead is used
   const int together = std::max(1, p.panels() * parts / (threads * 8)), groups = (p.panels() + together - 1) / together;
-  parallel_for(pool, groups * parts, small ? 1 : threads, [&](int task) {
+  jaxllm::parallel_for(pool, groups * parts, small ? 1 : threads, [&](int task) {
     const int part = task % parts, begin = task / parts * together;
     const int first = int64_t{p.rows} * part / parts, end = int64_t{p.rows} * (part + 1) / parts;
-    Tiles tiles;
+    jaxllm::Tiles tiles;
     for (int panel = begin; panel < std::min(begin + together, p.panels()); panel++) multiply_panel<E>(p, panel, first, end, out, tiles);
   });
 }

@@ -17,6 +17,7 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
+#include "amx.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -189,30 +190,13 @@ inline void add_columns(const Shape& s, int column, const Chunk<E>& chunk, int b
   for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) store(out + r * s.depth + column + 16 * c, sum[r][c]);
 }
 
-// Takes one chunk of keys into account for R queries.
-template <class E, int N, int R, bool Dot>
-void step(const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
-  alignas(64) float scores[R * kChunk];
-  alignas(64) bf16 rounded[R * kChunk];
-  int begin = kChunk, end = 0;
-  for (int r = 0; r < R; r++) begin = std::min(begin, t.first[r] - chunk.begin), end = std::max(end, t.end[r] - chunk.begin);
-  begin = std::max(begin, 0), end = std::min(end, chunk.size);
-  if (begin >= end) return;
-  const int low = begin / 16 * 16, high = (end + 15) / 16 * 16;
-  for (int slot = begin / N * N; slot < end; slot += N) {
-    const int page = slot / s.page_size;
-    const E* k = chunk.keys[page] + int64_t{slot % s.page_size} * s.depth;
-    if constexpr (N == 16) {  // the values of this page and the keys of the one after the next: hardware stops at 4 KB
-      const char *values = (const char*)(k + s.half()), *ahead = (const char*)(chunk.keys[page + 2] + (k - chunk.keys[page]));
-      for (int line = 0; line < int(s.depth * 16 * sizeof(E)); line += 64) __builtin_prefetch(values + line), __builtin_prefetch(ahead + line);
-    }
-    score<E, N, R, Dot>(s, t, k, scores + slot);
-  }
-  float rescale[R];
+// From scores to weights: the softmax of R queries so far, and by what it rescales what was added up before.
+template <bool Dot>
+void soften(int rows, const Options& o, float scale, const Tile& t, int chunk, int size, int low, int high, float* scores, bf16* rounded, float* rescale) {
   const Ints<16> lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int r = 0; r < R; r++) {
+  for (int r = 0; r < rows; r++) {
     float* row = scores + r * kChunk;
-    const int first = t.first[r] - chunk.begin, last = std::min(t.end[r] - chunk.begin, chunk.size);
+    const int first = t.first[r] - chunk, last = std::min(t.end[r] - chunk, size);
     F16 most = F16{} + t.top[r];
     for (int i = low; i < high; i += 16) {
       F16 x = load<F16>(row + i) * scale;
@@ -242,11 +226,115 @@ void step(const Shape& s, const Options& o, float scale, const Tile& t, const Ch
     t.top[r] = top;
     t.total[r] = t.total[r] * rescale[r] + sum;
   }
+}
+
+// Takes one chunk of keys into account for R queries.
+template <class E, int N, int R, bool Dot>
+void step(const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
+  alignas(64) float scores[R * kChunk];
+  alignas(64) bf16 rounded[R * kChunk];
+  int begin = kChunk, end = 0;
+  for (int r = 0; r < R; r++) begin = std::min(begin, t.first[r] - chunk.begin), end = std::max(end, t.end[r] - chunk.begin);
+  begin = std::max(begin, 0), end = std::min(end, chunk.size);
+  if (begin >= end) return;
+  const int low = begin / 16 * 16, high = (end + 15) / 16 * 16;
+  for (int slot = begin / N * N; slot < end; slot += N) {
+    const int page = slot / s.page_size;
+    const E* k = chunk.keys[page] + int64_t{slot % s.page_size} * s.depth;
+    if constexpr (N == 16) {  // the values of this page and the keys of the one after the next: hardware stops at 4 KB
+      const char *values = (const char*)(k + s.half()), *ahead = (const char*)(chunk.keys[page + 2] + (k - chunk.keys[page]));
+      for (int line = 0; line < int(s.depth * 16 * sizeof(E)); line += 64) __builtin_prefetch(values + line), __builtin_prefetch(ahead + line);
+    }
+    score<E, N, R, Dot>(s, t, k, scores + slot);
+  }
+  float rescale[R];
+  soften<Dot>(R, o, scale, t, chunk.begin, chunk.size, low, high, scores, rounded, rescale);
   int column = 0;
   for (; column + 64 <= s.depth; column += 64) add_columns<E, R, 4, Dot>(s, column, chunk, begin, end, scores, rounded, rescale, t.out);
   for (; column < s.depth; column += 16) add_columns<E, R, 1, Dot>(s, column, chunk, begin, end, scores, rounded, rescale, t.out);
 }
 
+constexpr int kTileRows = 16, kMostDepth = 256;
+
+bool fits_tiles(const Shape& s) { return jaxllm::has_amx() && s.lanes == 16 && s.depth % 32 == 0 && s.depth <= kMostDepth; }
+
+#if JAXLLM_AMX
+
+// Tiles 0 to 3 are sums, 4 queries, 5 weights of 16 slots, 6 keys of 16 slots, 7 their values.
+jaxllm::Tiles::Shapes shapes(int rows) {
+  jaxllm::Tiles::Shapes result;
+  for (int i = 0; i < 5; i++) result.set(i, rows, 64);
+  result.set(5, rows, 32), result.set(6, 16, 64), result.set(7, 8, 64);
+  return result;
+}
+
+// Some columns of the values of 16 slots, zero but in [from, to): a slot that no query sees may hold NaN.
+const uint32_t* clean(const Shape& s, const uint32_t* v, int columns, int from, int to, uint32_t* copy) {
+  for (int i = 0; i < 8; i++) {
+    const bool even = 2 * i >= from && 2 * i < to, odd = 2 * i + 1 >= from && 2 * i + 1 < to;
+    const uint32_t mask = (even ? 0x0000ffffu : 0) | (odd ? 0xffff0000u : 0);
+    for (int c = 0; c < columns; c++) copy[i * s.depth + c] = v[i * s.depth + c] & mask;
+  }
+  return copy;
+}
+
+// As `step` of bfloat16, for up to 16 queries and pages of 16 slots or a multiple that `fits_tiles`.
+void step_tiles(jaxllm::Tiles& tiles, int rows, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<bf16>& chunk) {
+  alignas(64) float scores[kTileRows * kChunk];
+  alignas(64) bf16 rounded[kTileRows * kChunk];
+  alignas(64) uint32_t seen[8 * kMostDepth];
+  int begin = kChunk, end = 0;
+  for (int r = 0; r < rows; r++) begin = std::min(begin, t.first[r] - chunk.begin), end = std::max(end, t.end[r] - chunk.begin);
+  begin = std::max(begin, 0), end = std::min(end, chunk.size);
+  if (begin >= end) return;
+  tiles.set(shapes(rows));
+  const int low = begin / 16 * 16, high = (end + 15) / 16 * 16;
+  const int queries = s.depth * 2, values = s.depth * 4;  // bytes of a row
+  auto keys = [&](int slot) { return chunk.keys[slot / s.page_size] + int64_t{slot % s.page_size} * s.depth; };
+  for (int slot = low; slot < high; slot += 32) {
+    const bf16 *k = keys(slot), *k2 = keys(std::min(slot + 16, high - 16));
+    for (const bf16* p : {k, k2}) {  // the hardware stops at each 4 KB
+      const char *value = (const char*)(p + s.half()), *ahead = (const char*)(keys(slot + 32) + (p - k));
+      for (int line = 0; line < s.depth * 32; line += 64) __builtin_prefetch(value + line), __builtin_prefetch(ahead + line);
+    }
+    _tile_zero(0); _tile_zero(1);
+    for (int d = 0; d < s.depth; d += 32) {
+      _tile_loadd(4, t.qw + d / 2, queries);
+      _tile_loadd(6, k + d * 16, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(6, k2 + d * 16, 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    _tile_stored(0, scores + slot, kChunk * 4);
+    if (slot + 16 < high) _tile_stored(1, scores + slot + 16, kChunk * 4);
+  }
+  float rescale[kTileRows];
+  soften<true>(rows, o, scale, t, chunk.begin, chunk.size, low, high, scores, rounded, rescale);
+  for (int r = 0; r < rows; r++) for (int d = 0; d < s.depth; d += 16) store(t.out + r * s.depth + d, load<F16>(t.out + r * s.depth + d) * rescale[r]);
+  for (int column = 0; column < s.depth; column += 64) {
+    const int count = std::min(4, (s.depth - column) / 16);
+    float* out = t.out + column;
+    _tile_loadd(0, out, values);
+    if (count > 1) _tile_loadd(1, out + 16, values);
+    if (count > 2) _tile_loadd(2, out + 32, values);
+    if (count > 3) _tile_loadd(3, out + 48, values);
+    for (int slot = low; slot < high; slot += 16) {
+      const uint32_t* v = (const uint32_t*)(keys(slot) + s.half()) + column;
+      if (slot < begin || slot + 16 > end) v = clean(s, v, 16 * count, begin - slot, end - slot, seen);
+      _tile_loadd(5, rounded + slot, kChunk * 2);
+      _tile_loadd(7, v, values);
+      _tile_dpbf16ps(0, 5, 7);
+      if (count > 1) { _tile_loadd(7, v + 16, values); _tile_dpbf16ps(1, 5, 7); }
+      if (count > 2) { _tile_loadd(7, v + 32, values); _tile_dpbf16ps(2, 5, 7); }
+      if (count > 3) { _tile_loadd(7, v + 48, values); _tile_dpbf16ps(3, 5, 7); }
+    }
+    _tile_stored(0, out, values);
+    if (count > 1) _tile_stored(1, out + 16, values);
+    if (count > 2) _tile_stored(2, out + 32, values);
+    if (count > 3) _tile_stored(3, out + 48, values);
+  }
+}
+#endif
 
 template <class E, int N, bool Dot>
 void steps(int rows, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
@@ -315,8 +403,8 @@ template <class E> class Step {
     const int threads = work * s.heads < 4096 ? 1 : std::max<int>(1, pool.num_threads());
     plan(threads);
     if (chunks)  // all is written before anything reads it; a lone token is written by the task that reads it
-      parallel_for(pool, tasks.size(), threads, [this](int i) { if (is_last(tasks[i])) for (int g = 0; g < s.kv_heads; g++) write(tasks[i], g); });
-    parallel_for(pool, tasks.size() * s.kv_heads, threads, [this, chunks](int i) {
+      jaxllm::parallel_for(pool, tasks.size(), threads, [this](int i) { if (is_last(tasks[i])) for (int g = 0; g < s.kv_heads; g++) write(tasks[i], g); });
+    jaxllm::parallel_for(pool, tasks.size() * s.kv_heads, threads, [this, chunks](int i) {
       const Task& task = tasks[i / s.kv_heads];
       if (!chunks && is_last(task)) write(task, i % s.kv_heads);
       attend(task, i % s.kv_heads);
@@ -415,14 +503,23 @@ template <class E> class Step {
       first[r] = std::max(from, first_seen(at)), end[r] = std::min(to, at + 1);
     }
     const float scale = o.scale * (o.k_scale ? o.k_scale[g] : 1.f);
+    const bool tiled = !words.empty() && fits_tiles(s);
+    jaxllm::Tiles tiles;
     const int lowest = first_seen(position(t.row, t.token)) / s.page_size, last = (to - 1) / s.page_size;
     for (int begin = from; begin < to; begin += kChunk) {
       Chunk<E> chunk;
       chunk.begin = begin, chunk.size = std::min(kChunk, to - begin);
       for (int i = 0; i < kChunk / s.page_size + 2; i++) chunk.keys[i] = page(b.pages(t.row)[std::clamp(begin / s.page_size + i, lowest, last)], g);
-      for (int r = 0; r < rows; r += 4) {
+      const int most = tiled ? kTileRows : 4;
+      for (int r = 0; r < rows; r += most) {
         const Tile tile{qs.data() + r * s.depth, words.empty() ? nullptr : words.data() + r * s.depth / 2, sums + r * s.depth, top + r, total + r, first + r, end + r};
-        attend_tile<E>(std::min(4, rows - r), !words.empty(), s, o, scale, tile, chunk);
+#if JAXLLM_AMX
+        if constexpr (std::is_same_v<E, bf16>) if (tiled) {
+          step_tiles(tiles, std::min(most, rows - r), s, o, scale, tile, chunk);
+          continue;
+        }
+#endif
+        attend_tile<E>(std::min(most, rows - r), !words.empty(), s, o, scale, tile, chunk);
       }
     }
   }
