@@ -25,14 +25,20 @@ namespace ffi = xla::ffi;
 
 namespace {
 
+#if defined(__AVX512BF16__)
+constexpr bool kHasDot = true;  // a product of pairs of bfloat16
+#else
+constexpr bool kHasDot = false;
+#endif
 constexpr int kChunk = 256;        // keys whose scores are held at once: with their values 64 KB of bf16, half of an L2
-constexpr int kQueryRows = 48;     // queries that share the reading of keys: 12 tiles of 4
+constexpr int kQueryRows = 96;     // queries that share the reading of keys: 12 tiles of 4
 constexpr int kSegment = 1024;     // keys that have a softmax of their own: the least that is worth a task
 constexpr float kMasked = -1e30f;  // finite, so that differences of two are no NaN
 constexpr float kLog2e = 1.44269504f;
 
 struct bf16 { uint16_t bits; };
 struct f8 { uint8_t bits; };
+constexpr bf16 kZeros[2] = {};
 
 template <int N> using Floats __attribute__((vector_size(N * 4))) = float;
 template <int N> using Words __attribute__((vector_size(N * 4))) = uint32_t;
@@ -91,6 +97,15 @@ inline F16 exp2(F16 x) {  // relative error 2e-7 over the range of floats; below
 inline F16 tanh(F16 x) {
   x = (x > 20.f) ? (F16{} + 20.f) : (x < -20.f) ? (F16{} - 20.f) : x;
   return 1.f - 2.f / (exp2(x * (2.f * kLog2e)) + 1.f);
+}
+
+inline Halves to_bf16(F16 x) {  // of numbers, to nearest even
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const Words<16> u = (Words<16>)x;
+  return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, Halves);
+#endif
 }
 
 struct Shape {
@@ -197,13 +212,16 @@ void soften(int rows, const Options& o, float scale, const Tile& t, int chunk, i
   for (int r = 0; r < rows; r++) {
     float* row = scores + r * kChunk;
     const int first = t.first[r] - chunk, last = std::min(t.end[r] - chunk, size);
+    // the groups of 16 slots of which the query sees any
+    const int from = std::min(high, std::max(low, first / 16 * 16)), to = std::max(from, std::min(high, (last + 15) / 16 * 16));
     F16 most = F16{} + t.top[r];
-    for (int i = low; i < high; i += 16) {
-      F16 x = load<F16>(row + i) * scale;
-      if (o.soft_cap > 0) x = tanh(x / o.soft_cap) * o.soft_cap;
-      x *= kLog2e;
-      const Ints<16> at = lane + i;
-      x = ((at >= first) & (at < last)) ? x : (F16{} + kMasked);
+    for (int i = from; i < to; i += 16) {
+      F16 x = load<F16>(row + i);
+      x = o.soft_cap > 0 ? tanh(x * (scale / o.soft_cap)) * (o.soft_cap * kLog2e) : x * (scale * kLog2e);
+      if (i < first || i + 16 > last) {
+        const Ints<16> at = lane + i;
+        x = ((at >= first) & (at < last)) ? x : (F16{} + kMasked);
+      }
       most = (x > most) ? x : most;
       store(row + i, x);
     }
@@ -211,14 +229,17 @@ void soften(int rows, const Options& o, float scale, const Tile& t, int chunk, i
     for (int i = 0; i < 16; i++) top = std::max(top, most[i]);
     F16 sums = {};
     for (int i = low; i < high; i += 16) {
-      F16 x = load<F16>(row + i);
-      x = (x <= 0.5f * kMasked) ? F16{} : exp2(x - top);  // a score of NaN stays one
-      sums += x;
-      store(row + i, x);
-      if constexpr (Dot) {
-        const Words<16> u = (Words<16>)x;
-        store(rounded + r * kChunk + i, __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, Halves));
+      F16 x = {};
+      if (i >= from && i < to) {
+        x = exp2(load<F16>(row + i) - top);  // a score of NaN stays one
+        if (i < first || i + 16 > last) {
+          const Ints<16> at = lane + i;
+          x = ((at >= first) & (at < last)) ? x : F16{};
+        }
       }
+      sums += x;
+      if constexpr (Dot) store(rounded + r * kChunk + i, to_bf16(x));
+      else store(row + i, x);
     }
     rescale[r] = std::exp2(t.top[r] - top);
     float sum = 0;
@@ -279,7 +300,7 @@ const uint32_t* clean(const Shape& s, const uint32_t* v, int columns, int from, 
 }
 
 // As `step` of bfloat16, for up to 16 queries and pages of 16 slots or a multiple that `fits_tiles`.
-void step_tiles(jaxllm::Tiles& tiles, int rows, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<bf16>& chunk) {
+void step_tiles(jaxllm::Tiles& tiles, int rows, bool fetch, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<bf16>& chunk) {
   alignas(64) float scores[kTileRows * kChunk];
   alignas(64) bf16 rounded[kTileRows * kChunk];
   alignas(64) uint32_t seen[8 * kMostDepth];
@@ -293,7 +314,7 @@ void step_tiles(jaxllm::Tiles& tiles, int rows, const Shape& s, const Options& o
   auto keys = [&](int slot) { return chunk.keys[slot / s.page_size] + int64_t{slot % s.page_size} * s.depth; };
   for (int slot = low; slot < high; slot += 32) {
     const bf16 *k = keys(slot), *k2 = keys(std::min(slot + 16, high - 16));
-    for (const bf16* p : {k, k2}) {  // the hardware stops at each 4 KB
+    if (fetch) for (const bf16* p : {k, k2}) {  // the hardware stops at each 4 KB
       const char *value = (const char*)(p + s.half()), *ahead = (const char*)(keys(slot + 32) + (p - k));
       for (int line = 0; line < s.depth * 32; line += 64) __builtin_prefetch(value + line), __builtin_prefetch(ahead + line);
     }
@@ -349,7 +370,7 @@ void steps(int rows, const Shape& s, const Options& o, float scale, const Tile& 
 template <class E>
 void attend_tile(int rows, bool dot, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<E, bf16>) if (dot && s.lanes == 16) return steps<E, 16, true>(rows, s, o, scale, t, chunk);
+  if constexpr (std::is_same_v<E, bf16>) if (dot) return steps<E, 16, true>(rows, s, o, scale, t, chunk);
 #endif
   if (s.lanes == 16) return steps<E, 16, false>(rows, s, o, scale, t, chunk);
   for (int r = 0; r < rows; r++) {  // small pages: right, not fast
@@ -363,9 +384,9 @@ struct Vectors {
   const void* data;
   bool is_bf16;
   int heads, dim;
+  int64_t place(int64_t token, int head) const { return (token * heads + head) * dim; }
   float at(int64_t token, int head, int i) const {
-    const int64_t place = (token * heads + head) * dim + i;
-    return is_bf16 ? to_float(((const bf16*)data)[place]) : ((const float*)data)[place];
+    return is_bf16 ? to_float(((const bf16*)data)[place(token, head) + i]) : ((const float*)data)[place(token, head) + i];
   }
 };
 
@@ -462,6 +483,12 @@ template <class E> class Step {
       E* values = keys + s.half() + int64_t{slot / vp} * s.depth * vp + slot % vp;
       keys += int64_t{slot / n} * s.depth * n + slot % n * p;
       const int64_t token = b.start[t.row] + i;
+      if constexpr (std::is_same_v<E, bf16>) if (k.is_bf16 && s.head_dim % 2 == 0) {  // as they are, in pairs
+        const bf16 *key = (const bf16*)k.data + k.place(token, g), *value = (const bf16*)v.data + v.place(token, g);
+        for (int d = 0; d < s.depth; d += 2) std::memcpy(keys + int64_t{d} * n, d < s.head_dim ? key + d : kZeros, 4);
+        for (int d = 0; d < s.depth; d++) values[int64_t{d} * vp] = d < s.head_dim ? value[d] : kZeros[0];
+        continue;
+      }
       for (int d = 0; d < s.depth; d++) {
         const bool inside = d < s.head_dim;
         keys[int64_t{d / p} * n * p + d % p] = stored<E>(inside ? k.at(token, g, d) : 0.f, k_scale);
@@ -472,14 +499,14 @@ template <class E> class Step {
 
   void attend(const Task& t, int g) {
     const int rows = t.count * s.group;
-    std::vector<float> qs(int64_t{rows} * s.depth), sums(partial_size(t)), more;
-    std::vector<uint32_t> words(q.is_bf16 && kPack<E> == 2 ? rows * s.depth / 2 : 0);
-    for (int r = 0; r < rows; r++) for (int d = 0; d < s.head_dim; d++) {
-      const float x = q.at(b.start[t.row] + t.token + r / s.group, g * s.group + r % s.group, d);
-      qs[r * s.depth + d] = x;
-      if (words.empty()) continue;
-      const bf16 half = to_bf16(x);
-      std::memcpy((char*)words.data() + (int64_t{r} * s.depth + d) * 2, &half, 2);
+    const bool dot = kHasDot && q.is_bf16 && kPack<E> == 2 && s.lanes == 16;
+    std::vector<float> qs(dot ? 0 : int64_t{rows} * s.depth), sums(partial_size(t)), more;
+    std::vector<uint32_t> words(dot ? int64_t{rows} * s.depth / 2 : 0);
+    for (int r = 0; r < rows; r++) {
+      const int64_t token = b.start[t.row] + t.token + r / s.group;
+      const int head = g * s.group + r % s.group;
+      if (dot) std::memcpy(words.data() + int64_t{r} * s.depth / 2, (const bf16*)q.data + q.place(token, head), s.head_dim * 2);
+      else for (int d = 0; d < s.head_dim; d++) qs[int64_t{r} * s.depth + d] = q.at(token, head, d);
     }
     for (int begin = t.begin; begin < t.end; begin = end_of_segment(begin)) {
       std::vector<float>& segment = begin == t.begin ? sums : more;
@@ -512,10 +539,10 @@ template <class E> class Step {
       for (int i = 0; i < kChunk / s.page_size + 2; i++) chunk.keys[i] = page(b.pages(t.row)[std::clamp(begin / s.page_size + i, lowest, last)], g);
       const int most = tiled ? kTileRows : 4;
       for (int r = 0; r < rows; r += most) {
-        const Tile tile{qs.data() + r * s.depth, words.empty() ? nullptr : words.data() + r * s.depth / 2, sums + r * s.depth, top + r, total + r, first + r, end + r};
+        const Tile tile{qs.empty() ? nullptr : qs.data() + r * s.depth, words.empty() ? nullptr : words.data() + r * s.depth / 2, sums + r * s.depth, top + r, total + r, first + r, end + r};
 #if JAXLLM_AMX
         if constexpr (std::is_same_v<E, bf16>) if (tiled) {
-          step_tiles(tiles, std::min(most, rows - r), s, o, scale, tile, chunk);
+          step_tiles(tiles, std::min(most, rows - r), r == 0, s, o, scale, tile, chunk);
           continue;
         }
 #endif
@@ -554,11 +581,9 @@ template <class E> class Step {
       const int64_t place = (int64_t{b.start[t.row] + t.token + r / s.group} * s.heads + head) * s.head_dim;
       const float sink = o.sinks ? o.sinks[head] * kLog2e : kMasked, most = std::max(top[r], sink), rescale = std::exp2(top[r] - most);
       const float factor = v_scale * rescale / (total[r] * rescale + (o.sinks ? std::exp2(sink - most) : 0.f));
-      for (int d = 0; d < s.head_dim; d++) {
-        const float x = sums[r * s.depth + d] * factor;
-        if (q.is_bf16) ((bf16*)out)[place + d] = to_bf16(x);
-        else ((float*)out)[place + d] = x;
-      }
+      const float* sum = sums + r * s.depth;
+      if (q.is_bf16) for (int d = 0; d < s.head_dim; d++) ((bf16*)out)[place + d] = to_bf16(sum[d] * factor);
+      else for (int d = 0; d < s.head_dim; d++) ((float*)out)[place + d] = sum[d] * factor;
     }
   }
 };
