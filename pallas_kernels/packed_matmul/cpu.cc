@@ -113,7 +113,7 @@ void multiply_tiles(jaxllm::Tiles& tiles, int rows, const uint32_t* x, const uin
   const uint32_t* x2 = x + 16 * depth;
   float* sums2 = sums + 16 * kPanel;
   const bool both = rows > 16;
-  tiles.set(shapes(rows));
+  tiles.set(rows, shapes);
   _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   for (int i = 0; i < depth; i += kTile) {
     const uint32_t* w = panel + i * kPanel;

@@ -308,7 +308,7 @@ void step_tiles(jaxllm::Tiles& tiles, int rows, bool fetch, const Shape& s, cons
   for (int r = 0; r < rows; r++) begin = std::min(begin, t.first[r] - chunk.begin), end = std::max(end, t.end[r] - chunk.begin);
   begin = std::max(begin, 0), end = std::min(end, chunk.size);
   if (begin >= end) return;
-  tiles.set(shapes(rows));
+  tiles.set(rows, shapes);
   const int low = begin / 16 * 16, high = (end + 15) / 16 * 16;
   const int queries = s.depth * 2, values = s.depth * 4;  // bytes of a row
   auto keys = [&](int slot) { return chunk.keys[slot / s.page_size] + int64_t{slot % s.page_size} * s.depth; };
