@@ -8,7 +8,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.packed_matmul import Backend, Panels, pack, packed_matmul, take_outputs
+from pallas_kernels.packed_matmul import (
+    Backend,
+    Gate,
+    Panels,
+    pack,
+    pack_gated,
+    packed_matmul,
+    take_outputs,
+)
 
 
 @dataclass(frozen=True)
@@ -19,19 +27,24 @@ class Packing:
         inputs: the axes that products sum over: the first ones, or the last.
         shape: of the weight before it was packed.
         backend: of the products.
+        gate: for a weight `[inputs, 2, outputs]`: its first half is a gate, and products come gated.
     """
 
     inputs: tuple[int, ...]
     shape: tuple[int, ...]
     backend: Backend
+    gate: Gate | None = None
 
     @property
     def outputs(self) -> tuple[int, ...]:
         """Sizes of the axes that a product makes."""
-        return tuple(size for axis, size in enumerate(self.shape) if axis not in self.inputs)
+        outputs = tuple(size for axis, size in enumerate(self.shape) if axis not in self.inputs)
+        return outputs if self.gate is None else outputs[1:]
 
     def pack(self, weight: Float[Array, "..."]) -> Panels:
         """The weight in panels."""
+        if self.gate is not None:
+            return pack_gated(weight)
         size = prod(self.outputs)
         matrix = weight.reshape(-1, size) if self.inputs[0] == 0 else weight.reshape(size, -1).T
         return pack(matrix)
@@ -40,24 +53,24 @@ class Packing:
         self, x: Float[Array, "tokens *inputs"], panels: Panels, out_dtype: DTypeLike
     ) -> Float[Array, "tokens *outputs"]:
         """Products of tokens with the weight, summed in float32 and rounded once."""
-        rows = x.reshape(len(x), -1)
-        y = packed_matmul(
-            rows, panels, outputs=prod(self.outputs), out_dtype=out_dtype, backend=self.backend
-        )
-        return y.reshape(len(x), *self.outputs)
+        rows, size = x.reshape(len(x), -1), prod(self.outputs)
+        options = {"outputs": size, "gate": self.gate, "backend": self.backend}
+        return packed_matmul(rows, panels, out_dtype=out_dtype, **options).reshape(len(x), *self.outputs)
 
     def take(self, panels: Panels, ids: Int[Array, " n"]) -> Float[Array, "n inputs"]:
         """What leads to each of the outputs `ids`, which are to be in range."""
         return take_outputs(panels, ids, prod(self.shape[axis] for axis in self.inputs))
 
 
-def pack_parameter(weight: nnx.Param[Array], inputs: Sequence[int], backend: Backend) -> nnx.Param[Array]:
+def pack_parameter(
+    weight: nnx.Param[Array], inputs: Sequence[int], backend: Backend, gate: Gate | None = None
+) -> nnx.Param[Array]:
     """The parameter in panels; its metadata say how it was packed.
 
     Raises:
         NotImplementedError: weights of its dtype are not packed.
     """
-    packing = Packing(tuple(inputs), tuple(weight.shape), backend)
+    packing = Packing(tuple(inputs), tuple(weight.shape), backend, gate)
     return nnx.Param(packing.pack(weight[...]), **weight.get_metadata(), packing=packing)
 
 

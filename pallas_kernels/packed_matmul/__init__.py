@@ -14,11 +14,20 @@ from pallas_kernels.packed_matmul.backends import (
     register_backend,
 )
 from pallas_kernels.packed_matmul.check import check
-from pallas_kernels.packed_matmul.panels import Panels, pack, packed_shape, take_outputs, unpack
+from pallas_kernels.packed_matmul.panels import (
+    Gate,
+    Panels,
+    pack,
+    pack_gated,
+    packed_shape,
+    take_outputs,
+    unpack,
+)
 from pallas_kernels.packed_matmul.problem import Problem
 
 __all__ = [
     "Backend",
+    "Gate",
     "Kernel",
     "PackedMatmulFunction",
     "Panels",
@@ -28,6 +37,7 @@ __all__ = [
     "choose_backend",
     "list_backends",
     "pack",
+    "pack_gated",
     "packed_matmul",
     "packed_shape",
     "register_backend",
@@ -42,6 +52,7 @@ def packed_matmul(
     weight: Panels,
     *,
     outputs: int,
+    gate: Gate | None = None,
     out_dtype: DTypeLike = jnp.float32,
     backend: Kernel = "auto",
 ) -> Float[Array, "rows out"]:
@@ -50,12 +61,13 @@ def packed_matmul(
     Args:
         weight: `pack(weight)` of a weight `[in, out]` of the rows' dtype.
         outputs: how many of the panels' outputs there are; the last panel may be padded.
+        gate: the weight is from `pack_gated`, and the result is `gate(x @ first) * (x @ second)`.
 
     Raises:
         ValueError: there is no such backend, or the shapes do not go together.
         NotImplementedError: the backend does not serve this call; the message says what.
     """
-    wanted = packed_shape(x.shape[1], outputs, x.dtype)
+    wanted = packed_shape(x.shape[1], outputs, x.dtype, gated=gate is not None)
     if (weight.shape, weight.dtype) != (wanted.shape, wanted.dtype):
         raise ValueError(
             f"weight {weight.dtype}{list(weight.shape)}: for {x.shape[1]} inputs of {x.dtype} and {outputs} "
@@ -71,4 +83,5 @@ def packed_matmul(
         dtype=jnp.dtype(x.dtype),
         out_dtype=jnp.dtype(out_dtype),
     )
-    return choose_backend(backend, problem).backend.multiply(x, weight, outputs=outputs, out_dtype=out_dtype)
+    multiply = choose_backend(backend, problem).backend.multiply
+    return multiply(x, weight, outputs=outputs, gate=gate, out_dtype=out_dtype)

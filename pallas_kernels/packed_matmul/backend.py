@@ -7,6 +7,7 @@ from typing import Protocol
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from pallas_kernels.packed_matmul.panels import Gate
 from pallas_kernels.packed_matmul.problem import Problem
 from pallas_kernels.registry import do_nothing, serves_all
 
@@ -14,7 +15,9 @@ from pallas_kernels.registry import do_nothing, serves_all
 class PackedMatmulFunction(Protocol):
     """What a backend implements: `packed_matmul` less its `backend` argument."""
 
-    def __call__(self, x: Array, weight: Array, /, *, outputs: int, out_dtype: DTypeLike) -> Array: ...
+    def __call__(
+        self, x: Array, weight: Array, /, *, outputs: int, gate: Gate | None, out_dtype: DTypeLike
+    ) -> Array: ...
 
 
 @dataclass(frozen=True)

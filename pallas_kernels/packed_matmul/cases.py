@@ -7,19 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from pallas_kernels.packed_matmul.panels import Gate
+
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 
 @dataclass(frozen=True)
 class Case:
-    """Rows `[rows, inputs]` times a weight `[inputs, outputs]`."""
+    """Rows `[rows, inputs]` times a weight `[inputs, outputs]`, or a gated one `[inputs, 2, outputs]`."""
 
     rows: int
     inputs: int = 64
     outputs: int = 64
     dtype: str = "float32"
     out_dtype: str = "float32"
+    gate: Gate | None = None
     seed: int = 0
 
     @property
@@ -54,6 +57,8 @@ CORNERS = _all_dtypes(
     one_output=Case(3, 64, 1),
     long_sums=Case(4, 3000, 64),
     many_panels=Case(3, 64, 4000),
+    gated_by_silu=Case(35, 64, 96, gate="silu"),
+    gated_by_gelu=Case(3, 100, 75, gate="gelu_tanh"),
 )
 
 
@@ -62,7 +67,7 @@ class Arrays:
     """A case's inputs in its dtype, and what must come out, in float64."""
 
     x: Float[np.ndarray, "rows in"]
-    weight: Float[np.ndarray, "in out"]
+    weight: Float[np.ndarray, "..."]
     out: Float[np.ndarray, "rows out"]
 
 
@@ -71,8 +76,18 @@ def build(case: Case) -> Arrays:
     rng = np.random.default_rng(case.seed)
     dtype = jnp.dtype(case.dtype)
     x = rng.normal(size=(case.rows, case.inputs)).astype(dtype)
-    weight = rng.normal(size=(case.inputs, case.outputs)).astype(dtype)
-    return Arrays(x, weight, x.astype(np.float64) @ weight.astype(np.float64))
+    if case.gate is None:
+        weight = rng.normal(size=(case.inputs, case.outputs)).astype(dtype)
+        return Arrays(x, weight, x.astype(np.float64) @ weight.astype(np.float64))
+    weight = rng.normal(size=(case.inputs, 2, case.outputs)).astype(dtype)
+    gate, other = (x.astype(np.float64) @ weight[:, i].astype(np.float64) for i in (0, 1))
+    return Arrays(x, weight, _GATES[case.gate](gate) * other)
+
+
+_GATES = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+}
 
 
 def cases() -> "SearchStrategy[Case]":
@@ -82,6 +97,6 @@ def cases() -> "SearchStrategy[Case]":
     dtypes = st.sampled_from([("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
     sizes = st.integers(1, 100)
     return st.builds(
-        lambda rows, inputs, outputs, dtypes, seed: Case(rows, inputs, outputs, *dtypes, seed),
-        sizes, sizes, sizes, dtypes, st.integers(0, 99),
+        lambda rows, inputs, outputs, dtypes, *rest: Case(rows, inputs, outputs, *dtypes, *rest),
+        sizes, sizes, sizes, dtypes, st.sampled_from([None, "silu", "gelu_tanh"]), st.integers(0, 99),
     )  # fmt: skip

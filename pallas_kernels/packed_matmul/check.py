@@ -10,7 +10,7 @@ import numpy as np
 from pallas_kernels.packed_matmul.backend import PackedMatmulFunction
 from pallas_kernels.packed_matmul.backends import Kernel, as_backend
 from pallas_kernels.packed_matmul.cases import CORNERS, Case, build
-from pallas_kernels.packed_matmul.panels import pack
+from pallas_kernels.packed_matmul.panels import pack, pack_gated
 from pallas_kernels.packed_matmul.problem import Problem
 from pallas_kernels.report import Outcome, Report
 
@@ -54,8 +54,9 @@ def check_case(case: Case, function: PackedMatmulFunction) -> None:
         NotImplementedError: the function does not serve the case.
     """
     arrays = build(case)
-    multiply = jax.jit(partial(function, outputs=case.outputs, out_dtype=jnp.dtype(case.out_dtype)))
-    out = multiply(jnp.asarray(arrays.x), pack(jnp.asarray(arrays.weight)))
+    options = {"outputs": case.outputs, "gate": case.gate, "out_dtype": jnp.dtype(case.out_dtype)}
+    panels = (pack if case.gate is None else pack_gated)(jnp.asarray(arrays.weight))
+    out = jax.jit(partial(function, **options))(jnp.asarray(arrays.x), panels)
     if (out.shape, out.dtype) != (arrays.out.shape, jnp.dtype(case.out_dtype)):
         raise AssertionError(f"the output is {out.dtype}{list(out.shape)}")
     limit = case.tolerance * np.abs(arrays.out).max(initial=0.0)

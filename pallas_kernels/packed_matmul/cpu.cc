@@ -4,6 +4,8 @@
 // float32, or a pair of bfloat16 of two neighbouring inputs, the even one in the low half. This is what the tiles of
 // AMX and the bf16 dot instruction of AVX-512 take, and two shifts elsewhere. Depth and columns are padded with zeros.
 //
+// A panel of a gated weight has 16 columns of the gate and then the 16 that it is for.
+//
 // Every element is summed over the inputs in one order, whatever the number of rows and threads: a row's result is the
 // same to the last bit in any company. The blocking is that of https://dl.acm.org/doi/10.1145/1356052.1356053.
 #include <algorithm>
@@ -11,16 +13,16 @@
 #include <cstring>
 #include <string>
 #include <vector>
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 #include "amx.h"
 #include "parallel.h"
+#include "vectors.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
+
+using namespace jaxllm;
 
 constexpr int kPanel = 32;  // columns of a panel: two tiles of AMX, two vectors of AVX-512
 constexpr int kTile = 16;   // words that the depth is padded to: a tile of AMX
@@ -34,32 +36,19 @@ constexpr int kLanes = 8, kVectors = 2, kRows = 4;
 constexpr int kLanes = 4, kVectors = 4, kRows = 4;
 #endif
 
-using Floats __attribute__((vector_size(kLanes * 4))) = float;
-using Words __attribute__((vector_size(kLanes * 4))) = uint32_t;
-struct bf16 { uint16_t bits; };
-
-template <class V> inline V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
-template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+using Row = Floats<kLanes>;
+using Word = Words<kLanes>;
 
 template <class E> constexpr int kPack = 4 / sizeof(E);  // inputs of a word
 
-inline float rounded(float x, float*) { return x; }
-inline bf16 rounded(float x, bf16*) {  // to nearest even; NaN stays NaN
-  uint32_t u; std::memcpy(&u, &x, 4);
-  if (x != x) return {uint16_t((u >> 16) | 0x40)};
-  return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
-}
-
 // sum += the word's inputs times a row's.
-inline void multiply(float*, Floats& sum, Words w, uint32_t x) {
-  sum += (Floats)w * (Floats)(Words{} + x);
-}
-inline void multiply(bf16*, Floats& sum, Words w, uint32_t x) {
+inline void multiply(float*, Row& sum, Word w, uint32_t x) { sum += (Row)w * (Row)(Word{} + x); }
+inline void multiply(bf16*, Row& sum, Word w, uint32_t x) {
 #if defined(__AVX512BF16__)
-  sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
+  sum = (Row)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
 #else
-  sum += (Floats)(w << 16) * (Floats)(Words{} + (x << 16));
-  sum += (Floats)(w & 0xffff0000u) * (Floats)(Words{} + (x & 0xffff0000u));
+  sum += (Row)(w << 16) * (Row)(Word{} + (x << 16));
+  sum += (Row)(w & 0xffff0000u) * (Row)(Word{} + (x & 0xffff0000u));
 #endif
 }
 
@@ -77,12 +66,12 @@ struct Fetch {
 // sums[r][...] = x[r][...] times a panel, for R rows; kVectors vectors of columns at a time.
 template <class E, int R> void multiply_rows(const uint32_t* const* x, const uint32_t* panel, int depth, const Fetch& fetch, float* sums) {
   for (int column = 0; column < kPanel; column += kLanes * kVectors) {
-    Floats sum[R][kVectors] = {};
+    Row sum[R][kVectors] = {};
     const uint32_t* w = panel + column;
     for (int i = 0; i < depth; i++, w += kPanel) {
       if (column == 0) fetch(i);
-      Words word[kVectors];
-      for (int v = 0; v < kVectors; v++) word[v] = load<Words>(w + v * kLanes);
+      Word word[kVectors];
+      for (int v = 0; v < kVectors; v++) word[v] = load<Word>(w + v * kLanes);
       for (int r = 0; r < R; r++) for (int v = 0; v < kVectors; v++) multiply((E*)nullptr, sum[r][v], word[v], x[r][i]);
     }
     for (int r = 0; r < R; r++) for (int v = 0; v < kVectors; v++) store(sums + r * kPanel + column + v * kLanes, sum[r][v]);
@@ -98,16 +87,16 @@ template <class E, int R = kRows> void multiply_rows(int rows, const uint32_t* c
 
 #if JAXLLM_AMX
 // Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights.
-jaxllm::Tiles::Shapes shapes(int rows) {
+Tiles::Shapes shapes(int rows) {
   const int first = std::min(16, rows), second = std::max(1, rows - 16);
   const int of[8] = {first, first, second, second, first, second, 16, 16};
-  jaxllm::Tiles::Shapes result;
+  Tiles::Shapes result;
   for (int i = 0; i < 8; i++) result.set(i, of[i], 64);
   return result;
 }
 
 // As `multiply_rows` of bfloat16, for up to 32 rows.
-void multiply_tiles(jaxllm::Tiles& tiles, int rows, const uint32_t* x, const uint32_t* panel, int depth, const Fetch& fetch, float* sums) {
+void multiply_tiles(Tiles& tiles, int rows, const uint32_t* x, const uint32_t* panel, int depth, const Fetch& fetch, float* sums) {
   constexpr int kLine = kPanel * 4;
   const int64_t stride = int64_t{depth} * 4;
   const uint32_t* x2 = x + 16 * depth;
@@ -131,28 +120,36 @@ void multiply_tiles(jaxllm::Tiles& tiles, int rows, const uint32_t* x, const uin
 }
 #endif
 
+enum Gate : int64_t { kNone, kSilu, kGeluTanh };
+
 struct Product {
   const uint32_t *x, *weight;  // [rows, depth], [panels, depth, 32]
-  int rows, depth, columns;
-  int panels() const { return (columns + kPanel - 1) / kPanel; }
+  int rows, depth, columns;    // of the result
+  Gate gate;                   // of panels whose first half is the gate of the second
+  int width() const { return gate == kNone ? kPanel : kPanel / 2; }  // columns of the result that a panel makes
+  int panels() const { return (columns + width() - 1) / width(); }
 };
 
-template <class Out> void write(const float* sums, int rows, int columns, int64_t stride, Out* out) {
+inline void put(float* to, F16 x) { store(to, x); }
+inline void put(bf16* to, F16 x) { store(to, to_bf16(x)); }
+
+// Writes the sums of a panel, `columns` of each row.
+template <class Out> void write(const float* sums, int rows, int columns, Gate gate, int64_t stride, Out* out) {
   for (int r = 0; r < rows; r++, sums += kPanel, out += stride) {
-#if defined(__AVX512BF16__)
-    if constexpr (sizeof(Out) == 2) if (columns == kPanel) {
-      store(out, _mm512_cvtne2ps_pbh(load<__m512>(sums + 16), load<__m512>(sums)));
-      continue;
-    }
-#endif
-    for (int i = 0; i < columns; i++) out[i] = rounded(sums[i], (Out*)nullptr);
+    F16 x[2] = {load<F16>(sums), load<F16>(sums + 16)};
+    if (gate != kNone) x[0] = x[1] * (gate == kSilu ? silu(x[0]) : gelu_tanh(x[0]));
+    Out part[kPanel];
+    Out* to = columns % 16 ? part : out;
+    put(to, x[0]);
+    if (columns > 16) put(to + 16, x[1]);
+    if (to == part) std::memcpy(out, part, columns * sizeof(Out));
   }
 }
 
 // The rows [first, end) times one panel.
-template <class E, class Out> void multiply_panel(const Product& p, int panel, int first, int end, Out* out, jaxllm::Tiles& tiles) {
+template <class E, class Out> void multiply_panel(const Product& p, int panel, int first, int end, Out* out, Tiles& tiles) {
   const uint32_t* weight = p.weight + int64_t{panel} * p.depth * kPanel;
-  const bool amx = kPack<E> == 2 && jaxllm::has_amx();
+  const bool amx = kPack<E> == 2 && has_amx();
   const int most = amx ? kBlock : kRows;
   const int blocks = (end - first + most - 1) / most;
   // each block fetches its part of the panel after this one
@@ -172,7 +169,7 @@ template <class E, class Out> void multiply_panel(const Product& p, int panel, i
       for (int r = 0; r < rows; r++) each[r] = x + int64_t{r} * p.depth;
       multiply_rows<E>(rows, each, weight, p.depth, fetch, sums);
     }
-    write(sums, rows, std::min(kPanel, p.columns - panel * kPanel), p.columns, out + int64_t{row} * p.columns + panel * kPanel);
+    write(sums, rows, std::min(p.width(), p.columns - panel * p.width()), p.gate, p.columns, out + int64_t{row} * p.columns + panel * p.width());
     row += rows;
   }
 }
@@ -180,26 +177,29 @@ template <class E, class Out> void multiply_panel(const Product& p, int panel, i
 template <class E, class Out, class Pool> void multiply_all(const Product& p, Out* out, Pool& pool) {
   const int threads = std::max<int>(1, pool.num_threads());
   // below some 20 us of work another thread costs more than it saves
-  const bool small = int64_t{p.columns} * p.depth < 1 << 16 && int64_t{p.columns} * p.depth * p.rows < 1 << 20;
+  const int64_t words = int64_t{p.panels()} * kPanel * p.depth;
+  const bool small = words < 1 << 16 && words * p.rows < 1 << 20;
   const int parts = std::max(1, std::min(p.rows / kBlock, threads * 4 / p.panels()));
   // neighbouring panels go to one task, so that what is fetched ahead is used
   const int together = std::max(1, p.panels() * parts / (threads * 8)), groups = (p.panels() + together - 1) / together;
-  jaxllm::parallel_for(pool, groups * parts, small ? 1 : threads, [&](int task) {
+  parallel_for(pool, groups * parts, small ? 1 : threads, [&](int task) {
     const int part = task % parts, begin = task / parts * together;
     const int first = int64_t{p.rows} * part / parts, end = int64_t{p.rows} * (part + 1) / parts;
-    jaxllm::Tiles tiles;
+    Tiles tiles;
     for (int panel = begin; panel < std::min(begin + together, p.panels()); panel++) multiply_panel<E>(p, panel, first, end, out, tiles);
   });
 }
 
 ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument("packed_matmul: " + what); }
 
-ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::Result<ffi::AnyBuffer> out) {
+ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::Result<ffi::AnyBuffer> out, int64_t gate) {
   const auto xs = x.dimensions(), ws = weight.dimensions(), os = out->dimensions();
   const bool halves = x.element_type() == ffi::BF16;
   if (xs.size() != 2 || ws.size() != 3 || os.size() != 2 || os[0] != xs[0]) return invalid("x is to be [rows, in], the weight [panels, depth, 32], the result [rows, out]");
   const int64_t depth = ws[1], bytes = xs[1] * (halves ? 2 : 4);
-  if (ws[2] != kPanel || ws[0] != (os[1] + kPanel - 1) / kPanel || depth % kTile || depth != (bytes + 63) / 64 * kTile)
+  if (gate < kNone || gate > kGeluTanh) return invalid("there is no gate " + std::to_string(gate));
+  const int width = gate == kNone ? kPanel : kPanel / 2;
+  if (ws[2] != kPanel || ws[0] != (os[1] + width - 1) / width || depth % kTile || depth != (bytes + 63) / 64 * kTile)
     return invalid("a weight [" + std::to_string(ws[0]) + ", " + std::to_string(depth) + ", " + std::to_string(ws[2]) + "] does not go with " + std::to_string(xs[1]) + " inputs and " + std::to_string(os[1]) + " outputs");
   if (weight.element_type() != (halves ? ffi::U32 : ffi::F32)) return invalid("rows of bfloat16 go with words of uint32, rows of float32 with float32");
   const char* rows = (const char*)x.untyped_data();
@@ -209,7 +209,7 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ff
     for (int64_t r = 0; r < xs[0]; r++) std::memcpy(padded.data() + r * depth * 4, rows + r * bytes, bytes);
     rows = padded.data();
   }
-  const Product p{(const uint32_t*)rows, (const uint32_t*)weight.untyped_data(), int(xs[0]), int(depth), int(os[1])};
+  const Product p{(const uint32_t*)rows, (const uint32_t*)weight.untyped_data(), int(xs[0]), int(depth), int(os[1]), Gate(gate)};
   if (halves && out->element_type() == ffi::BF16) multiply_all<bf16>(p, (bf16*)out->untyped_data(), pool);
   else if (halves && out->element_type() == ffi::F32) multiply_all<bf16>(p, (float*)out->untyped_data(), pool);
   else if (x.element_type() == ffi::F32 && out->element_type() == ffi::F32) multiply_all<float>(p, (float*)out->untyped_data(), pool);
@@ -219,4 +219,4 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ff
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PackedMatmul, run, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PackedMatmul, run, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<int64_t>("gate"));

@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.native import BuildError, Library, Source
 from pallas_kernels.packed_matmul.backend import Backend
-from pallas_kernels.packed_matmul.panels import Panels
+from pallas_kernels.packed_matmul.panels import Gate, Panels
 from pallas_kernels.packed_matmul.problem import Problem
 
 LIBRARY = Library(Source(Path(__file__).with_name("cpu.cc")), handlers=("PackedMatmul",))
 
+GATES: tuple[Gate | None, ...] = (None, "silu", "gelu_tanh")
+"""By the numbers that the source gives them."""
 SERVED = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"))
 """Dtypes of rows and results."""
 
@@ -31,11 +34,12 @@ def require(problem: Problem) -> None:
 
 
 def packed_matmul_cpu(
-    x: Float[Array, "rows in"], weight: Panels, /, *, outputs: int, out_dtype: DTypeLike
+    x: Float[Array, "rows in"], weight: Panels, /, *, outputs: int, gate: Gate | None, out_dtype: DTypeLike
 ) -> Float[Array, "rows out"]:
     """See `packed_matmul`. A row's result is the same to the last bit whatever other rows there are."""
     shape = jax.ShapeDtypeStruct((x.shape[0], outputs), out_dtype)
-    return jax.ffi.ffi_call(LIBRARY.targets()["PackedMatmul"], shape)(x, weight)
+    call = jax.ffi.ffi_call(LIBRARY.targets()["PackedMatmul"], shape)
+    return call(x, weight, gate=np.int64(GATES.index(gate)))
 
 
 BACKEND = Backend("cpu", packed_matmul_cpu, require, prepare=LIBRARY.prepare)

@@ -1,5 +1,7 @@
 """How a weight is packed for products on CPU: panels of 32 outputs, which a kernel reads from end to end."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -9,6 +11,9 @@ OUTPUTS = 32
 DEPTH = 16
 """Words that a panel's depth is padded to: a tile of AMX."""
 
+Gate = Literal["silu", "gelu_tanh"]
+"""What is made of a gate's outputs before others are multiplied with it; see `jax.nn.silu` and `jax.nn.gelu`."""
+
 Panels = Shaped[Array, "panels depth 32"]
 """Words of four bytes: a float32, or as uint32 two bfloat16 of neighbouring inputs, the first in the low half.
 
@@ -17,14 +22,17 @@ a whole bfloat16 array into float32 and back where it gathers from one.
 """
 
 
-def packed_shape(inputs: int, outputs: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-    """What `pack` makes of a weight `[inputs, outputs]`.
+def packed_shape(
+    inputs: int, outputs: int, dtype: jnp.dtype, *, gated: bool = False
+) -> jax.ShapeDtypeStruct:
+    """What `pack` makes of a weight `[inputs, outputs]`, or `pack_gated` of one `[inputs, 2, outputs]`.
 
     Raises:
         NotImplementedError: weights of this dtype are not packed.
     """
     words = -(-inputs // _inputs_of_a_word(dtype))
-    shape = (-(-outputs // OUTPUTS), -(-words // DEPTH) * DEPTH, OUTPUTS)
+    width = OUTPUTS // 2 if gated else OUTPUTS
+    shape = (-(-outputs // width), -(-words // DEPTH) * DEPTH, OUTPUTS)
     return jax.ShapeDtypeStruct(shape, jnp.uint32 if dtype == jnp.bfloat16 else dtype)
 
 
@@ -41,6 +49,25 @@ def pack(weight: Float[Array, "in out"]) -> Panels:
     bits = jnp.pad(bits, ((0, depth * each - inputs), (0, panels * OUTPUTS - outputs)))
     words = bits.reshape(depth, each, panels, OUTPUTS).transpose(2, 0, 3, 1)
     return words[..., 0] if each == 1 else jax.lax.bitcast_convert_type(words, jnp.uint32)
+
+
+def pack_gated(weight: Float[Array, "in 2 out"]) -> Panels:
+    """A gate's weight and that of what it is for: each panel has 16 outputs of the first and their counterparts.
+
+    Raises:
+        NotImplementedError: weights of this dtype are not packed.
+    """
+    inputs, _, outputs = weight.shape
+    half = OUTPUTS // 2
+    padded = jnp.pad(weight, ((0, 0), (0, 0), (0, -outputs % half)))
+    return pack(padded.reshape(inputs, 2, -1, half).swapaxes(1, 2).reshape(inputs, -1))
+
+
+def split_gated(products: Float[Array, "rows columns"], outputs: int) -> Float[Array, "2 rows out"]:
+    """The gate's part and the other of products with all columns that `pack_gated` made."""
+    half = OUTPUTS // 2
+    parts = products.reshape(len(products), -1, 2, half).transpose(2, 0, 1, 3)
+    return parts.reshape(2, len(products), -1)[..., :outputs]
 
 
 def unpack(panels: Panels, inputs: int, outputs: int) -> Float[Array, "in out"]:

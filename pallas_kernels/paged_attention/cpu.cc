@@ -14,16 +14,16 @@
 #include <string>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 #include "amx.h"
 #include "parallel.h"
+#include "vectors.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
+
+using namespace jaxllm;
 
 #if defined(__AVX512BF16__)
 constexpr bool kHasDot = true;  // a product of pairs of bfloat16
@@ -31,33 +31,13 @@ constexpr bool kHasDot = true;  // a product of pairs of bfloat16
 constexpr bool kHasDot = false;
 #endif
 constexpr int kChunk = 256;        // keys whose scores are held at once: with their values 64 KB of bf16, half of an L2
-constexpr int kQueryRows = 96;     // queries that share the reading of keys: 12 tiles of 4
+constexpr int kQueryRows = 96;     // queries that share the reading of keys: 24 tiles of 4, or 6 of AMX
 constexpr int kSegment = 1024;     // keys that have a softmax of their own: the least that is worth a task
 constexpr float kMasked = -1e30f;  // finite, so that differences of two are no NaN
-constexpr float kLog2e = 1.44269504f;
 
-struct bf16 { uint16_t bits; };
 struct f8 { uint8_t bits; };
 constexpr bf16 kZeros[2] = {};
 
-template <int N> using Floats __attribute__((vector_size(N * 4))) = float;
-template <int N> using Words __attribute__((vector_size(N * 4))) = uint32_t;
-template <int N> using Ints __attribute__((vector_size(N * 4))) = int32_t;
-template <int N> using Bytes __attribute__((vector_size(N))) = int8_t;
-template <int N> using UBytes __attribute__((vector_size(N))) = uint8_t;
-using F16 = Floats<16>;
-using Halves __attribute__((vector_size(32))) = uint16_t;
-
-template <class V> inline V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
-template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
-
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) { uint32_t u = uint32_t{x.bits} << 16; float f; std::memcpy(&f, &u, 4); return f; }
-inline bf16 to_bf16(float x) {  // to nearest even; NaN stays NaN
-  uint32_t u; std::memcpy(&u, &x, 4);
-  if (x != x) return {uint16_t((u >> 16) | 0x40)};
-  return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
-}
 inline f8 to_f8(float x) {  // e4m3: 448 is the largest, to nearest even
   uint32_t u; std::memcpy(&u, &x, 4);
   uint8_t sign = (u >> 24) & 0x80;
@@ -85,28 +65,6 @@ template <int N> inline void widen(const f8* p, Floats<N>* x) {
   x[0] = (Floats<N>)(bits | ((w & 0x80) << 24));
 }
 template <class E> constexpr int kPack = std::is_same_v<E, bf16> ? 2 : 1;
-
-inline F16 exp2(F16 x) {  // relative error 2e-7 over the range of floats; below it 2^-126
-  x = (x < -126.f) ? (F16{} - 126.f) : x;
-  F16 shifted = x + 12582912.f;  // rounds to an integer in the low bits
-  F16 f = x - (shifted - 12582912.f);
-  F16 p = F16{} + 1.5353362e-4f;
-  for (float c : {1.3398874e-3f, 9.6184373e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.9314718e-1f, 1.f}) p = p * f + c;
-  return (F16)((Ints<16>)p + ((Ints<16>)shifted << 23));
-}
-inline F16 tanh(F16 x) {
-  x = (x > 20.f) ? (F16{} + 20.f) : (x < -20.f) ? (F16{} - 20.f) : x;
-  return 1.f - 2.f / (exp2(x * (2.f * kLog2e)) + 1.f);
-}
-
-inline Halves to_bf16(F16 x) {  // of numbers, to nearest even
-#if defined(__AVX512BF16__)
-  return (Halves)_mm512_cvtneps_pbh((__m512)x);
-#else
-  const Words<16> u = (Words<16>)x;
-  return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, Halves);
-#endif
-}
 
 struct Shape {
   int heads, kv_heads, head_dim, depth, page_size, lanes, group;
@@ -277,13 +235,13 @@ void step(const Shape& s, const Options& o, float scale, const Tile& t, const Ch
 
 constexpr int kTileRows = 16, kMostDepth = 256;
 
-bool fits_tiles(const Shape& s) { return jaxllm::has_amx() && s.lanes == 16 && s.depth % 32 == 0 && s.depth <= kMostDepth; }
+bool fits_tiles(const Shape& s) { return has_amx() && s.lanes == 16 && s.depth % 32 == 0 && s.depth <= kMostDepth; }
 
 #if JAXLLM_AMX
 
 // Tiles 0 to 3 are sums, 4 queries, 5 weights of 16 slots, 6 keys of 16 slots, 7 their values.
-jaxllm::Tiles::Shapes shapes(int rows) {
-  jaxllm::Tiles::Shapes result;
+Tiles::Shapes shapes(int rows) {
+  Tiles::Shapes result;
   for (int i = 0; i < 5; i++) result.set(i, rows, 64);
   result.set(5, rows, 32), result.set(6, 16, 64), result.set(7, 8, 64);
   return result;
@@ -300,7 +258,7 @@ const uint32_t* clean(const Shape& s, const uint32_t* v, int columns, int from, 
 }
 
 // As `step` of bfloat16, for up to 16 queries and pages of 16 slots or a multiple that `fits_tiles`.
-void step_tiles(jaxllm::Tiles& tiles, int rows, bool fetch, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<bf16>& chunk) {
+void step_tiles(Tiles& tiles, int rows, bool fetch, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<bf16>& chunk) {
   alignas(64) float scores[kTileRows * kChunk];
   alignas(64) bf16 rounded[kTileRows * kChunk];
   alignas(64) uint32_t seen[8 * kMostDepth];
@@ -424,8 +382,8 @@ template <class E> class Step {
     const int threads = work * s.heads < 4096 ? 1 : std::max<int>(1, pool.num_threads());
     plan(threads);
     if (chunks)  // all is written before anything reads it; a lone token is written by the task that reads it
-      jaxllm::parallel_for(pool, tasks.size(), threads, [this](int i) { if (is_last(tasks[i])) for (int g = 0; g < s.kv_heads; g++) write(tasks[i], g); });
-    jaxllm::parallel_for(pool, tasks.size() * s.kv_heads, threads, [this, chunks](int i) {
+      parallel_for(pool, tasks.size(), threads, [this](int i) { if (is_last(tasks[i])) for (int g = 0; g < s.kv_heads; g++) write(tasks[i], g); });
+    parallel_for(pool, tasks.size() * s.kv_heads, threads, [this, chunks](int i) {
       const Task& task = tasks[i / s.kv_heads];
       if (!chunks && is_last(task)) write(task, i % s.kv_heads);
       attend(task, i % s.kv_heads);
@@ -531,7 +489,7 @@ template <class E> class Step {
     }
     const float scale = o.scale * (o.k_scale ? o.k_scale[g] : 1.f);
     const bool tiled = !words.empty() && fits_tiles(s);
-    jaxllm::Tiles tiles;
+    Tiles tiles;
     const int lowest = first_seen(position(t.row, t.token)) / s.page_size, last = (to - 1) / s.page_size;
     for (int begin = from; begin < to; begin += kChunk) {
       Chunk<E> chunk;

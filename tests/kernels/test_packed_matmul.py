@@ -18,6 +18,7 @@ from pallas_kernels.packed_matmul import (
     choose_backend,
     cpu,
     pack,
+    pack_gated,
     packed_matmul,
     packed_shape,
     take_outputs,
@@ -67,9 +68,22 @@ def test_packing_loses_nothing(shape: tuple[int, int], dtype: str) -> None:
 
 def test_nan_stays_in_its_row() -> None:
     x = jnp.ones((40, 64)).at[20, 3].set(jnp.nan)
-    out = np.asarray(packed_matmul(x, pack(jnp.ones((64, 32))), outputs=32))
-    assert np.isnan(out[20]).all()
-    assert not np.isnan(np.delete(out, 20, axis=0)).any()
+    for panels, gate in ((pack(jnp.ones((64, 32))), None), (pack_gated(jnp.ones((64, 2, 32))), "silu")):
+        out = np.asarray(packed_matmul(x, panels, outputs=32, gate=gate))
+        assert np.isnan(out[20]).all()
+        assert not np.isnan(np.delete(out, 20, axis=0)).any()
+
+
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
+def test_gates_of_any_size(gate: Any) -> None:
+    """From gates that let nothing through to those that let all: nothing overflows on the way."""
+    x = jnp.asarray([[-1e30], [-300.0], [-88.0], [-1.0], [0.0], [1.0], [88.0], [300.0], [1e30]])
+    panels = pack_gated(jnp.stack([jnp.ones((1, 1)), jnp.zeros((1, 1))], axis=1) + 0.0)
+    ones = pack_gated(jnp.ones((1, 2, 1)))
+    assert not np.asarray(packed_matmul(x, panels, outputs=1, gate=gate)).any()
+    out = np.asarray(packed_matmul(x, ones, outputs=1, gate=gate))
+    wanted = np.asarray((jax.nn.silu if gate == "silu" else jax.nn.gelu)(x) * x)
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-30)
 
 
 def test_sums_in_float32() -> None:
@@ -113,7 +127,7 @@ def test_shapes_that_do_not_go_together() -> None:
         packed_matmul(x.astype(jnp.bfloat16), weight, outputs=64)
     for call in ((x[:, :40], weight, 64), (x, weight, 200), (x, weight.view(jnp.uint32), 64)):
         with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*packed_matmul"):
-            cpu.packed_matmul_cpu(*call[:2], outputs=call[2], out_dtype=jnp.float32)
+            cpu.packed_matmul_cpu(*call[:2], outputs=call[2], gate=None, out_dtype=jnp.float32)
 
 
 def test_check_reports_what_is_wrong() -> None:
