@@ -170,7 +170,9 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
         eos_token_ids=eos,
         default_params=default_sampling_params(generation),
     )
-    return EngineParts(config, model, mesh, attention, products, core, inputs, tokenizer, source, laps.seconds)
+    return EngineParts(
+        config, model, mesh, attention, products, core, inputs, tokenizer, source, laps.seconds
+    )
 
 
 def _open(config: EngineConfig) -> Checkpoint:

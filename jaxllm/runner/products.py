@@ -42,9 +42,7 @@ def check_products(name: str) -> None:
     """
     names = ["auto", XLA, *list_backends()]
     if name not in names:
-        raise ValueError(
-            f"matmul_backend={name!r}: there is no such backend; there are {', '.join(names)}"
-        )
+        raise ValueError(f"matmul_backend={name!r}: there is no such backend; there are {', '.join(names)}")
 
 
 def prepare_products(name: str, mesh: Mesh) -> None:

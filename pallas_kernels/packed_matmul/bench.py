@@ -72,9 +72,7 @@ def workloads(platform: str, device_kind: str, options: Options) -> list[Workloa
     found = []
     for dtype in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         for rows in options.rows or default.rows:
-            problem = Problem(
-                platform, device_kind, rows, model.hidden, 2 * model.intermediate, dtype, dtype
-            )
+            problem = Problem(platform, device_kind, rows, model.hidden, 2 * model.intermediate, dtype, dtype)
             one = Product(problem)
             found.append(
                 Workload(

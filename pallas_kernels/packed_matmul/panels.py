@@ -12,19 +12,18 @@ DEPTH = 16
 """Words that a panel's depth is padded to: a tile of AMX."""
 
 Gate = Literal["silu", "gelu_tanh"]
-"""What is made of a gate's outputs before others are multiplied with it; see `jax.nn.silu` and `jax.nn.gelu`."""
+"""What a gate's outputs go through before others are multiplied with them: `jax.nn.silu` or `jax.nn.gelu`."""
 
 Panels = Shaped[Array, "panels depth 32"]
-"""Words of four bytes: a float32, or as uint32 two bfloat16 of neighbouring inputs, the first in the low half.
+"""Words of four bytes: a float32, or as uint32 two bfloat16 of neighbouring inputs, the first in the low
+half.
 
-Pairs are what AVX-512's and AMX's products of bfloat16 take. As bits they are safe from XLA on CPU, which turns
-a whole bfloat16 array into float32 and back where it gathers from one.
+Pairs are what AVX-512's and AMX's products of bfloat16 take. As bits they are safe from XLA on CPU, which
+turns a whole bfloat16 array into float32 and back where it gathers from one.
 """
 
 
-def packed_shape(
-    inputs: int, outputs: int, dtype: jnp.dtype, *, gated: bool = False
-) -> jax.ShapeDtypeStruct:
+def packed_shape(inputs: int, outputs: int, dtype: jnp.dtype, *, gated: bool = False) -> jax.ShapeDtypeStruct:
     """What `pack` makes of a weight `[inputs, outputs]`, or `pack_gated` of one `[inputs, 2, outputs]`.
 
     Raises:
@@ -52,7 +51,7 @@ def pack(weight: Float[Array, "in out"]) -> Panels:
 
 
 def pack_gated(weight: Float[Array, "in 2 out"]) -> Panels:
-    """A gate's weight and that of what it is for: each panel has 16 outputs of the first and their counterparts.
+    """A gate's weight and that of what it is for: a panel has 16 outputs of one and their counterparts.
 
     Raises:
         NotImplementedError: weights of this dtype are not packed.

@@ -126,7 +126,7 @@ def test_shapes_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match=r"for 64 inputs of bfloat16 .* it is to be uint32\[2, 32, 32\]"):
         packed_matmul(x.astype(jnp.bfloat16), weight, outputs=64)
     for call in ((x[:, :40], weight, 64), (x, weight, 200), (x, weight.view(jnp.uint32), 64)):
-        with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*packed_matmul"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*packed_matmul"):
             cpu.packed_matmul_cpu(*call[:2], outputs=call[2], gate=None, out_dtype=jnp.float32)
 
 
