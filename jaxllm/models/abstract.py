@@ -56,9 +56,22 @@ class Structure:
     state: nnx.State[Any, Any]
 
 
+class _OneKey(nnx.Rngs):
+    """Gives every parameter the same key, which is of no use: only shapes are wanted.
+
+    `nnx.Rngs` counts its keys in a variable, and to write one under a trace takes jax 7 ms.
+    """
+
+    def __init__(self) -> None:
+        self._key = jax.random.key(0)
+
+    def __getattr__(self, name: str) -> Callable[[], Array]:
+        return lambda: self._key
+
+
 def split(model: type[CausalLM], config: DecoderConfig) -> tuple[Structure, dict[str, Parameter]]:
     """A model's structure and its parameters, by their dotted paths, in the order that `merge` takes them."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: model(config, rngs=_OneKey())))
     parameters = {}
     for path, variable in nnx.to_flat_state(state):
         array: jax.ShapeDtypeStruct = variable.get_value()
