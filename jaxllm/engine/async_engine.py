@@ -9,10 +9,9 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.chat import Conversation
@@ -22,6 +21,9 @@ from jaxllm.engine.inputs import EngineInput, Prompt
 from jaxllm.engine.loading import load_parts
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Health = Literal["running", "sleeping", "failed", "closed"]
 T = TypeVar("T")
@@ -144,7 +146,7 @@ class AsyncEngine:
             return "failed"
         return "sleeping" if self._engine.is_sleeping else "running"
 
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer; see `Engine.get_tokenizer`."""
         return self._engine.get_tokenizer()
 

@@ -5,12 +5,12 @@ import itertools
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
+from converters.tokenizer import full_tokenizer
 from jaxllm.config import EngineConfig
 from jaxllm.engine.beam_search import BeamSearch, BeamSearchOutput
 from jaxllm.engine.chat import Conversation
@@ -25,6 +25,9 @@ from jaxllm.engine.sleeping import Sleep
 from jaxllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
 from pallas_kernels.paged_attention import Backend
 from pallas_kernels.registry import Choice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Engine:
@@ -284,7 +287,7 @@ class Engine:
         """What requests without parameters get: what the model's generation_config.json suggests."""
         return self._inputs.default_params
 
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer.
 
         Raises:
@@ -292,7 +295,7 @@ class Engine:
         """
         if self._parts.tokenizer is None:
             raise ValueError("this engine has no tokenizer: it was made with skip_tokenizer_init=True")
-        return self._parts.tokenizer
+        return full_tokenizer(self._parts.tokenizer)
 
     def get_metrics(self) -> dict[str, float]:
         """Counts and times so far (see `Metrics.snapshot`), the programs, and the attention kernel.

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import platformdirs
 from jax.sharding import Mesh
 from jaxtyping import Array
-from transformers import PreTrainedTokenizerBase
 
 from converters.blank import BlankCheckpoint, locate_configs
 from converters.checkpoint import Checkpoint, open_checkpoint
-from converters.tokenizer import load_tokenizer
+from converters.tokenizer import TextTokenizer, open_tokenizer
 from jaxllm.cache.groups import group_layers
 from jaxllm.cache.manager import CacheManager
 from jaxllm.config import EngineConfig
@@ -58,7 +57,7 @@ class EngineParts:
     """The attention kernel, and why it is not another one."""
     core: EngineCore
     inputs: InputProcessor
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: TextTokenizer | None
     load_weights: "WeightSource"
     """Loads the weights once more, after a sleep that dropped them."""
     load_seconds: Mapping[str, float]
@@ -171,13 +170,13 @@ def _open(config: EngineConfig) -> Checkpoint:
     return BlankCheckpoint(path) if path.is_dir() else open_checkpoint(str(path))
 
 
-def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> TextTokenizer | None:
     model = config.model
     if model.skip_tokenizer_init:
         return None
     # a repo's own tokenizer code is not among the files that are downloaded for the weights
     own = model.model if model.trust_remote_code else checkpoint.path
-    return load_tokenizer(
+    return open_tokenizer(
         own if model.tokenizer is None else model.tokenizer,
         revision=model.revision,
         cache_dir=model.cache_dir,

@@ -65,7 +65,7 @@ class _OneKey(nnx.Rngs):
     def __init__(self) -> None:
         self._key = jax.random.key(0)
 
-    def __getattr__(self, name: str) -> Callable[[], Array]:
+    def __getattr__(self, name: str) -> Any:
         return lambda: self._key
 
 
