@@ -43,7 +43,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     options = request["options"] | {
         name: Path(folder) for name, folder in request["options"].items() if name in _FOLDERS
     }
-    with session.Session(request["model"], **options) as run:
+    with session.Session(request["model"], wait=False, **options) as run:
         lap("load")
         load, rest = dict(run.parts.load_seconds), phases.pop("load")
         phases.update(load)

@@ -154,6 +154,10 @@ class AsyncEngine:
         """See `Engine.get_metrics`."""
         return self._engine.get_metrics()
 
+    async def wait_for_programs(self, timeout: float | None = None) -> bool:
+        """See `Engine.wait_for_programs`."""
+        return await asyncio.to_thread(self._engine.wait_for_programs, timeout)
+
     async def reset_prefix_cache(self) -> bool:
         """See `Engine.reset_prefix_cache`."""
         return await self._call(self._engine.reset_prefix_cache)

@@ -300,7 +300,9 @@ class Engine:
     def get_metrics(self) -> dict[str, float]:
         """Counts and times so far (see `Metrics.snapshot`), the programs, and the attention kernel.
 
-        `programs` were compiled in `compile_seconds`, and `programs_compiled_late_total` while serving.
+        Of all `programs`, `programs_pending` are still being compiled, `programs_loaded` had been kept by an
+        earlier process, and `programs_compiled_late_total` were compiled while a request waited for them;
+        `compile_seconds` is how long it took until the last one was there.
         `attention_backend_info{...}`, with labels as Prometheus writes them, is 1 for the kernel that runs,
         and 0, with the reason, for each that would have been tried before it.
         """
@@ -309,11 +311,23 @@ class Engine:
             self._core.get_metrics()
             | {
                 "programs": float(len(programs)),
+                "programs_pending": float(programs.num_pending),
+                "programs_loaded": float(programs.num_loaded),
                 "programs_compiled_late_total": float(programs.compiled_late),
                 "compile_seconds": programs.seconds,
             }
             | choice_metrics("attention_backend_info", self._parts.attention)
         )
+
+    def wait_for_programs(self, timeout: float | None = None) -> bool:
+        """Waits until no program is being compiled any more; False if that takes more than `timeout` seconds.
+
+        Requests need not wait for it: until then a step may run in a program that was made for a larger one.
+
+        Raises:
+            Exception: what compiling a program raised.
+        """
+        return self._core.runner.programs.wait(timeout=timeout)
 
     @property
     def attention_backend(self) -> Choice[Backend]:
