@@ -147,7 +147,7 @@ class CompileConfig:
     keep_executables: bool = option(
         True, "keep programs whole in the compilation cache, so that the next start need not even trace them"
     )
-    background: bool = option(
+    compile_in_background: bool = option(
         True, "serve as soon as a few programs can run every request, and compile the others meanwhile"
     )
     enforce_eager: bool = option(

@@ -58,6 +58,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         "phases": phases,
         "compiler": dict(compiler),
         "programs": about["programs"],
+        "programs_loaded": about["programs_loaded"],
         "programs_compiled_late": about["programs_compiled_late"],
         "memory_bytes": about["memory_bytes"],
     }

@@ -171,6 +171,7 @@ class Session:
             "jax": jax.__version__,
             "load_seconds": self.load_seconds,
             "programs": int(metrics["programs"]),
+            "programs_loaded": int(metrics["programs_loaded"]),
             "programs_compiled_late": int(metrics["programs_compiled_late_total"]),
             "compile_seconds": metrics["compile_seconds"],
             "pages": int(metrics["num_pages"]),

@@ -116,6 +116,7 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
         closing(_open(config)) as checkpoint,
         ExitStack() as failed,
     ):
+        _compare_options(threads)
         architecture = ModelRegistry.resolve(checkpoint.config)
         model = _read_model(config, checkpoint, architecture, mesh)
         with jax.set_mesh(mesh):
@@ -153,7 +154,9 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
             lowering, params, num_pages, programs, state.result(), exact=config.compile.enforce_eager
         )
         laps.end("pages")
-        programs.wait(lowering.first_programs if config.compile.background else None, progress=progress)
+        programs.wait(
+            lowering.first_programs if config.compile.compile_in_background else None, progress=progress
+        )
         programs.serve_beside()
         laps.end("programs")
         failed.pop_all()
@@ -174,6 +177,16 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None) -> EngineParts:
     )
     laps.end("rest")
     return EngineParts(config, model, mesh, attention, core, inputs, tokenizer, source, laps.seconds)
+
+
+def _compare_options(threads: ThreadPoolExecutor) -> None:
+    """Warns of options of jax that only the calling thread has: programs are traced in others."""
+    here, there = dict(jax.config.values), threads.submit(lambda: dict(jax.config.values)).result()
+    if names := [name for name, value in here.items() if there[name] != value]:
+        logger.warning(
+            "%s: set for this thread alone, which programs do not see; use jax.config.update",
+            ", ".join(names),
+        )
 
 
 def _kept_programs(

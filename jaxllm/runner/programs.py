@@ -145,7 +145,8 @@ class Programs:
         with self._changed:
             self._waiting.clear()
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():  # where the garbage collector closes an engine
+                thread.join()
         self._threads.clear()
         self._compiled.clear()
 

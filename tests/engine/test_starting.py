@@ -23,7 +23,7 @@ from pallas_kernels.paged_attention import as_backend
 
 SHORT = {"max_model_len": 64}
 SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 8, **SHORT}
-BACKGROUND = {"background": True, **SHORT}
+BACKGROUND = {"compile_in_background": True, **SHORT}
 
 
 def answers(engine: Engine) -> list[list[int]]:
@@ -239,3 +239,9 @@ def test_eager_compiles_what_it_needs_when_it_needs_it(expected: list[list[int]]
         assert answers(engine) == expected
         assert few < engine.get_metrics()["programs_compiled_late_total"] <= begin["programs"]
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("compile-")]
+
+
+def test_options_of_one_thread_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), jax.default_matmul_precision("highest"):
+        small_engine(enforce_eager=True, **SHORT).close()
+    assert "jax_default_matmul_precision: set for this thread alone" in caplog.text
