@@ -52,6 +52,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         lap("prompt")
         run.generate([prompt], 1)
         lap("first_token")
+        run.engine.wait_for_programs()  # so that a later start finds all of them
         about = run.about()
     return {
         "seconds": sum(phases.values()),

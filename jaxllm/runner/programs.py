@@ -83,7 +83,7 @@ class Programs:
                 self._waiting.remove(key)
             self._changed.wait_for(lambda: key not in self._running)
         if key not in self._compiled:
-            logger.info("compiling %s while serving", key)
+            logger.info("compiling %s now: it was not compiled ahead", key)
             self._compiled[key] = self._make(key)
         return self._compiled[key]
 
