@@ -77,6 +77,7 @@ class KeptPrograms:
         self._devices = devices
         self._max_bytes = max_bytes
         self._usable = self._prepare()
+        self._counting = threading.Lock()
         self.num_loaded = 0
         """Programs that were found."""
 
@@ -104,7 +105,8 @@ class KeptPrograms:
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
-        self.num_loaded += 1
+        with self._counting:
+            self.num_loaded += 1
         return compiled
 
     def compile(self, key: Hashable, lowered: Lowered) -> Compiled:
