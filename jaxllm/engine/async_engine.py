@@ -9,10 +9,9 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.chat import Conversation
@@ -22,6 +21,9 @@ from jaxllm.engine.inputs import EngineInput, Prompt
 from jaxllm.engine.loading import load_parts
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Health = Literal["running", "sleeping", "failed", "closed"]
 T = TypeVar("T")
@@ -144,13 +146,17 @@ class AsyncEngine:
             return "failed"
         return "sleeping" if self._engine.is_sleeping else "running"
 
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer; see `Engine.get_tokenizer`."""
         return self._engine.get_tokenizer()
 
     def get_metrics(self) -> dict[str, float]:
         """See `Engine.get_metrics`."""
         return self._engine.get_metrics()
+
+    async def wait_for_programs(self, timeout: float | None = None) -> bool:
+        """See `Engine.wait_for_programs`."""
+        return await asyncio.to_thread(self._engine.wait_for_programs, timeout)
 
     async def reset_prefix_cache(self) -> bool:
         """See `Engine.reset_prefix_cache`."""

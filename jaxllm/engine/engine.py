@@ -5,12 +5,12 @@ import itertools
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
+from converters.tokenizer import full_tokenizer
 from jaxllm.config import EngineConfig
 from jaxllm.engine.beam_search import BeamSearch, BeamSearchOutput
 from jaxllm.engine.chat import Conversation
@@ -26,6 +26,9 @@ from jaxllm.runner.products import Products
 from jaxllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
 from pallas_kernels.paged_attention import Backend
 from pallas_kernels.registry import Choice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Engine:
@@ -285,7 +288,7 @@ class Engine:
         """What requests without parameters get: what the model's generation_config.json suggests."""
         return self._inputs.default_params
 
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer.
 
         Raises:
@@ -293,12 +296,14 @@ class Engine:
         """
         if self._parts.tokenizer is None:
             raise ValueError("this engine has no tokenizer: it was made with skip_tokenizer_init=True")
-        return self._parts.tokenizer
+        return full_tokenizer(self._parts.tokenizer)
 
     def get_metrics(self) -> dict[str, float]:
         """Counts and times so far (see `Metrics.snapshot`), the programs, and the attention kernel.
 
-        `programs` were compiled in `compile_seconds`, and `programs_compiled_late_total` while serving.
+        Of all `programs`, `programs_pending` are still being compiled, `programs_loaded` had been kept by an
+        earlier process, and `programs_compiled_late_total` were compiled while a request waited for them;
+        `compile_seconds` is how long it took until the last one was there.
         `attention_backend_info{...}`, with labels as Prometheus writes them, is 1 for the kernel that runs,
         and 0, with the reason, for each that would have been tried before it. `matmul_backend_info{...}` says
         what multiplies with weights.
@@ -308,12 +313,24 @@ class Engine:
             self._core.get_metrics()
             | {
                 "programs": float(len(programs)),
+                "programs_pending": float(programs.num_pending),
+                "programs_loaded": float(programs.num_loaded),
                 "programs_compiled_late_total": float(programs.compiled_late),
                 "compile_seconds": programs.seconds,
             }
             | choice_metrics("attention_backend_info", self._parts.attention)
             | {f"matmul_backend_info{metric_labels(backend=products.name, reason=products.reason)}": 1.0}
         )
+
+    def wait_for_programs(self, timeout: float | None = None) -> bool:
+        """Waits until no program is being compiled any more; False if that takes more than `timeout` seconds.
+
+        Requests need not wait for it: until then a step may run in a program that was made for a larger one.
+
+        Raises:
+            Exception: what compiling a program raised.
+        """
+        return self._core.runner.programs.wait(timeout=timeout)
 
     @property
     def attention_backend(self) -> Choice[Backend]:

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -62,6 +64,12 @@ class Packing:
         return take_outputs(panels, ids, prod(self.shape[axis] for axis in self.inputs))
 
 
+@partial(jax.jit, static_argnums=1)
+def pack_weight(weight: Float[Array, "..."], packing: Packing) -> Panels:
+    """The weight in panels; one program for all weights that are packed alike."""
+    return packing.pack(weight)
+
+
 def pack_parameter(
     weight: nnx.Param[Array], inputs: Sequence[int], backend: Backend, gate: Gate | None = None
 ) -> nnx.Param[Array]:
@@ -71,7 +79,7 @@ def pack_parameter(
         NotImplementedError: weights of its dtype are not packed.
     """
     packing = Packing(tuple(inputs), tuple(weight.shape), backend, gate)
-    return nnx.Param(packing.pack(weight[...]), **weight.get_metadata(), packing=packing)
+    return nnx.Param(pack_weight(weight[...], packing), **weight.get_metadata(), packing=packing)
 
 
 def packing_of(weight: nnx.Param[Array]) -> Packing | None:

@@ -5,18 +5,17 @@ without making any; whoever loads weights makes them, each in its sharding; `mer
 traced step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxllm.layers.packing import Packing, pack_layers
+from jaxllm.layers.packing import Packing, pack_layers, pack_weight
 from jaxllm.layers.parameter import Initializer
 from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.parallel import Axes, partition_spec
@@ -54,12 +53,15 @@ class Parameter:
 
     def keep(self, array: Array) -> Array:
         """The array, made in its sharding, in the form that the model keeps."""
-        return array if self.packing is None else _pack(array, self.packing)
+        return array if self.packing is None else pack_weight(array, self.packing)
 
-
-@partial(jax.jit, static_argnums=1)
-def _pack(array: Array, packing: Packing) -> Array:
-    return packing.pack(array)
+    def kept(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
+        """What `keep` gives: shape, dtype and sharding."""
+        array = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding(mesh))
+        if self.packing is None:
+            return array
+        packed = jax.eval_shape(self.keep, array)
+        return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,19 @@ class Structure:
 
     graphdef: nnx.GraphDef[CausalLM]
     state: nnx.State[Any, Any]
+
+
+class _OneKey(nnx.Rngs):
+    """Gives every parameter the same key, which is of no use: only shapes are wanted.
+
+    `nnx.Rngs` counts its keys in a variable, and to write one under a trace takes jax 7 ms.
+    """
+
+    def __init__(self) -> None:
+        self._key = jax.random.key(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda: self._key
 
 
 def split(
@@ -83,7 +98,7 @@ def split(
     """
 
     def make() -> CausalLM:
-        made = model(config, rngs=nnx.Rngs(0))
+        made = model(config, rngs=_OneKey())
         if products is not None:
             pack_layers(made, products)
         return made
@@ -110,15 +125,8 @@ def merge(structure: Structure, leaves: Sequence[Array]) -> CausalLM:
     return nnx.merge(structure.graphdef, jax.tree.unflatten(jax.tree.structure(structure.state), leaves))
 
 
-def materialize(
-    model: type[CausalLM],
-    config: DecoderConfig,
-    mesh: Mesh,
-    seed: int,
-    products: Backend | None = None,
-) -> tuple[Array, ...]:
+def materialize(parameters: Mapping[str, Parameter], mesh: Mesh, seed: int) -> tuple[Array, ...]:
     """Random weights, each made on the devices that hold it, in the order that `merge` takes them."""
-    _, parameters = split(model, config, products)
     keys = jax.random.split(jax.random.key(seed), len(parameters))
     make = {parameter: _maker(parameter, mesh) for parameter in dict.fromkeys(parameters.values())}
     return tuple(make[parameter](key) for parameter, key in zip(parameters.values(), keys, strict=True))
