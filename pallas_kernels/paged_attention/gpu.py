@@ -6,33 +6,21 @@ XLA scatters the step's keys and values into the pages in place; Mosaic GPU kern
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels._compat import cuda_version
+from pallas_kernels.hopper import ROWS, device_kind, require_hopper, swizzle_bytes
 from pallas_kernels.paged_attention.backend import Backend
 from pallas_kernels.paged_attention.batch import RaggedBatch, locate_tokens
 from pallas_kernels.paged_attention.gpu_layout import PageMajor
-from pallas_kernels.paged_attention.gpu_plan import (
-    ROWS,
-    Geometry,
-    Plan,
-    Score,
-    plan_ragged,
-    plan_singles,
-    swizzle_bytes,
-)  # fmt: skip
+from pallas_kernels.paged_attention.gpu_plan import Geometry, Plan, Score, plan_ragged, plan_singles
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.paged_attention.scales import to_stored
 
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 PAGE_SIZES = (8, 16, 32, 64, 128)
 PAGE_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
 HEAD_DIM = 128
 """The most. With 256 the results take half of a thread's 255 registers: ptxas 12.9 spills 8 to 68 bytes."""
-MISCOMPILES = range(12080, 12091)
-"""CUDA 12.8.0 to 12.9.0, as CUDA counts: their ptxas miscompiles causal masks."""
 LOG2E = 1.4426950408889634
 
 
@@ -70,7 +58,7 @@ def paged_attention_gpu(
     )
     pages = _write(k, v, pages, batch, k_scale, v_scale)
     keys = batch.page_table.shape[1] * page_size
-    kind = "" if interpret else _device_kind()
+    kind = "" if interpret else device_kind()
     singles = singles or plan_singles(min(tokens, batch.kv_lens.shape[0]), keys, geometry, kind)
     ragged = ragged or plan_ragged(tokens, keys, geometry, kind)
     queries = q.reshape(tokens, kv_heads, -1, dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, dim)
@@ -129,19 +117,10 @@ def _sinks_of_rows(sinks: Array | None, plan: Plan, geometry: Geometry) -> Array
     return sinks.astype(jnp.float32).reshape(geometry.kv_heads, -1)[:, head] * LOG2E
 
 
-def _device_kind() -> str:
-    """Of the mesh's devices, which may be ones to compile for; else of jax's own."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return device.device_kind
-
-
 def require(problem: Problem) -> None:
     """Raises NotImplementedError, with the reason, for what the kernels do not serve."""
     geometry = problem.geometry
-    if problem.platform != "gpu" or not any(name in problem.device_kind for name in HOPPER):
-        raise NotImplementedError(f"{problem.device_kind or problem.platform}: only Hopper GPUs are served")
-    if (version := cuda_version()) in MISCOMPILES:
-        raise NotImplementedError(f"CUDA {version}: ptxas of 12.8.0 to 12.9.0 miscompiles it; take 12.9.1")
+    require_hopper(problem.platform, problem.device_kind)
     if problem.dtype != jnp.bfloat16:
         raise NotImplementedError(f"dtype={problem.dtype}: only bfloat16 queries are served")
     if geometry.dtype.name not in PAGE_DTYPES:

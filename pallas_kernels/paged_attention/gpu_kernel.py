@@ -19,16 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32, Shaped
 
-from pallas_kernels._compat import transposed_ref
+from pallas_kernels._compat import load_registers, transposed_ref
+from pallas_kernels.hopper import ROWS, swizzle_bytes, tiled
 from pallas_kernels.paged_attention.gpu_pages import PageStream, Piece, Pieces
-from pallas_kernels.paged_attention.gpu_plan import (
-    ROWS,
-    Geometry,
-    Plan,
-    Score,
-    swizzle_bytes,
-    widened_columns,
-)
+from pallas_kernels.paged_attention.gpu_plan import Geometry, Plan, Score, widened_columns
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30
@@ -116,9 +110,9 @@ def scratch_types(plan: Plan, geometry: Geometry) -> dict[str, Any]:
     ready = plgpu.Barrier(num_arrivals=1 if geometry.widens else copies, num_barriers=plan.stages)
     empty = plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages)
     scratch = {
-        "tile": _tiled((plan.warpgroups, ROWS, dim), dtype),
-        "k": _tiled((plan.stages, plan.block, dim), dtype),
-        "v": _tiled((plan.stages, plan.block, dim), dtype),
+        "tile": tiled((plan.warpgroups, ROWS, dim), dtype),
+        "k": tiled((plan.stages, plan.block, dim), dtype),
+        "v": tiled((plan.stages, plan.block, dim), dtype),
         "q_ready": plgpu.Barrier(num_barriers=plan.warpgroups),
         "k_ready": ready,
         "v_ready": ready,
@@ -128,21 +122,14 @@ def scratch_types(plan: Plan, geometry: Geometry) -> dict[str, Any]:
     if plan.warpgroups > 1:
         scratch["v_clean"] = plgpu.Barrier(num_arrivals=plan.warpgroups)
     if plan.splits > 1:
-        scratch["out_tile"] = _tiled((plan.warpgroups, ROWS, dim), jnp.dtype(jnp.float32))
+        scratch["out_tile"] = tiled((plan.warpgroups, ROWS, dim), jnp.dtype(jnp.float32))
         scratch["weight_tile"] = plgpu.SMEM((plan.warpgroups, ROWS), jnp.float32)
     if geometry.widens:
         arrived = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.raw_stages)
-        raw = _tiled((plan.raw_stages, plan.block, dim), geometry.page_dtype, widened_columns(dim))
+        raw = tiled((plan.raw_stages, plan.block, dim), geometry.page_dtype, widened_columns(dim))
         scratch["raw_k"] = scratch["raw_v"] = raw
         scratch["raw_k_ready"] = scratch["raw_v_ready"] = arrived
     return scratch
-
-
-def _tiled(shape: tuple[int, ...], dtype: jnp.dtype, most: int = 128) -> Any:
-    """Shared memory in the tiles and swizzle, of `most` bytes, that wgmma and the copy engine agree on."""
-    width = min(most, swizzle_bytes(shape[-1] * dtype.itemsize))
-    transforms = (plgpu.TilingTransform((8, width // dtype.itemsize)), plgpu.SwizzleTransform(width))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _run(refs: Any, plan: Plan, geometry: Geometry, score: Score) -> None:
@@ -227,7 +214,7 @@ class _Compute:
             top = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), PER_ROW)
             return Softmax(out, top, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW))
         rows = pl.ds(self.warpgroup * ROWS, ROWS)
-        top = plgpu.load(self.refs.sinks.at[piece.head, rows], (), layout=PER_ROW, optimized=False)
+        top = load_registers(self.refs.sinks.at[piece.head, rows], PER_ROW, optimized=False)
         first = (piece.split == 0).astype(jnp.float32)
         top = top * first + MASKED * (1 - first)
         return Softmax(out, top, plgpu.layout_cast(jnp.full((ROWS,), 1.0, jnp.float32), PER_ROW) * first)
@@ -308,7 +295,7 @@ class _Compute:
                 seen = (key >= piece.begin) & (key < piece.end)
                 for column in range(0, dim, width):
                     part = self.refs.v.at[stage, pl.ds(chunk, ROWS), pl.ds(column, width)]
-                    values = plgpu.load(part, (), layout=MATRIX)
+                    values = load_registers(part, MATRIX)
                     part[...] = jnp.where(seen, values, jnp.zeros_like(values))
             plgpu.commit_smem()
 

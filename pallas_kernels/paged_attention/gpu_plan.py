@@ -4,23 +4,12 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from pallas_kernels.hopper import MULTIPROCESSORS, RESERVED, ROWS, SHARED_MEMORY, swizzle_bytes
 from pallas_kernels.tuning import Blocks, lookup
-
-ROWS = 64
-"""Rows of a wgmma: of one computing warpgroup's part of a tile."""
-SHARED_MEMORY = 232_448
-"""Bytes that a thread block can have on Hopper (CUDA C++ programming guide, compute capability 9.0)."""
-MULTIPROCESSORS = 132
-"""Of an H100 or H200 SXM; on a card with fewer, some thread blocks wait for others."""
 
 OP = "paged_attention"
 TUNABLE = {"block": (ROWS, 2 * ROWS), "stages": (1, 2, 3, 4)}
 """What `tuning.json` may choose: fields of `Plan`."""
-
-
-def swizzle_bytes(row_bytes: int) -> int:
-    """The widest swizzle whose rows fill a row of that many bytes; 0: none does."""
-    return next((width for width in (128, 64, 32) if row_bytes % width == 0), 0)
 
 
 def widened_columns(head_dim: int) -> int:
@@ -161,6 +150,6 @@ def _fit(
         raw_stages = min(2, stages) if geometry.widens else 0
         for raw in range(raw_stages, min(raw_stages, 1) - 1, -1):
             plan = Plan(warpgroups, tile_tokens, block, stages, raw, splits, MULTIPROCESSORS)
-            if plan.shared_memory(geometry) <= SHARED_MEMORY - 4096:
+            if plan.shared_memory(geometry) <= SHARED_MEMORY - RESERVED:
                 return plan
     raise NotImplementedError(f"{geometry}: a block of keys does not fit in {SHARED_MEMORY} bytes")

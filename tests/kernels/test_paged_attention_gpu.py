@@ -11,7 +11,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas_kernels import tuning
+from pallas_kernels import hopper, tuning
 from pallas_kernels.paged_attention import gpu
 from pallas_kernels.paged_attention.cases import CORNERS, Case
 from pallas_kernels.paged_attention.check import check_case, problem_of
@@ -185,14 +185,14 @@ def test_what_is_refused(changes: dict[str, Any], reason: str) -> None:
 
 @pytest.mark.parametrize("version", [12080, 12081, 12090])
 def test_compilers_that_are_wrong(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "cuda_version", lambda: version)
+    monkeypatch.setattr(hopper, "cuda_version", lambda: version)
     with pytest.raises(NotImplementedError, match=rf"CUDA {version}.*12\.9\.1"):
         gpu.require(SERVED)
 
 
 @pytest.mark.parametrize("version", [None, 12060, 12091, 13000])
 def test_compilers_that_are_right(version: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "cuda_version", lambda: version)
+    monkeypatch.setattr(hopper, "cuda_version", lambda: version)
     gpu.require(SERVED)
 
 
