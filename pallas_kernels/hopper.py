@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels._compat import cuda_version
@@ -34,12 +33,6 @@ def tiled(shape: tuple[int, ...], dtype: Any, most: int = 128) -> Any:
     width = min(most, swizzle_bytes(shape[-1] * itemsize))
     transforms = (plgpu.TilingTransform((8, width // itemsize)), plgpu.SwizzleTransform(width))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def device_kind() -> str:
-    """Of the mesh's devices, which may be ones to compile for; else of jax's own."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return device.device_kind
 
 
 def require_hopper(platform: str, device_kind: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels.hopper import ROWS, device_kind, require_hopper, swizzle_bytes
+from pallas_kernels.devices import current_device
+from pallas_kernels.hopper import ROWS, require_hopper, swizzle_bytes
 from pallas_kernels.paged_attention.backend import Backend
 from pallas_kernels.paged_attention.batch import RaggedBatch, locate_tokens
 from pallas_kernels.paged_attention.gpu_layout import PageMajor
@@ -19,8 +20,8 @@ from pallas_kernels.paged_attention.scales import to_stored
 
 PAGE_SIZES = (8, 16, 32, 64, 128)
 PAGE_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
-HEAD_DIM = 128
-"""The most. With 256 the results take half of a thread's 255 registers: ptxas 12.9 spills 8 to 68 bytes."""
+HEAD_DIM = 256
+"""The most."""
 LOG2E = 1.4426950408889634
 
 
@@ -58,7 +59,7 @@ def paged_attention_gpu(
     )
     pages = _write(k, v, pages, batch, k_scale, v_scale)
     keys = batch.page_table.shape[1] * page_size
-    kind = "" if interpret else device_kind()
+    kind = "" if interpret else current_device()[1]
     singles = singles or plan_singles(min(tokens, batch.kv_lens.shape[0]), keys, geometry, kind)
     ragged = ragged or plan_ragged(tokens, keys, geometry, kind)
     queries = q.reshape(tokens, kv_heads, -1, dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, dim)
@@ -113,7 +114,7 @@ def _sinks_of_rows(sinks: Array | None, plan: Plan, geometry: Geometry) -> Array
     """For each kv head and row of a tile the sink of the row's head, in base 2."""
     if sinks is None:
         return None
-    head = jnp.arange(ROWS * plan.warpgroups) % geometry.group
+    head = jnp.arange(ROWS * plan.groups) % geometry.group
     return sinks.astype(jnp.float32).reshape(geometry.kv_heads, -1)[:, head] * LOG2E
 
 
@@ -128,9 +129,7 @@ def require(problem: Problem) -> None:
     if geometry.page_size not in PAGE_SIZES:
         raise NotImplementedError(f"page_size={geometry.page_size}: only {PAGE_SIZES} are served")
     if geometry.head_dim > HEAD_DIM:
-        raise NotImplementedError(
-            f"head_dim={geometry.head_dim}: up to {HEAD_DIM}, for more registers are short"
-        )
+        raise NotImplementedError(f"head_dim={geometry.head_dim}: only up to {HEAD_DIM} are served")
     if swizzle_bytes(geometry.head_dim * geometry.dtype.itemsize) == 0:
         raise NotImplementedError(
             f"head_dim={geometry.head_dim} in {geometry.dtype}: must be a multiple of 32 bytes"

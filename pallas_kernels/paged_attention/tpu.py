@@ -3,10 +3,10 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.devices import current_device
 from pallas_kernels.paged_attention.backend import Backend
 from pallas_kernels.paged_attention.batch import RaggedBatch
 from pallas_kernels.paged_attention.problem import Problem
@@ -107,7 +107,7 @@ def attend(
     _require_shapes(page_size, head_dim, jnp.dtype(q.dtype), jnp.dtype(pages.dtype))
     check_smem(rows, columns)
 
-    device_kind = "" if interpret else _device_kind()
+    device_kind = "" if interpret else current_device()[1]
     make = partial(
         make_plan, heads=heads, kv_heads=kv_heads, lanes=Lanes(head_dim), page_size=page_size,
         columns=columns, dtype=jnp.dtype(pages.dtype), queries=jnp.dtype(q.dtype),
@@ -142,12 +142,6 @@ def attend_interpreted(*args: Any, **options: Any) -> tuple[Array, Array]:
     from pallas_kernels._compat import tpu_interpreter
 
     return attend(*args, **options, interpret=tpu_interpreter())
-
-
-def _device_kind() -> str:
-    """Of the mesh's devices, which may be ones to compile for; else of jax's own."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return device.device_kind
 
 
 BACKEND = Backend("tpu", attend, SIDE_BY_SIDE, "tpu", require, attend_interpreted)

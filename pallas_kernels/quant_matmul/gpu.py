@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.hopper import ROWS, device_kind, require_hopper
+from pallas_kernels.devices import current_device
+from pallas_kernels.hopper import ROWS, require_hopper
 from pallas_kernels.quant_matmul.activations import Activation, quantize_rows
 from pallas_kernels.quant_matmul.backend import Backend
 from pallas_kernels.quant_matmul.gpu_plan import STEP, Plan, make_plan, weights_of
@@ -36,7 +37,7 @@ def quant_matmul_gpu(
     from pallas_kernels.quant_matmul import gpu_kernel
 
     tokens, inputs = x.shape
-    kind = "" if interpret else device_kind()
+    kind = "" if interpret else current_device()[1]
     problem = Problem(
         "gpu", kind, tokens, *weight.shape, jnp.dtype(x.dtype), weight.kind, weight.block[0],
         weight.zero is not None, activation,

@@ -106,6 +106,15 @@ def test_one_row(interpreter: None, capfd: Any) -> None:
     run(case, capfd, singles=Plan(1, 1, 64, 2, 0, 2, 1))
 
 
+def test_wide_heads(interpreter: None, capfd: Any) -> None:
+    """Two warpgroups on the same rows, with and without splits; a stage is filled again."""
+    case = Case(
+        rows=((1, 70), (4, 20)), page_size=32, dtype="bfloat16", padding_tokens=0, padding_rows=0, kv_heads=1,
+        head_dim=256, sliding_window=50,
+    )  # fmt: skip
+    run(case, capfd, singles=Plan(2, 1, 64, 1, 0, 2, 1, 2), ragged=Plan(2, 32, 64, 1, 0, 1, 1, 2))
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", BF16_CORNERS)
 def test_corners(name: str, interpreter: None, capfd: Any) -> None:
@@ -147,7 +156,7 @@ def change(**changes: Any) -> Problem:
     [
         *({"device_kind": f"NVIDIA {name}"} for name in ("H100 80GB HBM3", "H200", "GH200 480GB", "H20")),
         *({"page_size": size} for size in (8, 16, 32, 64, 128)),
-        *({"head_dim": dim} for dim in (16, 64, 80, 96, 128)),
+        *({"head_dim": dim} for dim in (16, 64, 80, 96, 128, 256)),
         *({"pages": name, "head_dim": 96} for name in ("bfloat16", "int8", "float8_e4m3fn")),
         {"heads": 64, "kv_heads": 1},
         {"sliding_window": 3, "soft_cap": 2.0, "sinks": True},
@@ -171,7 +180,7 @@ def test_what_is_served(changes: dict[str, Any]) -> None:
         ({"page_size": 1}, "page_size=1:"),
         ({"page_size": 24}, "page_size=24:"),
         ({"page_size": 256}, "page_size=256:"),
-        ({"head_dim": 256}, "head_dim=256: up to 128"),
+        ({"head_dim": 512}, "head_dim=512: only up to 256"),
         ({"head_dim": 72}, "head_dim=72 in bfloat16"),
         ({"head_dim": 80, "pages": "int8"}, "head_dim=80 in int8"),
         ({"heads": 65, "kv_heads": 1}, "65 heads over 1 kv heads"),
