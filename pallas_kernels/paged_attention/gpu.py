@@ -11,12 +11,15 @@ from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.devices import current_device
 from pallas_kernels.hopper import ROWS, require_hopper, swizzle_bytes
+from pallas_kernels.paged_attention import gpu_plan
 from pallas_kernels.paged_attention.backend import Backend
 from pallas_kernels.paged_attention.batch import RaggedBatch, locate_tokens
 from pallas_kernels.paged_attention.gpu_layout import PageMajor
 from pallas_kernels.paged_attention.gpu_plan import Geometry, Plan, Score, plan_ragged, plan_singles
+from pallas_kernels.paged_attention.layout import PageGeometry
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.paged_attention.scales import to_stored
+from pallas_kernels.tuning import Blocks, Tunable
 
 PAGE_SIZES = (8, 16, 32, 64, 128)
 PAGE_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
@@ -41,27 +44,30 @@ def paged_attention_gpu(
     v_scale: Float[Array, " kv_heads"] | None,
     singles: Plan | None = None,
     ragged: Plan | None = None,
+    decode_blocks: Blocks | None = None,
+    prefill_blocks: Blocks | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "tokens heads dim"], Shaped[Array, "pages kv_heads 2 page_size dim"]]:
     """See `paged_attention`; the pages are packed as `PageMajor`.
 
     Args:
-        singles: how the work of rows of one token is cut; None: tuned for this card, or computed.
+        singles: how the work of rows of one token is cut; None: by their blocks.
         ragged: the same for the other rows.
+        decode_blocks, prefill_blocks: of these plans; None: tuned for this card, or computed.
         interpret: parameters of Mosaic GPU's interpreter, to run on the CPU.
     """
     from pallas_kernels.paged_attention import gpu_kernel, gpu_tiles
 
     tokens, heads, dim = q.shape
     _, kv_heads, _, page_size, _ = pages.shape
-    geometry = Geometry(
-        heads // kv_heads, kv_heads, dim, page_size, jnp.dtype(q.dtype), jnp.dtype(pages.dtype)
-    )
+    stored = PageGeometry(pages.shape[0], page_size, kv_heads, dim, jnp.dtype(pages.dtype))
+    geometry = _geometry(heads, stored, jnp.dtype(q.dtype))
     pages = _write(k, v, pages, batch, k_scale, v_scale)
     keys = batch.page_table.shape[1] * page_size
     kind = "" if interpret else current_device()[1]
-    singles = singles or plan_singles(min(tokens, batch.kv_lens.shape[0]), keys, geometry, kind)
-    ragged = ragged or plan_ragged(tokens, keys, geometry, kind)
+    rows = min(tokens, batch.kv_lens.shape[0])
+    singles = singles or plan_singles(rows, keys, geometry, kind, decode_blocks)
+    ragged = ragged or plan_ragged(tokens, keys, geometry, kind, prefill_blocks)
     queries = q.reshape(tokens, kv_heads, -1, dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, dim)
     more = 2 * ROWS + -queries.shape[1] % 8  # a tile may reach over the last token; copies want eights
     attend = partial(
@@ -140,4 +146,15 @@ def require(problem: Problem) -> None:
         )
 
 
-BACKEND = Backend("gpu", paged_attention_gpu, layout=PageMajor(), require=require)
+def _geometry(heads: int, pages: PageGeometry, dtype: jnp.dtype) -> Geometry:
+    return Geometry(
+        heads // pages.kv_heads, pages.kv_heads, pages.head_dim, pages.page_size, dtype, pages.dtype
+    )
+
+
+TUNABLE = Tunable(
+    {"decode": gpu_plan.TUNABLE, "prefill": gpu_plan.TUNABLE},
+    lambda problem: gpu_plan.tuning_key(_geometry(problem.heads, problem.geometry, problem.dtype)),
+    lambda phase, blocks: partial(paged_attention_gpu, **{f"{phase}_blocks": blocks}),
+)
+BACKEND = Backend("gpu", paged_attention_gpu, layout=PageMajor(), require=require, tunable=TUNABLE)

@@ -117,39 +117,42 @@ class Plan:
         return total
 
 
-def plan_singles(tiles: int, keys: int, geometry: Geometry, device_kind: str = "") -> Plan:
+def plan_singles(
+    tiles: int, keys: int, geometry: Geometry, device_kind: str = "", blocks: Blocks | None = None
+) -> Plan:
     """For rows of one token: each tile's keys divided so that every multiprocessor has work.
 
     Args:
         tiles: rows at most.
         keys: of a row at most.
         device_kind: whose tuned blocks to take; "": the computed default.
+        blocks: in place of those.
 
     Raises:
         NotImplementedError: a block of keys does not fit into shared memory.
         ValueError: see `lookup`.
     """
-    tuned = _tuned("singles", geometry, device_kind)
-    return _fit(1, 1, tiles, keys, geometry, tuned)
+    return _fit(1, 1, tiles, keys, geometry, blocks or _tuned("decode", geometry, device_kind))
 
 
-def plan_ragged(tokens: int, keys: int, geometry: Geometry, device_kind: str = "") -> Plan:
+def plan_ragged(
+    tokens: int, keys: int, geometry: Geometry, device_kind: str = "", blocks: Blocks | None = None
+) -> Plan:
     """For rows of several tokens: 128 query rows at a time, or 64 with divided keys where tokens are few.
 
     Of wide heads always 64.
 
     Args and errors are those of `plan_singles`.
     """
-    tuned = _tuned("ragged", geometry, device_kind)
+    tuned = blocks or _tuned("prefill", geometry, device_kind)
     groups = 2 if tokens > ROWS and geometry.head_dim <= NARROW else 1
     tile_tokens = ROWS * groups // geometry.group
     return _fit(groups, tile_tokens, -(-tokens // tile_tokens), keys, geometry, tuned)
 
 
-def tuning_key(phase: str, geometry: Geometry) -> dict[str, str | int]:
-    """What decides which blocks are good; the phase is "singles" or "ragged"."""
+def tuning_key(geometry: Geometry) -> dict[str, str | int]:
+    """What decides which blocks are good, beside the phase."""
     return {
-        "phase": phase,
         "group": geometry.group,
         "kv_heads": geometry.kv_heads,
         "head_dim": geometry.head_dim,
@@ -161,9 +164,9 @@ def tuning_key(phase: str, geometry: Geometry) -> dict[str, str | int]:
 def _tuned(phase: str, geometry: Geometry, device_kind: str) -> Blocks:
     """The measured blocks, or the default: the most stages that fit, and 128 keys at a time where the results
     leave registers. Two warpgroups spill 32 bytes with 128 keys, cap, window and head_dim 64 (ptxas 12.9)."""
-    wide = geometry.head_dim <= 64 and phase == "singles"
+    wide = geometry.head_dim <= 64 and phase == "decode"
     default = {"block": 2 * ROWS if wide else ROWS, "stages": max(TUNABLE["stages"])}
-    return lookup(OP, "gpu", device_kind, tuning_key(phase, geometry), TUNABLE) or default
+    return lookup(OP, "gpu", device_kind, {"phase": phase, **tuning_key(geometry)}, TUNABLE) or default
 
 
 def _fit(groups: int, tile_tokens: int, tiles: int, keys: int, geometry: Geometry, blocks: Blocks) -> Plan:

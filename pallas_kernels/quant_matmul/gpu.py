@@ -1,5 +1,6 @@
 """The product with quantized weights on Hopper GPUs: the tokens' part of it, around the Mosaic GPU kernel."""
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ from pallas_kernels.devices import current_device
 from pallas_kernels.hopper import ROWS, require_hopper
 from pallas_kernels.quant_matmul.activations import Activation, quantize_rows
 from pallas_kernels.quant_matmul.backend import Backend
-from pallas_kernels.quant_matmul.gpu_plan import STEP, Plan, make_plan, weights_of
+from pallas_kernels.quant_matmul.gpu_plan import STEP, TUNABLE, Plan, fit, make_plan, weights_of
 from pallas_kernels.quant_matmul.problem import Problem
 from pallas_kernels.quant_matmul.weight import QuantizedWeight
+from pallas_kernels.tuning import Blocks, Tunable
 
 OUTPUTS = 2 * ROWS
 """Of the smallest tile."""
@@ -26,12 +28,14 @@ def quant_matmul_gpu(
     activation: Activation,
     out_dtype: DTypeLike,
     plan: Plan | None = None,
+    blocks: Blocks | None = None,
     interpret: Any = None,
 ) -> Float[Array, "tokens out"]:
     """See `quant_matmul`.
 
     Args:
-        plan: how the work is cut; None: tuned for this card, or computed.
+        plan: how the work is cut; None: by its blocks.
+        blocks: of the plan; None: tuned for this card, or computed.
         interpret: parameters of Mosaic GPU's interpreter, to run on the CPU.
     """
     from pallas_kernels.quant_matmul import gpu_kernel
@@ -43,7 +47,10 @@ def quant_matmul_gpu(
         weight.zero is not None, activation,
     )  # fmt: skip
     weights = weights_of(problem)
-    plan = plan or make_plan(problem, weights, jnp.dtype(out_dtype).itemsize)
+    itemsize = jnp.dtype(out_dtype).itemsize
+    if plan is None:
+        cut = partial(fit, blocks=blocks) if blocks else make_plan
+        plan = cut(problem, weights, itemsize)
     per_token = None
     if activation != "none":
         x, scale = quantize_rows(x, activation, weight.block[0])
@@ -88,4 +95,14 @@ def require(problem: Problem) -> None:
         )
 
 
-BACKEND = Backend("gpu", quant_matmul_gpu, require)
+BACKEND = Backend(
+    "gpu",
+    quant_matmul_gpu,
+    require,
+    tunable=Tunable(
+        {"few": TUNABLE, "many": TUNABLE},
+        lambda problem: problem.tuning_key,
+        lambda phase, blocks: partial(quant_matmul_gpu, blocks=blocks),
+        lambda problem, phase, blocks: phase == "few" or blocks["warpgroups"] == 2,
+    ),
+)

@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 
 from pallas_kernels.hopper import MULTIPROCESSORS, RESERVED, ROWS, SHARED_MEMORY
-from pallas_kernels.quant_matmul.problem import Problem
-from pallas_kernels.tuning import Blocks, Key, lookup
+from pallas_kernels.quant_matmul.problem import FEW_TOKENS, Problem
+from pallas_kernels.tuning import Blocks, lookup
 
 OP = "quant_matmul"
 STEP = 128
 """Inputs that are in work at a time."""
-FEW_TOKENS = 64
-"""Up to this many the weight is what takes time, and above it the products."""
 TUNABLE = {"warpgroups": (2, 4), "stages": (2, 3, 4, 6)}
 """What `tuning.json` may choose: fields of `Plan`."""
 
@@ -110,9 +108,10 @@ def make_plan(problem: Problem, weights: Weights, out_itemsize: int) -> Plan:
     Raises:
         ValueError: see `lookup`.
     """
-    few = max_warpgroups(problem) == 4
-    tuned = lookup(OP, "gpu", problem.device_kind, tuning_key(problem), TUNABLE)
-    return fit(problem, weights, out_itemsize, tuned or {"warpgroups": 4 if few else 2, "stages": 4})
+    default = {"warpgroups": max_warpgroups(problem), "stages": 4}
+    key = {"phase": problem.phase, **problem.tuning_key}
+    tuned = lookup(OP, "gpu", problem.device_kind, key, TUNABLE)
+    return fit(problem, weights, out_itemsize, tuned or default)
 
 
 def max_warpgroups(problem: Problem) -> int:
@@ -136,19 +135,3 @@ def fit(problem: Problem, weights: Weights, out_itemsize: int, blocks: Blocks) -
         if plan.shared_memory(weights, out_itemsize) <= SHARED_MEMORY - RESERVED:
             return plan
     raise NotImplementedError(f"{problem}: a step does not fit in {SHARED_MEMORY} bytes")
-
-
-def tuning_key(problem: Problem) -> Key:
-    """What decides which blocks are good."""
-    return {
-        "phase": phase_of(problem.tokens),
-        "inputs": problem.inputs,
-        "outputs": problem.outputs,
-        "kind": problem.kind,
-        "scale_rows": problem.scale_rows,
-    }
-
-
-def phase_of(tokens: int) -> str:
-    """ "few" or "many" tokens."""
-    return "few" if tokens <= FEW_TOKENS else "many"

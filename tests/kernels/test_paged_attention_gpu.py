@@ -207,13 +207,13 @@ def test_compilers_that_are_right(version: int | None, monkeypatch: pytest.Monke
 
 def write_tuning(monkeypatch: pytest.MonkeyPatch, phase: str, blocks: dict[str, int]) -> Geometry:
     geometry = geometry_of(Case(rows=(), dtype="bfloat16", head_dim=128))
-    entry = {"key": tuning_key(phase, geometry), "blocks": blocks, "measured": {}}
+    entry = {"key": {"phase": phase, **tuning_key(geometry)}, "blocks": blocks, "measured": {}}
     monkeypatch.setattr(tuning, "_read", lambda op: {"gpu": {H100: [entry]}})
     return geometry
 
 
 def test_tuned_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    geometry = write_tuning(monkeypatch, "singles", {"block": 128, "stages": 2})
+    geometry = write_tuning(monkeypatch, "decode", {"block": 128, "stages": 2})
     plan = plan_singles(4, 4096, geometry, H100)
     assert (plan.block, plan.stages, plan.splits) == (128, 2, 16)
     assert plan_singles(4, 4096, geometry, "NVIDIA H200").block == 64
@@ -222,11 +222,11 @@ def test_tuned_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tuned_blocks_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """With splits only two stages of 128 keys fit beside the results."""
-    geometry = write_tuning(monkeypatch, "ragged", {"block": 128, "stages": 4})
+    geometry = write_tuning(monkeypatch, "prefill", {"block": 128, "stages": 4})
     assert plan_ragged(64, 4096, geometry, H100).stages == 2
 
 
 def test_tuned_blocks_that_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    geometry = write_tuning(monkeypatch, "ragged", {"block": 96, "stages": 2})
+    geometry = write_tuning(monkeypatch, "prefill", {"block": 96, "stages": 2})
     with pytest.raises(ValueError, match="block=96: may be 64, 128"):
         plan_ragged(64, 4096, geometry, H100)

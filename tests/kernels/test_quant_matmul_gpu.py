@@ -16,7 +16,7 @@ from pallas_kernels.hopper import RESERVED, SHARED_MEMORY
 from pallas_kernels.quant_matmul import Problem, gpu
 from pallas_kernels.quant_matmul.cases import CORNERS, Case
 from pallas_kernels.quant_matmul.check import check_case, problem_of
-from pallas_kernels.quant_matmul.gpu_plan import Plan, fit, make_plan, tuning_key, weights_of
+from pallas_kernels.quant_matmul.gpu_plan import Plan, fit, make_plan, weights_of
 
 pytestmark = pytest.mark.timeout(200, method="thread")
 """A kernel that waits for ever waits in compiled code, where a signal is not heard."""
@@ -142,7 +142,11 @@ def test_one_token_keeps_the_card_busy(inputs: int, outputs: int) -> None:
 
 
 def test_tuned_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = {"key": dict(tuning_key(LLAMA)), "blocks": {"warpgroups": 2, "stages": 3}, "measured": {}}
+    entry = {
+        "key": {"phase": "few", **LLAMA.tuning_key},
+        "blocks": {"warpgroups": 2, "stages": 3},
+        "measured": {},
+    }
     monkeypatch.setattr(tuning, "_read", lambda op: {"gpu": {H100: [entry]}})
     weights = weights_of(LLAMA)
     assert make_plan(LLAMA, weights, 2) == fit(LLAMA, weights, 2, entry["blocks"])
