@@ -70,8 +70,11 @@ def attention_cases() -> list[Case]:
     for target in TPUS + GPUS:
         kernel = "tpu" if target in TPUS else "gpu"
         for step in STEPS:
-            for pages in ("bfloat16", "int8"):
-                cases += [Case(kernel, target, model, step, pages) for model in MODELS]
+            eight_bit = MODELS
+            if target in TPUS[1:] and step == "mixed":  # the slowest to compile, and the same code as for v5e
+                eight_bit = (LLAMA,)
+            cases += [Case(kernel, target, model, step, "bfloat16") for model in MODELS]
+            cases += [Case(kernel, target, model, step, "int8") for model in eight_bit]
             cases += [Case(kernel, target, model, step, "bfloat16", 4) for model in CUT]
         cases.append(Case(kernel, target, LLAMA, "decode", "float8_e4m3fn"))
     # of the fallback one slow program for TPU: XLA compiles it for 10 s, our kernel in one

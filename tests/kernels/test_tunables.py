@@ -47,6 +47,7 @@ def test_all_kernels_are_listed() -> None:
 
 @pytest.mark.parametrize(("op", "name"), KERNELS)
 def test_there_is_something_to_choose(op: str, name: str) -> None:
+    hash(get_op(op).registry.get(name))  # static arguments of jitted functions are
     for backend, one in served(op, name, LARGE):
         candidates = list(backend.tunable.candidates(one.problem, one.phase))
         assert 4 <= len(candidates) <= 200, one.name
