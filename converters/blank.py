@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from converters.checkpoint import TensorInfo
 from converters.errors import CheckpointError
-from converters.hub import is_on_disk, locate
+from converters.on_disk import find_on_disk
 from converters.safetensors import published_dtype, read_json
 
 CONFIG_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
@@ -55,7 +53,14 @@ def locate_configs(
     Raises:
         CheckpointError: no such path, repo or revision; no access; or no network and not in the cache.
     """
-    if is_on_disk(model) or ":" in model:
+    if (path := find_on_disk(model)) is not None:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    from converters.hub import locate
+
+    if ":" in model:
         return locate(model, revision=revision, cache_dir=cache_dir, token=token)
     try:
         folder = snapshot_download(

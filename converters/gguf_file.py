@@ -223,8 +223,27 @@ class _Cursor:
             begin = self.take(count * struct.calcsize("<" + code))
             values = list(struct.unpack_from(f"<{count}{code}", self.data, begin))
             return [bool(value) for value in values] if kind == GGUFValueType.BOOL else values
-        count = self.count(smallest=8 if kind == GGUFValueType.STRING else 12)
-        return [self.value(kind, depth + 1) for _ in range(count)]
+        if kind == GGUFValueType.STRING:
+            return self.strings(self.count(smallest=8))
+        return [self.value(kind, depth + 1) for _ in range(self.count(smallest=12))]
+
+    def strings(self, count: int) -> list[str]:
+        """As `string` reads them, one after the other: a vocabulary and its merges have 100,000."""
+        data, position, size = self.data, self.position, struct.Struct("<Q")
+        found = []
+        for _ in range(count):
+            begin = position + size.size
+            if begin > len(data) or (end := begin + size.unpack_from(data, position)[0]) > len(data):
+                break
+            try:
+                found.append(data[begin:end].decode())
+            except UnicodeDecodeError:
+                break
+            position = end
+        self.position = position
+        if len(found) < count:
+            self.string()  # says what is wrong with it
+        return found
 
     def tensors(self, count: int) -> Iterator[tuple[str, tuple[int, ...], GGMLQuantizationType, int]]:
         for index in range(count):

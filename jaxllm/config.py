@@ -144,11 +144,24 @@ class CompileConfig:
 
     compilation_cache: bool = option(True, "keep compiled programs on disk for the next start")
     compilation_cache_dir: Path | None = option(None, "where (default: a folder of the user's own cache)")
-    enforce_eager: bool = option(False, "skip compiling ahead: a program compiles when it is first needed")
+    keep_executables: bool = option(
+        True, "keep programs whole in the compilation cache, so that the next start need not even trace them"
+    )
+    compile_in_background: bool = option(
+        True, "serve as soon as a few programs can run every request, and compile the others meanwhile"
+    )
+    enforce_eager: bool = option(
+        False, "compile nothing ahead: a request waits while a program that it needs first is compiled"
+    )
     attention_backend: str | AttentionBackend | Callable[..., Any] = option(
         "auto",
         "name of a registered paged-attention kernel; 'auto' takes the first that serves the model "
         "(in Python also a pallas_kernels.paged_attention.Backend, or a function)",
+    )
+    matmul_backend: str = option(
+        "auto",
+        "what multiplies with weights: 'xla', or the name of a registered kernel for packed weights; 'auto' "
+        "packs them on CPU where it can be done, and takes 'xla' elsewhere",
     )
     progress: bool = option(True, "show progress bars while loading and compiling")
 

@@ -144,8 +144,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
         tunable = [
             name
             for name in names
-            if getattr(op.registry.get(name), "tunable", None) is not None
-            and runs_on(op, name, machine["platform"])
+            if op.registry.get(name).tunable is not None and runs_on(op, name, machine["platform"])
         ]
         if not tunable:
             _tell(f"{op.name}: no backend for {machine['platform']} has blocks to choose")

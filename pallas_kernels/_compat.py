@@ -1,5 +1,6 @@
 """What differs between the versions of jax that the kernels run with."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -52,6 +53,14 @@ def transposed_ref(ref: Any) -> Any:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.transpose_ref(ref, (1, 0))
+
+
+def load_registers(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+    """What a reference on a GPU holds, in registers of that layout; `optimized` as in `plgpu.load`."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
 def cuda_version() -> int | None:

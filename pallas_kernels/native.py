@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-DNDEBUG")
+HEADERS = Path(__file__).parent
+"""Where `parallel.h` is, which sources may include."""
 NATIVE_FLAGS = ("-march=native", "-mcpu=native", "")
 """The first that the compiler takes: of x86, of ARM, and of any other."""
 SECONDS = 300
@@ -79,7 +81,8 @@ class Source:
     def _compile(self, compiler: str, output: str) -> None:
         said = ""
         for native in NATIVE_FLAGS:
-            command = [compiler, *FLAGS, *self.flags, *filter(None, [native]), f"-I{jax.ffi.include_dir()}"]
+            include = (f"-I{jax.ffi.include_dir()}", f"-I{HEADERS}")
+            command = [compiler, *FLAGS, *self.flags, *filter(None, [native]), *include]
             said = _run([*command, str(self.path), "-o", output])
             if not said:
                 return
@@ -108,14 +111,31 @@ class Source:
         stat = os.stat(os.path.realpath(compiler))
         parts = (
             self.path.read_bytes(),
+            *(header.read_bytes() for header in sorted(HEADERS.glob("*.h"))),
             f"{os.path.realpath(compiler)} {stat.st_size} {stat.st_mtime_ns}",
             FLAGS,
             NATIVE_FLAGS,
             self.flags,
             jaxlib.version.__version__,
-            _cpu(),
+            processor(),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+_BEGUN: "list[Library]" = []
+"""Libraries whose handlers programs may call."""
+
+
+def built_keys() -> dict[str, str]:
+    """What the libraries that were begun are made of, by their files' names; waits for those being built.
+
+    Once this has returned, XLA knows their handlers, and programs that were kept on disk can be loaded.
+    """
+    keys = {}
+    for library in list(_BEGUN):
+        with contextlib.suppress(BuildError):  # nothing can call one that could not be built
+            keys[library.source.path.name] = library.key()
+    return keys
 
 
 @dataclass
@@ -136,6 +156,7 @@ class Library:
         with self._lock:
             if self._built is None:
                 self._built = Future()
+                _BEGUN.append(self)
                 threading.Thread(
                     target=self._run, args=(self._built,), name="native-build", daemon=True
                 ).start()
@@ -149,10 +170,18 @@ class Library:
         Raises:
             BuildError: it could not be built.
         """
+        key = self.key()
+        return {handler: f"{handler}_{key}" for handler in self.handlers}
+
+    def key(self) -> str:
+        """A hash of what the library was made of; waits for the build.
+
+        Raises:
+            BuildError: it could not be built.
+        """
         self.prepare()
         assert self._built is not None
-        key = self._built.result()
-        return {handler: f"{handler}_{key}" for handler in self.handlers}
+        return self._built.result()
 
     def _run(self, built: "Future[str]") -> None:
         try:
@@ -181,7 +210,7 @@ def _run(command: list[str]) -> str:
     return "" if done.returncode == 0 else (done.stderr or f"exit status {done.returncode}")
 
 
-def _cpu() -> str:
+def processor() -> str:
     """What `-march=native` depends on: the processor's model and features."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

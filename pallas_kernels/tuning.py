@@ -20,9 +20,11 @@ Key = Mapping[str, str | int]
 FIELDS = {"key", "blocks", "measured"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tunable:
     """How a backend's blocks are searched; a backend has one as its attribute `tunable`.
+
+    Equal to itself alone, so that a backend can be hashed: programs are cached by it.
 
     Attributes:
         values: for each phase the numbers that can be chosen, and which values each may take.

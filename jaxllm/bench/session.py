@@ -95,11 +95,14 @@ def step_figures(recording: Recording) -> dict[str, Any]:
 class Session:
     """An engine with a recorder in place of its metrics. To be used in a `with` statement."""
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str, *, wait: bool = True, **options: Any) -> None:
+        """Loads a model; `wait` for all of its programs, or measure as soon as it can serve."""
         begin = time.perf_counter()
         self.parts: EngineParts = load_parts(EngineConfig.create(model, **options))
         self.engine = Engine(self.parts)
         self.load_seconds = time.perf_counter() - begin
+        if wait:
+            self.engine.wait_for_programs()
         self.recorder = Recorder(self.parts.core.scheduler)
         self.parts.core.metrics = self.recorder
 
@@ -168,6 +171,7 @@ class Session:
             "jax": jax.__version__,
             "load_seconds": self.load_seconds,
             "programs": int(metrics["programs"]),
+            "programs_loaded": int(metrics["programs_loaded"]),
             "programs_compiled_late": int(metrics["programs_compiled_late_total"]),
             "compile_seconds": metrics["compile_seconds"],
             "pages": int(metrics["num_pages"]),

@@ -80,6 +80,7 @@ class CacheManager:
         self.page_size = page_size
         self.enable_prefix_caching = enable_prefix_caching
         self.pool = PagePool(num_pages)
+        self._sliding = [(g, group) for g, group in enumerate(self.groups) if group.window is not None]
         self._prefix_queries = 0
         self._prefix_hits = 0
 
@@ -224,7 +225,7 @@ class CacheManager:
         Their full pages can now be found by others, and pages that no window reaches any more are released.
         """
         self._register(tables, chain, token_ids, start)
-        for g, group in enumerate(self.groups):
+        for g, group in self._sliding:
             table, first = tables.groups[g], group.first_column(start, self.page_size)
             for column in range(tables.first_held[g], first):
                 self.pool.release(table[column])

@@ -45,6 +45,7 @@ def report() -> dict[str, dict[str, Any]]:
         "caches": _caches(),
         "registered": _registered(),
         "attention": _attention(),
+        "products": _products(),
         "environment": _environment(os.environ),
     }
 
@@ -120,6 +121,25 @@ def _attention() -> dict[str, str]:
             first = not any(verdict.startswith("serves") for verdict in found.values())
             found[name] = "serves, and is taken" if first else "serves"
     return found
+
+
+def _products() -> dict[str, str]:
+    """What "auto" multiplies a bfloat16 model's weights with on one device of those that are there."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.packed_matmul import Problem, as_backend
+
+    try:
+        device = jax.devices()[0]
+    except RuntimeError as error:
+        return {"error": str(error)}
+    dtype = jnp.dtype(jnp.bfloat16)
+    try:
+        as_backend("cpu").require(Problem(device.platform, device.device_kind, 1, 64, 64, dtype, dtype))
+    except NotImplementedError as error:
+        return {"cpu": f"does not serve: {error}", "xla": "is taken"}
+    return {"cpu": "serves packed weights, and is taken"}
 
 
 def _environment(variables: Any) -> dict[str, str]:

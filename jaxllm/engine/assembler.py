@@ -136,22 +136,22 @@ class OutputAssembler:
 
         Cumulative outputs hold all samples, deltas those with something new, and a final output comes once.
         """
-        if self._finish_taken or (self._kind is RequestOutputKind.FINAL_ONLY and not self.finished):
+        finished, delta = not self._unfinished, self._kind is RequestOutputKind.DELTA
+        if self._finish_taken or (self._kind is RequestOutputKind.FINAL_ONLY and not finished):
             return None
         changed = [sample for sample in self._samples if sample.changed]
         if not changed:
             return None
-        samples = changed if self._kind is RequestOutputKind.DELTA else self._samples
-        outputs = [sample.output(delta=self._kind is RequestOutputKind.DELTA) for sample in samples]
+        outputs = [sample.output(delta=delta) for sample in (changed if delta else self._samples)]
         prompt_logprobs = self._take_prompt_logprobs()
-        self._finish_taken = self.finished
+        self._finish_taken = finished
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.input.prompt,
             prompt_token_ids=self._prompt_token_ids,
             prompt_logprobs=prompt_logprobs,
             outputs=outputs,
-            finished=self.finished,
+            finished=finished,
             metrics=self.metrics,
             num_cached_tokens=self.num_cached_tokens,
         )

@@ -9,10 +9,9 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.chat import Conversation
@@ -23,7 +22,11 @@ from jaxllm.engine.loading import load_parts
 from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.output_stream import OutputStream, post
 from jaxllm.engine.outputs import RequestOutput
+from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -181,13 +184,22 @@ class AsyncEngine:
         """See `Engine.metrics`. Numbers may change while they are read."""
         return self._engine.metrics
 
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """See `Engine.vocabulary`."""
+        return self._engine.vocabulary
+
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer; see `Engine.get_tokenizer`."""
         return self._engine.get_tokenizer()
 
     def get_metrics(self) -> dict[str, float]:
         """See `Engine.get_metrics`."""
         return self._engine.get_metrics()
+
+    async def wait_for_programs(self, timeout: float | None = None) -> bool:
+        """See `Engine.wait_for_programs`."""
+        return await asyncio.to_thread(self._engine.wait_for_programs, timeout)
 
     async def reset_prefix_cache(self) -> bool:
         """See `Engine.reset_prefix_cache`."""

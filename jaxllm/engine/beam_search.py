@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
+from converters.tokenizer import TextTokenizer
 from jaxllm.engine.inputs import EngineInput, InputProcessor
 from jaxllm.engine.outputs import Logprob, RequestOutput, SampleLogprobs
 from jaxllm.engine.prompts import Prompt
@@ -261,7 +261,7 @@ def _likeliest(position: dict[int, Logprob], count: int, temperature: float) -> 
     }
 
 
-def _text(tokenizer: PreTrainedTokenizerBase | None, tokens: Sequence[int]) -> str | None:
+def _text(tokenizer: TextTokenizer | None, tokens: Sequence[int]) -> str | None:
     if tokenizer is None:
         return None
     return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from converters.tokenizer import TextTokenizer
 
 Message = Mapping[str, Any]
 """One turn: `role`, `content` (text, or a list of text parts), and what else the template reads."""
@@ -14,7 +14,7 @@ Conversation = Sequence[Message]
 class ChatTemplate:
     """Renders conversations with a tokenizer's chat template, or with one given in the call."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(self, tokenizer: TextTokenizer | None) -> None:
         self._tokenizer = tokenizer
 
     def render(

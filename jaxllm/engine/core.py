@@ -86,11 +86,13 @@ class EngineCore:
         self.runner = runner
         self.scheduler = scheduler
         self.metrics = Metrics()
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._depth = depth
         self._random = random.Random(seed)
         self._samples: dict[str, Sample] = {}
         self._requests: dict[str, list[Sample]] = {}
+        self._scoring: set[str] = set()
+        """Requests that want their prompts' logprobs."""
         self._in_flight: deque[InFlight] = deque()
         self._clock = StepClock()
         self._failures_in_a_row = 0
@@ -136,7 +138,7 @@ class EngineCore:
             raise ValueError(f"request_id={request_id!r}: an unfinished request has this id; choose another")
         params = input.params
         seed = self._random.getrandbits(64) if params.seed is None else params.seed
-        assembler = OutputAssembler(request_id, input, self._vocabulary)
+        assembler = OutputAssembler(request_id, input, self.vocabulary)
         samples = [
             Sample(self._request(request_id, index, input), index, seed + index, assembler)
             for index in range(params.n)
@@ -147,6 +149,8 @@ class EngineCore:
             self._samples[sample.request.request_id] = sample
         assembler.metrics = self.metrics.request_arrived(len(input.prompt_token_ids))
         self._requests[request_id] = samples
+        if input.num_prompt_logprobs is not None:
+            self._scoring.add(request_id)
 
     def _request(self, request_id: str, index: int, input: EngineInput) -> Request:
         wants_scores = index == 0 and input.num_prompt_logprobs is not None
@@ -235,11 +239,8 @@ class EngineCore:
 
     def _dispatch(self, plan: StepPlan) -> InFlight:
         admitted = set(plan.admitted)
-        admissions = {
-            row.row: self._admission(self._samples[row.request_id])
-            for row in plan.rows
-            if row.request_id in admitted
-        }
+        newcomers = [row for row in plan.rows if row.request_id in admitted] if admitted else []
+        admissions = {row.row: self._admission(self._samples[row.request_id]) for row in newcomers}
         scored, targets = self._prompts_to_score(plan)
         step = self.runner.dispatch(plan, admissions, scores=bool(targets))
         self._clock.dispatched(step.packed_at, busy=self._is_busy())
@@ -276,6 +277,8 @@ class EngineCore:
         """Which of the step's tokens stand before prompt tokens whose logprobs are wanted, and the latter."""
         scored: list[tuple[Sample, int, int]] = []
         targets: dict[int, int] = {}
+        if not self._scoring:
+            return (), targets
         first = 0
         for row in plan.rows:
             sample = self._samples[row.request_id]
@@ -304,17 +307,24 @@ class EngineCore:
             if sample.assembler.finished:
                 continue
             sample.assembler.add_prompt_logprobs([scores[begin + i] for i in range(count)])
-        row_of = {row.request_id: i for i, row in enumerate(done.step.plan.rows)}
+        rows = done.step.plan.rows if done.logprobs else ()
+        row_of = {row.request_id: i for i, row in enumerate(rows)}
         for request, new in self.scheduler.complete(done.step.plan, tokens):
             if new:
                 sample = self._samples[request.request_id]
-                self._add_tokens(sample, new, logprobs, row_of[request.request_id])
+                self._add_tokens(sample, new, logprobs, row_of.get(request.request_id))
                 touched[sample.assembler.request_id] = sample.assembler
         outputs = [self._take(assembler) for assembler in touched.values()]
         return [output for output in outputs if output is not None]
 
-    def _add_tokens(self, sample: Sample, tokens: Sequence[int], logprobs: "_Logprobs", row: int) -> None:
-        """Gives a sample its tokens and ends it if they do. A failure ends this request and no other."""
+    def _add_tokens(
+        self, sample: Sample, tokens: Sequence[int], logprobs: "_Logprobs", row: int | None
+    ) -> None:
+        """Gives a sample its tokens and ends it if they do. A failure ends this request and no other.
+
+        Args:
+            row: where the step's logprobs have the sample's, if there are any.
+        """
         request, assembler = sample.request, sample.assembler
         reason, stop = self._end(request, assembler.input, tokens[-1])
         wanted = assembler.input.num_logprobs is not None
@@ -322,7 +332,7 @@ class EngineCore:
             found = assembler.add_tokens(
                 sample.index,
                 tokens,
-                logprobs=[logprobs[row]] if wanted else None,
+                logprobs=[logprobs[row]] if wanted and row is not None else None,
                 finish_reason=reason,
                 stop_reason=stop,
             )
@@ -354,6 +364,7 @@ class EngineCore:
         """The request's next output; forgets the request with the last one."""
         output = assembler.take()
         if assembler.finished:
+            self._scoring.discard(assembler.request_id)
             for sample in self._requests.pop(assembler.request_id):
                 del self._samples[sample.request.request_id]
             if assembler.metrics is not None and output is not None:

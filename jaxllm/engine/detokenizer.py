@@ -55,8 +55,11 @@ class Detokenizer:
         self._first = not visible
         self._last_added = bool(visible) and visible[-1] in vocabulary.added_tokens
         self._held = ""
-        self._taken: list[str] = []
         self._ready: list[str] = []
+        """Text that no delta has given out."""
+        self._text = ""
+        """All text that may be shown, but for `_rest`: joined when it is asked for, and each piece once."""
+        self._rest: list[str] = []
         self.num_tokens = 0
         """Output tokens read: all that were given, up to the one that completes a stop string."""
         self.finished = False
@@ -70,7 +73,10 @@ class Detokenizer:
     @property
     def text(self) -> str:
         """All text that may be shown by now."""
-        return "".join((*self._taken, *self._ready))
+        if self._rest:
+            self._text += "".join(self._rest)
+            self._rest.clear()
+        return self._text
 
     def update(self, token_ids: Sequence[int], *, stop_token: bool = False) -> str | None:
         """Reads the next output tokens.
@@ -103,7 +109,6 @@ class Detokenizer:
     def take_delta(self) -> str:
         """The text that may be shown and was not taken before; all deltas together are the final text."""
         delta = "".join(self._ready)
-        self._taken.append(delta)
         self._ready.clear()
         return delta
 
@@ -112,9 +117,13 @@ class Detokenizer:
         if self.finished:
             return
         tail, self._unfinished = self._vocabulary.decode_bytes(self._unfinished, final=True)
-        self._ready.append(self._held + tail)
+        self._show(self._held + tail)
         self._held = ""
         self.finished = True
+
+    def _show(self, text: str) -> None:
+        self._ready.append(text)
+        self._rest.append(text)
 
     def _decode(self, token_id: int) -> str:
         if token_id in self._skipped:
@@ -135,7 +144,7 @@ class Detokenizer:
         match = self._stops.feed(text, ignore=self.num_tokens <= self._min_tokens)
         text = self._held + (text if match is None else text[: match.end])
         held = 0 if self._include_stop else self._stops.partial if match is None else len(match.stop)
-        self._ready.append(text[: len(text) - held])
+        self._show(text[: len(text) - held])
         self._held = text[len(text) - held :]
         if match is None:
             return None

@@ -5,12 +5,12 @@ import itertools
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
+from converters.tokenizer import full_tokenizer
 from jaxllm.config import EngineConfig
 from jaxllm.engine.beam_search import BeamSearch, BeamSearchOutput
 from jaxllm.engine.chat import Conversation
@@ -18,13 +18,18 @@ from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.inputs import EngineInput, Prompt, TokensPrompt
 from jaxllm.engine.loading import EngineParts, load_parts
 from jaxllm.engine.mail import Mail
-from jaxllm.engine.metrics import Metrics, choice_metrics
+from jaxllm.engine.metrics import Metrics, choice_metrics, metric_labels
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.scoring import SCORING_PARAMS, PromptScore, prompt_score
 from jaxllm.engine.sleeping import Sleep
+from jaxllm.engine.vocabulary import Vocabulary
+from jaxllm.runner.products import Products
 from jaxllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
 from pallas_kernels.paged_attention import Backend
 from pallas_kernels.registry import Choice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Engine:
@@ -60,7 +65,7 @@ class Engine:
 
         Raises:
             CheckpointError: the model cannot be found, read or recognised.
-            NotImplementedError: the attention kernel that was asked for does not serve the model.
+            NotImplementedError: a kernel that was asked for does not serve the model.
             TypeError: an unknown option, or an attention kernel that is none.
             ValueError: an option out of range, or one that does not suit the model or the machine.
         """
@@ -299,7 +304,12 @@ class Engine:
         """What is counted and timed; `get_metrics` gives it as numbers."""
         return self._core.metrics
 
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """How tokens become text; None without a tokenizer."""
+        return self._core.vocabulary
+
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer.
 
         Raises:
@@ -307,30 +317,51 @@ class Engine:
         """
         if self._parts.tokenizer is None:
             raise ValueError("this engine has no tokenizer: it was made with skip_tokenizer_init=True")
-        return self._parts.tokenizer
+        return full_tokenizer(self._parts.tokenizer)
 
     def get_metrics(self) -> dict[str, float]:
         """Counts and times so far (see `Metrics.snapshot`), the programs, and the attention kernel.
 
-        `programs` were compiled in `compile_seconds`, and `programs_compiled_late_total` while serving.
+        Of all `programs`, `programs_pending` are still being compiled, `programs_loaded` had been kept by an
+        earlier process, and `programs_compiled_late_total` were compiled while a request waited for them;
+        `compile_seconds` is how long it took until the last one was there.
         `attention_backend_info{...}`, with labels as Prometheus writes them, is 1 for the kernel that runs,
-        and 0, with the reason, for each that would have been tried before it.
+        and 0, with the reason, for each that would have been tried before it. `matmul_backend_info{...}` says
+        what multiplies with weights.
         """
-        programs = self._core.runner.programs
+        programs, products = self._core.runner.programs, self._parts.products
         return (
             self._core.get_metrics()
             | {
                 "programs": float(len(programs)),
+                "programs_pending": float(programs.num_pending),
+                "programs_loaded": float(programs.num_loaded),
                 "programs_compiled_late_total": float(programs.compiled_late),
                 "compile_seconds": programs.seconds,
             }
             | choice_metrics("attention_backend_info", self._parts.attention)
+            | {f"matmul_backend_info{metric_labels(backend=products.name, reason=products.reason)}": 1.0}
         )
+
+    def wait_for_programs(self, timeout: float | None = None) -> bool:
+        """Waits until no program is being compiled any more; False if that takes more than `timeout` seconds.
+
+        Requests need not wait for it: until then a step may run in a program that was made for a larger one.
+
+        Raises:
+            Exception: what compiling a program raised.
+        """
+        return self._core.runner.programs.wait(timeout=timeout)
 
     @property
     def attention_backend(self) -> Choice[Backend]:
         """The attention kernel that runs, and why those tried before it do not."""
         return self._parts.attention
+
+    @property
+    def matmul_backend(self) -> Products:
+        """What multiplies with the weights, and why it is not a kernel for packed ones."""
+        return self._parts.products
 
     def get_page_tables(self) -> dict[str, list[list[int]]]:
         """For each running request its pages, one list for each group of layers."""

@@ -5,8 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from converters.tokenizer import TextTokenizer
 from jaxllm.engine.chat import ChatTemplate, Conversation
 from jaxllm.engine.prompts import Prompt, PromptParts, TokensPrompt, is_list, split_prompts, take_apart
 from jaxllm.sampling.params import SamplingParams
@@ -52,7 +51,7 @@ class InputProcessor:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: TextTokenizer | None,
         *,
         vocab_size: int,
         max_model_len: int,
@@ -293,7 +292,7 @@ def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingPar
 
 
 def find_eos_token_ids(
-    tokenizer: PreTrainedTokenizerBase | None, generation_config: Mapping[str, Any], config: Mapping[str, Any]
+    tokenizer: TextTokenizer | None, generation_config: Mapping[str, Any], config: Mapping[str, Any]
 ) -> frozenset[int]:
     """A model's end-of-sequence tokens.
 

@@ -1,6 +1,7 @@
 """How long each part of something took that is done in order."""
 
 import time
+from collections.abc import Callable
 
 
 class Laps:
@@ -8,8 +9,8 @@ class Laps:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
-        """How much there is to do of what takes long, by name, as soon as that is known."""
+        self.programs: Callable[[], tuple[int, int]] | None = None
+        """Of the programs that the last part waits for: how many are there, how many are wanted. Once known."""
         self._last = time.perf_counter()
 
     def end(self, name: str) -> None:

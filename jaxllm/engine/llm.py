@@ -2,9 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Self
 
 from jaxllm.engine.beam_search import BeamSearchOutput
 from jaxllm.engine.chat import Conversation
@@ -13,6 +11,9 @@ from jaxllm.engine.inputs import Prompt
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.vllm_options import translate
 from jaxllm.sampling.params import BeamSearchParams, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class LLM:
@@ -172,7 +173,7 @@ class LLM:
             return SamplingParams()
         return self.llm_engine.default_params
 
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer.
 
         Raises:

@@ -1,9 +1,9 @@
 """From a config to an engine's parts: tokenizer, weights on the mesh, pages, compiled programs."""
 
-import bisect
 import logging
 from collections.abc import Mapping
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,38 +13,33 @@ import jax.numpy as jnp
 import platformdirs
 from jax.sharding import Mesh
 from jaxtyping import Array
-from transformers import PreTrainedTokenizerBase
 
 from converters.blank import BlankCheckpoint, locate_configs
 from converters.checkpoint import Checkpoint, open_checkpoint
-from converters.tokenizer import load_tokenizer
-from jaxllm.cache.groups import group_layers
-from jaxllm.cache.manager import CacheManager
+from converters.tokenizer import TextTokenizer, open_tokenizer
 from jaxllm.config import EngineConfig
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.inputs import InputProcessor, default_sampling_params, find_eos_token_ids
 from jaxllm.engine.laps import Laps
+from jaxllm.engine.sizing import fit_pages, make_lowering, make_scheduler
 from jaxllm.engine.vocabulary import Vocabulary
+from jaxllm.engine.waiting import waiting
 from jaxllm.models import abstract
 from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.models.loading import load_weights
 from jaxllm.models.registry import ModelRegistry
 from jaxllm.parallel import make_mesh
+from jaxllm.runner.identity import CannotIdentifyError, identify
+from jaxllm.runner.kept import KeptPrograms
 from jaxllm.runner.kernels import check_kernel, choose_attention, prepare_attention
-from jaxllm.runner.lowering import Lowering, Sizes
-from jaxllm.runner.memory import count_pages, measure, page_bytes
-from jaxllm.runner.programs import use_compilation_cache
-from jaxllm.runner.runner import Runner
-from jaxllm.sampling import SamplerConfig, registered_logits_processors
-from jaxllm.scheduler.scheduler import Scheduler
+from jaxllm.runner.lowering import Lowering
+from jaxllm.runner.products import Products, check_products, choose_products, prepare_products
+from jaxllm.runner.programs import Programs, use_compilation_cache
+from jaxllm.runner.runner import Runner, allocate
 from pallas_kernels.paged_attention import Backend
 from pallas_kernels.registry import Choice
 
 logger = logging.getLogger(__name__)
-
-CPU_DEFAULTS = {"max_num_seqs": 64, "max_num_batched_tokens": 512, "bucket_growth": 4}
-"""XLA on CPU takes some 8 s of a core for a step program of a model with 30 layers: so there are few."""
-ACCELERATOR_DEFAULTS = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "bucket_growth": 2}
 
 
 @dataclass(frozen=True)
@@ -56,13 +51,15 @@ class EngineParts:
     mesh: Mesh
     attention: Choice[Backend]
     """The attention kernel, and why it is not another one."""
+    products: Products
+    """What multiplies with weights."""
     core: EngineCore
     inputs: InputProcessor
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: TextTokenizer | None
     load_weights: "WeightSource"
     """Loads the weights once more, after a sleep that dropped them."""
     load_seconds: Mapping[str, float]
-    """What the parts of loading took, in order."""
+    """What the parts of loading took, in order; for what ran beside others, how long it was waited for."""
 
 
 @dataclass(frozen=True)
@@ -73,96 +70,154 @@ class WeightSource:
     architecture: type[CausalLM]
     model: DecoderConfig
     mesh: Mesh
+    parameters: Mapping[str, abstract.Parameter]
 
     def __call__(self) -> tuple[Array, ...]:
         """Loads the weights, or makes random ones, each in its sharding."""
+        with closing(_open(self.config)) as checkpoint:
+            return self.load(checkpoint)
+
+    def load(self, checkpoint: Checkpoint) -> tuple[Array, ...]:
+        """The same, of a checkpoint that is open already."""
         with jax.set_mesh(self.mesh):
             if self.config.model.load_format == "dummy":
-                return abstract.materialize(self.architecture, self.model, self.mesh, self.config.model.seed)
-            _, parameters = abstract.split(self.architecture, self.model)
-            with closing(_open(self.config)) as checkpoint:
-                return load_weights(
-                    checkpoint,
-                    self.architecture.rules,
-                    parameters,
-                    self.model.geometry,
-                    self.mesh,
-                    progress=self.config.compile.progress,
-                )
+                return abstract.materialize(self.parameters, self.mesh, self.config.model.seed)
+            return load_weights(
+                checkpoint,
+                self.architecture.rules,
+                self.parameters,
+                self.model.geometry,
+                self.mesh,
+                progress=self.config.compile.progress,
+            )
 
 
 def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None = None) -> EngineParts:
     """Builds an engine's parts.
 
+    Weights, tokenizer, pages and programs are made at the same time, in threads. It returns when there are
+    enough programs to run every request; others go on being compiled, unless the config says otherwise.
+
     Args:
         mesh: with the axes of `make_mesh`, to run on other devices than the first ones.
-        laps: written to as the parts of loading end, for somebody who looks on; its count `programs` is how
-            many the last part compiles.
+        laps: written to as the parts of loading end, for somebody who looks on.
 
     Raises:
         CheckpointError: the model cannot be found, read or recognised.
-        NotImplementedError: the attention kernel that was asked for does not serve the model.
+        NotImplementedError: a kernel that was asked for does not serve the model.
         TypeError: the attention kernel is none.
         ValueError: the config does not suit the model or the machine.
     """
-    kernel = config.compile.attention_backend
+    kernel, progress = config.compile.attention_backend, config.compile.progress
     check_kernel(kernel)
-    if config.compile.compilation_cache:
-        folder = config.compile.compilation_cache_dir
-        use_compilation_cache(folder or Path(platformdirs.user_cache_dir("jaxllm")) / "programs")
+    check_products(config.compile.matmul_backend)
     laps = Laps() if laps is None else laps
     mesh = make_mesh(config.parallel.tensor_parallel_size) if mesh is None else mesh
     laps.end("devices")
     prepare_attention(kernel, mesh)
-    with closing(_open(config)) as checkpoint:
+    prepare_products(config.compile.matmul_backend, mesh)
+    with (
+        ThreadPoolExecutor(thread_name_prefix="load") as threads,
+        # closed before the threads are waited for: so they end soon, if something has failed
+        closing(_open(config)) as checkpoint,
+        ExitStack() as failed,
+    ):
+        _compare_options(threads)
         architecture = ModelRegistry.resolve(checkpoint.config)
         model = _read_model(config, checkpoint, architecture, mesh)
         choose = partial(choose_attention, kernel, model, mesh, config.cache.page_size)
         # what is wrong with somebody's own kernel shows before the weights are loaded
         attention = None if isinstance(kernel, str) else choose()
-        tokenizer = _load_tokenizer(config, checkpoint)
-        generation = checkpoint.generation_config
-        eos = find_eos_token_ids(tokenizer, generation, checkpoint.config)
-    laps.end("config_and_tokenizer")
-    source = WeightSource(config, architecture, model, mesh)
-    params = source()
-    laps.end("weights")
-    attention = attention or choose()  # late: what was begun above has had time
-    laps.end("kernels")
-    lowering, num_pages = _size(config, model, architecture, params, mesh, attention.backend)
-    laps.end("sizes")
-    sizes = lowering.sizes
-    scheduler = Scheduler(
-        CacheManager(
-            lowering.layout.groups,
-            num_pages=num_pages,
-            page_size=sizes.page_size,
-            enable_prefix_caching=config.cache.enable_prefix_caching,
-        ),
-        max_num_seqs=sizes.max_num_seqs,
-        max_num_batched_tokens=sizes.max_num_batched_tokens,
-        max_model_len=sizes.max_model_len,
-        policy=config.scheduler.policy,
-        enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
+        laps.end("config")
+        with waiting("Building the kernel for products", progress=progress):
+            products = choose_products(config.compile.matmul_backend, model, mesh)
+        with jax.set_mesh(mesh):
+            structure, parameters = abstract.split(architecture, model, products.backend)
+        laps.end("structure")
+        source = WeightSource(config, architecture, model, mesh, parameters)
+        loaded = threads.submit(source.load, checkpoint)
+        opened = threads.submit(_load_tokenizer, config, checkpoint)
+        if attention is None:
+            with waiting("Building the attention kernel", progress=progress):
+                attention = choose()
+        laps.end("kernels")
+        merge = partial(abstract.merge, structure)
+        lowering = make_lowering(config, model, merge, parameters, mesh, attention.backend, products.backend)
+
+        def kept(lowering: Lowering) -> KeptPrograms | None:
+            return threads.submit(_kept_programs, config, architecture, lowering).result()
+
+        lowering, num_pages = fit_pages(config, lowering, kept)
+        programs = Programs(lowering.programs(num_pages), kept(lowering))
+        failed.callback(programs.close)
+        first = list(lowering.first_programs if config.compile.compile_in_background else programs)
+        laps.programs = lambda: (sum(key in programs for key in first), len(first))
+        if not config.compile.enforce_eager:
+            programs.begin()
+        state = threads.submit(allocate, programs)
+        laps.end("sizes")
+        tokenizer = opened.result()
+        generation, eos_config = checkpoint.generation_config, checkpoint.config
+        laps.end("tokenizer")
+        params = loaded.result()
+        laps.end("weights")
+        runner = Runner(
+            lowering, params, num_pages, programs, state.result(), exact=config.compile.enforce_eager
+        )
+        laps.end("pages")
+        programs.wait(first, progress=progress)
+        programs.serve_beside()
+        laps.end("programs")
+        failed.pop_all()
+    core = EngineCore(
+        runner,
+        make_scheduler(config, lowering, num_pages),
+        None if tokenizer is None else Vocabulary(tokenizer),
+        depth=int(config.scheduler.async_scheduling),
+        seed=config.model.seed,
     )
-    runner = Runner(lowering, params, num_pages)
-    laps.counts["programs"] = len(runner.programs)
-    laps.end("pages")
-    if not config.compile.enforce_eager:
-        runner.programs.compile_ahead(progress=config.compile.progress)
-    laps.end("programs")
-    vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
-    depth = int(config.scheduler.async_scheduling)
-    core = EngineCore(runner, scheduler, vocabulary, depth=depth, seed=config.model.seed)
     inputs = InputProcessor(
         tokenizer,
         vocab_size=model.vocab_size,
-        max_model_len=sizes.max_model_len,
+        max_model_len=lowering.sizes.max_model_len,
         max_logprobs=config.model.max_logprobs,
-        eos_token_ids=eos,
+        eos_token_ids=find_eos_token_ids(tokenizer, generation, eos_config),
         default_params=default_sampling_params(generation),
     )
-    return EngineParts(config, model, mesh, attention, core, inputs, tokenizer, source, laps.seconds)
+    laps.end("rest")
+    return EngineParts(
+        config, model, mesh, attention, products, core, inputs, tokenizer, source, laps.seconds
+    )
+
+
+def _compare_options(threads: ThreadPoolExecutor) -> None:
+    """Warns of options of jax that only the calling thread has: programs are traced in others."""
+    here, there = dict(jax.config.values), threads.submit(lambda: dict(jax.config.values)).result()
+    if names := [name for name, value in here.items() if there[name] != value]:
+        logger.warning(
+            "%s: set for this thread alone, which programs do not see; use jax.config.update",
+            ", ".join(names),
+        )
+
+
+def _kept_programs(
+    config: EngineConfig, architecture: type[CausalLM], lowering: Lowering
+) -> KeptPrograms | None:
+    """Where programs are kept whole. Where they cannot be, jax keeps what XLA makes of them.
+
+    Not both: what jax has kept cannot be kept whole any more, see `compile_watched`.
+    """
+    if not config.compile.compilation_cache:
+        return None
+    folder = config.compile.compilation_cache_dir or Path(platformdirs.user_cache_dir("jaxllm")) / "programs"
+    try:
+        if config.compile.keep_executables:
+            identity = identify(lowering, architecture)
+            return KeptPrograms(folder / "whole", identity, list(lowering.mesh.devices.flat))
+    except CannotIdentifyError as reason:
+        logger.info("programs are traced at each start, because they cannot be kept whole: %s", reason)
+    use_compilation_cache(folder)
+    return None
 
 
 def _open(config: EngineConfig) -> Checkpoint:
@@ -174,13 +229,13 @@ def _open(config: EngineConfig) -> Checkpoint:
     return BlankCheckpoint(path) if path.is_dir() else open_checkpoint(str(path))
 
 
-def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> TextTokenizer | None:
     model = config.model
     if model.skip_tokenizer_init:
         return None
     # a repo's own tokenizer code is not among the files that are downloaded for the weights
     own = model.model if model.trust_remote_code else checkpoint.path
-    return load_tokenizer(
+    return open_tokenizer(
         own if model.tokenizer is None else model.tokenizer,
         revision=model.revision,
         cache_dir=model.cache_dir,
@@ -202,57 +257,3 @@ def _read_model(
             f"max_model_len={wanted}: the model has positions up to {model.max_position_embeddings}; lower it"
         )
     return model
-
-
-def _size(
-    config: EngineConfig,
-    model: DecoderConfig,
-    architecture: type[CausalLM],
-    params: tuple[Array, ...],
-    mesh: Mesh,
-    backend: Backend,
-) -> tuple[Lowering, int]:
-    """The programs' sizes, and the number of pages: as many as fit, and no request longer than they hold."""
-    device = mesh.devices.flat[0]
-    defaults = CPU_DEFAULTS if device.platform == "cpu" else ACCELERATOR_DEFAULTS
-    with jax.set_mesh(mesh):
-        structure, _ = abstract.split(architecture, model)
-    lowering = Lowering(
-        model,
-        partial(abstract.merge, structure),
-        tuple(jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in params),
-        mesh,
-        group_layers(model.layer_windows),
-        Sizes(
-            max_num_seqs=config.scheduler.max_num_seqs or defaults["max_num_seqs"],
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens
-            or defaults["max_num_batched_tokens"],
-            max_model_len=config.model.max_model_len or model.max_position_embeddings,
-            page_size=config.cache.page_size,
-            bucket_growth=defaults["bucket_growth"],
-            num_logprobs=model.vocab_size if config.model.max_logprobs == -1 else config.model.max_logprobs,
-        ),
-        SamplerConfig(model.vocab_size, processors=registered_logits_processors()),
-        backend,
-    )
-    num_pages = count_pages(config.cache, page_bytes(lowering), mesh, partial(measure, lowering))
-    longest = longest_request(lowering, num_pages)
-    if longest >= lowering.sizes.max_model_len:
-        return lowering, num_pages
-    if config.model.max_model_len is not None:
-        raise ValueError(
-            f"max_model_len={config.model.max_model_len}: {num_pages - 1} pages of {config.cache.page_size} "
-            f"tokens hold a request of at most {longest}; lower it to that, or give the cache more memory"
-        )
-    logger.warning(
-        "the pages hold a request of at most %d tokens, fewer than the model's %d; max_model_len=%d",
-        longest, lowering.sizes.max_model_len, longest,
-    )  # fmt: skip
-    return lowering.with_max_model_len(longest), num_pages
-
-
-def longest_request(lowering: Lowering, num_pages: int) -> int:
-    """Tokens of the longest request that the pages could hold alone, at most `max_model_len`."""
-    cache = CacheManager(lowering.layout.groups, num_pages=num_pages, page_size=lowering.sizes.page_size)
-    lengths = range(1, lowering.sizes.max_model_len + 1)
-    return bisect.bisect_right(lengths, num_pages - 1, key=lambda length: cache.growth(length - 1))

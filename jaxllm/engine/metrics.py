@@ -255,14 +255,16 @@ def choice_metrics(name: str, choice: Choice[Any]) -> dict[str, float]:
 
     https://prometheus.io/docs/instrumenting/exposition_formats/#text-format-details
     """
-    others = {f"{name}{_labels(backend=other, reason=why)}": 0.0 for other, why in choice.passed_over}
-    return {f"{name}{_labels(backend=choice.backend.name)}": 1.0} | others
+    others = {f"{name}{metric_labels(backend=other, reason=why)}": 0.0 for other, why in choice.passed_over}
+    return {f"{name}{metric_labels(backend=choice.backend.name)}": 1.0} | others
 
 
-def _labels(**labels: str) -> str:
+def metric_labels(**labels: str) -> str:
+    """Labels as Prometheus writes them after a metric's name; those that are empty are left out."""
     escaped = {
         name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         for name, value in labels.items()
+        if value
     }
     return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}"
 

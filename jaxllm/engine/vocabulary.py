@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from converters.tokenizer import TextTokenizer
 
 _ANCHOR = "a"  # a token that every supported decoder leaves as it is
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -31,7 +31,7 @@ class Vocabulary:
         ValueError: the tokenizer has no `tokenizers` backend, or its decoder does not decode token by token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(

@@ -6,8 +6,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxllm.layers.packing import Packable, pack_parameter, packing_of
 from jaxllm.layers.parameter import parameter
 from jaxllm.parallel import partition_spec
+from pallas_kernels.packed_matmul import Backend
 
 
 def padded_size(vocab_size: int, tensor_parallel_size: int) -> int:
@@ -27,7 +29,7 @@ def take_rows(table: Float[Array, "rows embed"], ids: Int[Array, " n"]) -> Float
     return jax.lax.bitcast_convert_type(bits.at[ids].get(mode="clip"), table.dtype)
 
 
-class Embedding(nnx.Module):
+class Embedding(Packable):
     """A table `[padded vocab, embed]`, each device holding a run of the rows.
 
     Reads rows for tokens, and as a language model's head gives the products with all rows.
@@ -41,6 +43,9 @@ class Embedding(nnx.Module):
         self.weight = parameter((rows, embed), self.axes, dtype, rngs)
         self.vocab_size = vocab_size
 
+    def pack(self, backend: Backend) -> None:
+        self.weight = pack_parameter(self.weight, (1,), backend)
+
     def __call__(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens embed"]:
         """Each device looks up the tokens it holds; their sum is what all see, and no table moves."""
 
@@ -50,6 +55,9 @@ class Embedding(nnx.Module):
             rows = take_rows(table, local)
             return jax.lax.psum(jnp.where(mine[:, None], rows, 0), "tensor")
 
+        packing = packing_of(self.weight)
+        if packing is not None:
+            return packing.take(self.weight[...], tokens)
         if jax.sharding.get_abstract_mesh().size == 1:
             return take_rows(self.weight[...], tokens)
         specs = (partition_spec(self.axes), PartitionSpec())
@@ -63,6 +71,9 @@ class Embedding(nnx.Module):
             axes = (((1,), (1,)), ((), ()))
             return jax.lax.dot_general(hidden, table, axes, preferred_element_type=jnp.float32)
 
+        packing = packing_of(self.weight)
+        if packing is not None:
+            return packing.multiply(hidden, self.weight[...], jnp.float32)
         # Said device by device: asked only for whole logits, the compiler gathers the table instead.
         specs = (PartitionSpec(), partition_spec(self.axes))
         cut = jax.shard_map(score, in_specs=specs, out_specs=partition_spec((None, "vocab")))

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxllm.layers.packing import Packable, pack_parameter, packing_of
 from jaxllm.layers.parameter import parameter, zeros
 from jaxllm.parallel import Axes
+from pallas_kernels.packed_matmul import Backend
 
 
 def contract(
@@ -24,7 +27,7 @@ def contract(
     return jax.lax.dot_general(x, weight, (axes, ((), ())), preferred_element_type=jnp.float32)
 
 
-class Linear(nnx.Module):
+class Linear(Packable):
     """`x @ weight + bias`, with weight `[*inputs, *outputs]` and bias `[*outputs]`, rounded once at the end.
 
     Args:
@@ -44,9 +47,21 @@ class Linear(nnx.Module):
     ) -> None:
         self.weight = parameter((*inputs, *outputs), axes, dtype, rngs)
         self.bias = parameter(tuple(outputs), axes[len(inputs) :], dtype, rngs, zeros) if bias else None
+        self.num_inputs = len(inputs)
+
+    def pack(self, backend: Backend) -> None:
+        self.weight = pack_parameter(self.weight, range(self.num_inputs), backend)
 
     def __call__(self, x: Float[Array, "tokens *inputs"]) -> Float[Array, "tokens *outputs"]:
-        y = contract(x, self.weight[...])
+        y = self._product(x, x.dtype if self.bias is None else jnp.float32)
         if self.bias is not None:
             y += self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)
+
+    def _product(
+        self, x: Float[Array, "tokens *inputs"], dtype: DTypeLike
+    ) -> Float[Array, "tokens *outputs"]:
+        packing = packing_of(self.weight)
+        if packing is not None:
+            return packing.multiply(x, self.weight[...], dtype)
+        return contract(x, self.weight[...]).astype(dtype)

@@ -8,6 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxllm.layers.linear import Linear
+from jaxllm.layers.packing import pack_parameter, packing_of
+from pallas_kernels.packed_matmul import Backend, Gate
 
 Activation = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
@@ -44,19 +46,53 @@ def find_activation(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
+# Activations that products with packed weights come gated by.
+GATES: dict[str, Gate] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+
+
+class GateUp(Linear):
+    """`activation(gate(x)) * up(x)` with gate and up in one weight `[embed, 2, mlp]`.
+
+    Args:
+        activation: by Hugging Face's name.
+        embed, mlp: sizes.
+    """
+
+    def __init__(
+        self, embed: int, mlp: int, *, activation: str, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        super().__init__((embed,), (2, mlp), ("embed", None, "mlp"), bias=bias, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def pack(self, backend: Backend) -> None:
+        gate = None if self.bias is not None else GATES.get(self.activation)
+        self.weight = pack_parameter(self.weight, (0,), backend, gate)
+
+    def __call__(self, x: Float[Array, "tokens embed"]) -> Float[Array, "tokens mlp"]:
+        packing = packing_of(self.weight)
+        if packing is not None and packing.gate is not None:
+            return packing.multiply(x, self.weight[...], x.dtype)
+        gate, up = jnp.moveaxis(super().__call__(x).astype(jnp.float32), 1, 0)
+        return (find_activation(self.activation)(gate) * up).astype(x.dtype)
+
+
 class GatedMLP(nnx.Module):
     """`down(activation(gate(x)) * up(x))` with gate and up in one weight `[embed, 2, mlp]`."""
 
     def __init__(
         self, embed: int, mlp: int, *, activation: str, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
-        self.gate_up = Linear((embed,), (2, mlp), ("embed", None, "mlp"), bias=bias, dtype=dtype, rngs=rngs)
+        self.gate_up = GateUp(embed, mlp, activation=activation, bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear((mlp,), (embed,), ("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
-        self.activation = activation
 
     def __call__(self, x: Float[Array, "tokens embed"]) -> Float[Array, "tokens embed"]:
-        gate, up = jnp.moveaxis(self.gate_up(x).astype(jnp.float32), 1, 0)
-        return self.down((find_activation(self.activation)(gate) * up).astype(x.dtype))
+        return self.down(self.gate_up(x))
 
 
 class MLP(nnx.Module):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -30,9 +31,21 @@ class Rope:
 
     def rotation(self, positions: Int[Array, " tokens"]) -> Rotation:
         """The angles of a step's tokens, shared by all layers with this rope."""
+        return jax.lax.platform_dependent(positions, cpu=self._rotation_once, default=self._rotation)
+
+    def _rotation(self, positions: Int[Array, " tokens"]) -> Rotation:
         frequencies = jnp.asarray(np.asarray(self.frequencies, np.float32))
         angles = positions.astype(jnp.float32)[:, None] * frequencies
         return Rotation(jnp.cos(angles) * self.magnitude, jnp.sin(angles) * self.magnitude)
+
+    def _rotation_once(self, positions: Int[Array, " tokens"]) -> Rotation:
+        """Behind a branch that is always taken, which XLA cannot know.
+
+        On CPU it fuses what it can into every use, and computes the sines again in each layer and for each
+        head: 25 of 210 ms for 512 tokens of a model with 30 layers. It looks through an optimization barrier.
+        """
+        none = jnp.zeros((len(positions), len(self.frequencies)), jnp.float32)
+        return jax.lax.cond(positions[0] >= 0, self._rotation, lambda _: Rotation(none, none), positions)
 
 
 def rotate(x: Float[Array, "tokens heads dims"], rotation: Rotation) -> Float[Array, "tokens heads dims"]:

@@ -5,19 +5,21 @@ without making any; whoever loads weights makes them, each in its sharding; `mer
 traced step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jaxllm.layers.packing import Packing, pack_layers, pack_weight
 from jaxllm.layers.parameter import Initializer
 from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.parallel import Axes, partition_spec
+from pallas_kernels.packed_matmul import Backend
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,17 @@ class Parameter:
     """An array that a model is made of.
 
     Attributes:
-        shape: of the whole, before it is cut over devices.
+        shape: of the whole, before it is cut over devices or packed.
         axes: the logical axes' names.
         initializer: how random weights are made.
+        packing: how the model keeps it, where that is not as it is.
     """
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
     axes: Axes
     initializer: Initializer
+    packing: Packing | None = None
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +51,18 @@ class Parameter:
         """How it is cut over the devices of a mesh."""
         return NamedSharding(mesh, partition_spec(self.axes))
 
+    def keep(self, array: Array) -> Array:
+        """The array, made in its sharding, in the form that the model keeps."""
+        return array if self.packing is None else pack_weight(array, self.packing)
+
+    def kept(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
+        """What `keep` gives: shape, dtype and sharding."""
+        array = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding(mesh))
+        if self.packing is None:
+            return array
+        packed = jax.eval_shape(self.keep, array)
+        return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -56,15 +72,51 @@ class Structure:
     state: nnx.State[Any, Any]
 
 
-def split(model: type[CausalLM], config: DecoderConfig) -> tuple[Structure, dict[str, Parameter]]:
-    """A model's structure and its parameters, by their dotted paths, in the order that `merge` takes them."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
+class _OneKey(nnx.Rngs):
+    """Gives every parameter the same key, which is of no use: only shapes are wanted.
+
+    `nnx.Rngs` counts its keys in a variable, and to write one under a trace takes jax 7 ms.
+    """
+
+    def __init__(self) -> None:
+        self._key = jax.random.key(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda: self._key
+
+
+def split(
+    model: type[CausalLM], config: DecoderConfig, products: Backend | None = None
+) -> tuple[Structure, dict[str, Parameter]]:
+    """A model's structure and its parameters, by their dotted paths, in the order that `merge` takes them.
+
+    Args:
+        products: what multiplies with weights, which are packed for it; None: XLA, with weights as they are.
+
+    Raises:
+        NotImplementedError: weights of the model's dtype are not packed.
+    """
+
+    def make() -> CausalLM:
+        made = model(config, rngs=_OneKey())
+        if products is not None:
+            pack_layers(made, products)
+        return made
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
     parameters = {}
     for path, variable in nnx.to_flat_state(state):
         array: jax.ShapeDtypeStruct = variable.get_value()
-        axes, initializer = variable.get_metadata("axes"), variable.get_metadata("initializer")
+        about = variable.get_metadata()
+        packing: Packing | None = about.get("packing")
         name = ".".join(map(str, path))
-        parameters[name] = Parameter(array.shape, jnp.dtype(array.dtype), axes, initializer)
+        parameters[name] = Parameter(
+            array.shape if packing is None else packing.shape,
+            jnp.dtype(config.dtype if packing is not None else array.dtype),
+            about["axes"],
+            about["initializer"],
+            packing,
+        )
     return Structure(graphdef, state), parameters
 
 
@@ -73,9 +125,8 @@ def merge(structure: Structure, leaves: Sequence[Array]) -> CausalLM:
     return nnx.merge(structure.graphdef, jax.tree.unflatten(jax.tree.structure(structure.state), leaves))
 
 
-def materialize(model: type[CausalLM], config: DecoderConfig, mesh: Mesh, seed: int) -> tuple[Array, ...]:
+def materialize(parameters: Mapping[str, Parameter], mesh: Mesh, seed: int) -> tuple[Array, ...]:
     """Random weights, each made on the devices that hold it, in the order that `merge` takes them."""
-    _, parameters = split(model, config)
     keys = jax.random.split(jax.random.key(seed), len(parameters))
     make = {parameter: _maker(parameter, mesh) for parameter in dict.fromkeys(parameters.values())}
     return tuple(make[parameter](key) for parameter, key in zip(parameters.values(), keys, strict=True))
@@ -87,4 +138,5 @@ def _maker(parameter: Parameter, mesh: Mesh) -> Callable[[Array], Array]:
     def make(key: Array) -> Array:
         return parameter.initializer(key, parameter.shape, parameter.dtype)
 
-    return jax.jit(make, out_shardings=parameter.sharding(mesh))
+    made = jax.jit(make, out_shardings=parameter.sharding(mesh))
+    return lambda key: parameter.keep(made(key))

@@ -42,6 +42,5 @@ def refuse_misfits(
 def place(array: np.ndarray, parameter: Parameter, mesh: Mesh) -> Array:
     """Copies each device's part to it, and waits, so that the host's copy can go."""
     sharding = parameter.sharding(mesh)
-    return jax.make_array_from_callback(
-        parameter.shape, sharding, lambda part: array[part]
-    ).block_until_ready()
+    placed = jax.make_array_from_callback(parameter.shape, sharding, lambda part: array[part])
+    return parameter.keep(placed).block_until_ready()

@@ -53,7 +53,8 @@ def restore_weights(
                 )
                 for path, parameter in batch.items()
             }
-            restored |= checkpoint.restore(wanted)
+            for path, array in checkpoint.restore(wanted).items():
+                restored[path] = batch[path].keep(array)
             bar.update(sum(parameter.nbytes for parameter in batch.values()))
         for path, parameter in parameters.items():
             if path not in direct:

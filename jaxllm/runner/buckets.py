@@ -57,10 +57,14 @@ class Buckets:
         Raises:
             ValueError: none does; the scheduler must keep to the largest one's tokens.
         """
+        return self.holding(num_tokens)[0]
+
+    def holding(self, num_tokens: int) -> tuple[Bucket, ...]:
+        """All buckets that hold so many tokens, smallest first; raises as `fit` does."""
         at = bisect.bisect_left(self.sizes, num_tokens, key=lambda bucket: bucket.tokens)
         if at == len(self.sizes):
             raise ValueError(f"num_tokens={num_tokens}: a step holds at most {self.largest.tokens}")
-        return self.sizes[at]
+        return self.sizes[at:]
 
 
 def _grow(first: int, factor: int, last: int) -> list[int]:

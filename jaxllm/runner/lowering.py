@@ -1,7 +1,7 @@
 """Lowers the engine's programs from shapes alone: no weights and no pages need to exist."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
+from jaxtyping import Array
 
 from jaxllm.cache.groups import CacheLayout
 from jaxllm.layers.attention import pages_spec
@@ -22,6 +23,7 @@ from jaxllm.sampling.logprobs import token_logprobs
 from jaxllm.sampling.params import SamplingParams
 from jaxllm.sampling.settings import row_settings
 from jaxllm.sampling.state import Feature, RowSettings, SamplerConfig, empty_state
+from pallas_kernels.packed_matmul import Backend as ProductsBackend
 from pallas_kernels.paged_attention import Backend, PageGeometry
 
 
@@ -44,6 +46,11 @@ class Sizes:
         return -(-self.max_model_len // self.page_size)
 
 
+def step_programs(bucket: Bucket) -> tuple[Hashable, ...]:
+    """Keys of the programs that a step of this bucket may run, besides those that serve all."""
+    return ("forward", bucket.tokens), ("sample", bucket.sampled), ("logprobs", bucket.sampled)
+
+
 @dataclass(frozen=True)
 class Lowering:
     """The programs of one model on one mesh.
@@ -52,6 +59,7 @@ class Lowering:
         params: shapes and shardings of the weights, in the order that `merge` takes them.
         layout: which layers share page tables, and which pool holds each layer's pages.
         backend: the attention kernel.
+        products: what multiplies with weights, packed for it; None: XLA, with weights as they are.
     """
 
     model: DecoderConfig
@@ -62,6 +70,7 @@ class Lowering:
     sizes: Sizes
     sampler: SamplerConfig
     backend: Backend
+    products: ProductsBackend | None = None
 
     def with_max_model_len(self, max_model_len: int) -> "Lowering":
         """The same for requests of another greatest length."""
@@ -111,6 +120,40 @@ class Lowering:
     def rows_shapes(self) -> DeviceRows:
         """Shapes of `empty_rows`."""
         return self._on_all(jax.eval_shape(self.empty_rows))
+
+    def programs(self, num_pages: int) -> dict[Hashable, Callable[[], Lowered]]:
+        """The closed set, by key, in the order in which it is best made: see `first_programs`.
+
+        The rest follow from large to small, since a bucket can run the steps of all smaller ones.
+        """
+        found: dict[Hashable, Callable[[], Lowered]] = {
+            ("admit", tables): partial(self.admit, tables) for tables in (False, True)
+        }
+        found |= {"empty": partial(self.empty, num_pages), "score": self.score}
+        for bucket in (*self._first_buckets, *reversed(self.buckets.sizes)):
+            found["forward", bucket.tokens] = partial(self.forward, bucket, num_pages)
+            found["sample", bucket.sampled] = partial(self.sample, bucket.sampled)
+            found["logprobs", bucket.sampled] = partial(self.logprobs, bucket.sampled)
+        return {key: found[key] for key in dict.fromkeys([*self.first_programs, *found])}
+
+    @property
+    def first_programs(self) -> list[Hashable]:
+        """The fewest that run every request well: of the largest step, and of the smallest, which decodes."""
+        keys: list[Hashable] = [key for bucket in self._first_buckets for key in step_programs(bucket)]
+        return list(dict.fromkeys(["empty", *keys, ("admit", False), ("admit", True), "score"]))
+
+    @property
+    def _first_buckets(self) -> tuple[Bucket, Bucket]:
+        return self.buckets.largest, self.buckets.sizes[0]
+
+    def empty(self, num_pages: int) -> Lowered:
+        """Makes pages and rows that hold nothing."""
+        cache = self.cache_shapes(num_pages)
+
+        def make() -> tuple[tuple[Array, ...], DeviceRows]:
+            return tuple(jnp.zeros(pool.shape, pool.dtype) for pool in cache), self.empty_rows()
+
+        return self._lower(make, (), (tuple(pool.sharding for pool in cache), self.replicated))
 
     def forward(self, bucket: Bucket, num_pages: int) -> Lowered:
         """A step's forward pass: cache and page tables are donated."""

@@ -4,13 +4,16 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from jaxllm.config import CacheConfig
+from jaxllm.runner.kept import KeptPrograms
 from jaxllm.runner.lowering import Lowering
+from jaxllm.runner.programs import Programs
 
 GIB = 1024**3
 CPU_CACHE_BYTES = GIB
@@ -44,9 +47,10 @@ def device_memory(mesh: Mesh) -> int:
     return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def measure(lowering: Lowering) -> MemoryUse:
-    """Compiles the largest forward pass and reads what it needs."""
-    compiled = lowering.forward(lowering.buckets.largest, PROBE_PAGES).compile()
+def measure(lowering: Lowering, kept: KeptPrograms | None = None) -> MemoryUse:
+    """Compiles the largest forward pass, unless `kept` has it, and reads what it needs."""
+    probe = partial(lowering.forward, lowering.buckets.largest, PROBE_PAGES)
+    compiled = Programs({"probe": probe}, kept)["probe"]
     analysis = compiled.memory_analysis()
     assert analysis is not None, "the backend tells no sizes"
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes

@@ -1,21 +1,25 @@
-"""The closed set of compiled programs: known before the first request, compiled ahead, counted when late."""
+"""The closed set of compiled programs: known before the first request, made ahead, counted when late."""
 
 import logging
+import math
 import os
+import threading
 import time
-from collections.abc import Callable, Hashable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 from jax.stages import Compiled, Lowered
 from tqdm import tqdm
 
+from jaxllm.runner.kept import KeptPrograms
+
 logger = logging.getLogger(__name__)
 
 
 def use_compilation_cache(folder: Path | None) -> None:
-    """Keeps compiled programs on disk for later processes; None leaves jax's own setting as it is.
+    """Keeps what XLA compiles on disk for later processes; None leaves jax's own setting as it is.
 
     Programs of every size are kept: a start compiles dozens of small ones, whose times add up.
     Source: https://docs.jax.dev/en/latest/persistent_compilation_cache.html
@@ -31,50 +35,144 @@ def use_compilation_cache(folder: Path | None) -> None:
 class Programs:
     """Programs by key, each lowered by a function of no arguments.
 
+    `begin` has threads make them in order, while the caller does something else, or serves already with those
+    that are there. A program is loaded if an earlier process has kept it, else traced and compiled.
+
     Attributes:
         compiled_late: how many were compiled because a step asked for them, and not ahead.
-        seconds: time spent in `compile_ahead`.
+        seconds: from `begin` until the last program was there.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, sources: Mapping[Hashable, Callable[[], Lowered]], kept: KeptPrograms | None = None
+    ) -> None:
         self.compiled_late = 0
         self.seconds = 0.0
-        self._sources: dict[Hashable, Callable[[], Lowered]] = {}
+        self._sources = dict(sources)
+        self._kept = kept
         self._compiled: dict[Hashable, Compiled] = {}
+        self._failed: dict[Hashable, Exception] = {}
+        self._waiting: deque[Hashable] = deque()
+        self._running: set[Hashable] = set()
+        self._threads: list[threading.Thread] = []
+        self._wanted_threads = 0
+        self._changed = threading.Condition()
+        self._tracing = threading.Lock()  # it holds Python's lock anyway: one traces while another compiles
 
     def __len__(self) -> int:
         return len(self._sources)
 
-    def declare(self, key: Hashable, lower: Callable[[], Lowered]) -> None:
-        """Adds a program to the set."""
-        self._sources[key] = lower
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._sources)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether the program can run now."""
+        return key in self._compiled
 
     def __getitem__(self, key: Hashable) -> Compiled:
-        """The compiled program; compiles it now, and counts that, where it was not compiled ahead.
+        """The program; makes it now, and counts that, where it was not made ahead.
 
         Raises:
-            KeyError: no such program was declared.
+            KeyError: there is no such program.
         """
-        if key not in self._compiled:
-            logger.info("compiling %s while serving", key)
-            self._compiled[key] = self._sources[key]().compile()
+        if key in self._compiled:
+            return self._compiled[key]
+        with self._changed:
             self.compiled_late += 1
+            if key in self._waiting:
+                self._waiting.remove(key)
+            self._changed.wait_for(lambda: key not in self._running)
+        if key not in self._compiled:
+            logger.info("compiling %s now: it was not compiled ahead", key)
+            self._compiled[key] = self._make(key)
         return self._compiled[key]
 
-    def compile_ahead(self, keys: Iterable[Hashable] | None = None, *, progress: bool = False) -> None:
-        """Compiles the programs of these keys, by default all that are not yet compiled.
+    @property
+    def num_pending(self) -> int:
+        """Programs that are being made, or wait for it."""
+        with self._changed:
+            return len(self._waiting) + len(self._running)
 
-        Tracing holds Python's lock, so it is done here one by one; XLA compiles in threads meanwhile.
+    @property
+    def num_loaded(self) -> int:
+        """Programs that an earlier process had kept."""
+        return 0 if self._kept is None else self._kept.num_loaded
+
+    def begin(self, keys: Iterable[Hashable] | None = None) -> None:
+        """Has threads, one for each core, make these programs in order; by default all."""
+        started = time.perf_counter()
+        with self._changed:
+            self._waiting.extend(self._sources if keys is None else keys)
+            self._wanted_threads = os.cpu_count() or 1
+            count = min(self._wanted_threads, len(self._waiting))
+        for index in range(count):
+            thread = threading.Thread(target=self._run, args=(index, started), name=f"compile-{index}")
+            self._threads.append(thread)
+            thread.start()
+
+    def serve_beside(self) -> None:
+        """Leaves most of the cores to steps that run beside the compiler from now on."""
+        self._wanted_threads = max(1, (os.cpu_count() or 1) // 4)
+
+    def wait(
+        self, keys: Iterable[Hashable] | None = None, *, progress: bool = False, timeout: float | None = None
+    ) -> bool:
+        """Waits for programs that `begin` was given, by default for all; False if that took too long.
+
+        Raises:
+            Exception: what compiling one of them raised.
         """
-        begin = time.perf_counter()
-        wanted = [key for key in (self._sources if keys is None else keys) if key not in self._compiled]
+        wanted = set(self._sources if keys is None else keys)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         with (
-            ThreadPoolExecutor(os.cpu_count(), "compile") as pool,
+            self._changed,
             tqdm(total=len(wanted), desc="Compiling", unit="program", disable=not progress) as bar,
         ):
-            jobs = {}
-            for key in wanted:
-                jobs[key] = pool.submit(self._sources[key]().compile)
-                jobs[key].add_done_callback(lambda _: bar.update())
-            self._compiled.update((key, job.result()) for key, job in jobs.items())
-        self.seconds += time.perf_counter() - begin
+            while pending := wanted & (self._running | set(self._waiting)):
+                if (left := deadline - time.monotonic()) <= 0:
+                    return False
+                bar.n = len(wanted) - len(pending)
+                bar.refresh()
+                self._changed.wait(min(left, 0.5))  # not longer, so that the bar's clock goes on
+            bar.n = len(wanted & self._compiled.keys())
+            bar.refresh()
+            for key in wanted & self._failed.keys():
+                raise self._failed[key]
+        return True
+
+    def close(self) -> None:
+        """Forgets all programs; waits for those being compiled just now, and begins no more."""
+        with self._changed:
+            self._waiting.clear()
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # where the garbage collector closes an engine
+                thread.join()
+        self._threads.clear()
+        self._compiled.clear()
+
+    def _run(self, index: int, started: float) -> None:
+        """Makes one program after the other; ends when the interpreter does, which waits for threads."""
+        main = threading.main_thread()
+        while main.is_alive() and index < self._wanted_threads:
+            with self._changed:
+                if not self._waiting:
+                    return
+                key = self._waiting.popleft()
+                self._running.add(key)
+            try:
+                self._compiled[key] = self._make(key)
+            except Exception as error:
+                logger.exception("program %s cannot be compiled", key)
+                self._failed[key] = error
+            with self._changed:
+                self._running.remove(key)
+                self.seconds = max(self.seconds, time.perf_counter() - started)
+                self._changed.notify_all()
+
+    def _make(self, key: Hashable) -> Compiled:
+        lower, kept = self._sources[key], self._kept
+        if kept is not None and (loaded := kept.load(key)) is not None:
+            return loaded
+        with self._tracing:
+            lowered = lower()
+        return lowered.compile() if kept is None else kept.compile(key, lowered)

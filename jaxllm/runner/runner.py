@@ -3,18 +3,20 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxllm.runner.lowering import Lowering
+from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.lowering import Lowering, step_programs
 from jaxllm.runner.programs import Programs
 from jaxllm.runner.step import DeviceRows, Forward, Logprobs
 from jaxllm.sampling.state import RowSettings
 from jaxllm.scheduler.plan import PageUpdate, StepPlan
+
+DeviceState = tuple[tuple[Array, ...] | None, DeviceRows | None]
+"""Pages and rows; None while the engine sleeps."""
 
 
 @dataclass(frozen=True)
@@ -26,37 +28,41 @@ class Admission:
     settings: RowSettings
 
 
+def allocate(programs: Programs) -> DeviceState:
+    """Empty pages and rows, each made in its place."""
+    programs.wait(["empty"])
+    return programs["empty"]()
+
+
 class Runner:
     """Holds the device's state. Methods start work there and return before it is done.
 
-    Attributes:
+    Args:
         lowering: what the programs are made of.
+        params: the weights, in the shapes and shardings that the lowering has.
         num_pages: of the pool, the null page included.
-        programs: the closed set.
+        programs: those of the lowering; the first of them have been made, others may be made meanwhile.
+        state: what `allocate` returns.
+        exact: take the bucket that fits a step best, and compile it where nobody has; otherwise the best of
+            those that are there.
     """
 
-    def __init__(self, lowering: Lowering, params: tuple[Array, ...], num_pages: int) -> None:
+    def __init__(
+        self,
+        lowering: Lowering,
+        params: tuple[Array, ...],
+        num_pages: int,
+        programs: Programs,
+        state: DeviceState,
+        *,
+        exact: bool = False,
+    ) -> None:
         self.lowering = lowering
         self.num_pages = num_pages
-        self.programs = Programs()
+        self.programs = programs
         self._params: tuple[Array, ...] | None = params
-        declare = self.programs.declare
-        for bucket in lowering.buckets.sizes:
-            declare(("forward", bucket.tokens), partial(lowering.forward, bucket, num_pages))
-        for sampled in lowering.buckets.sampled:
-            declare(("sample", sampled), partial(lowering.sample, sampled))
-            declare(("logprobs", sampled), partial(lowering.logprobs, sampled))
-        for with_tables in (False, True):
-            declare(("admit", with_tables), partial(lowering.admit, with_tables))
-        declare("score", lowering.score)
-        self._cache, self._rows = self._allocate()
-
-    def _allocate(self) -> tuple[tuple[Array, ...] | None, DeviceRows | None]:
-        """Empty pages and rows, each made in its place."""
-        shapes = self.lowering.cache_shapes(self.num_pages)
-        shardings = tuple(shape.sharding for shape in shapes)
-        pools = jax.jit(lambda: tuple(jnp.zeros(s.shape, s.dtype) for s in shapes), out_shardings=shardings)()
-        return pools, jax.jit(self.lowering.empty_rows, out_shardings=self.lowering.replicated)()
+        self._exact = exact
+        self._cache, self._rows = state
 
     def dispatch(
         self, plan: StepPlan, admissions: Mapping[int, Admission], *, scores: bool = False
@@ -71,8 +77,7 @@ class Runner:
         whole, grown = _split_updates(plan, admissions)
         for row, admission in admissions.items():
             self._admit(row, admission, whole[row])
-        buckets = self.lowering.buckets
-        bucket = buckets.largest if scores else buckets.fit(plan.num_tokens)
+        bucket = self._choose_bucket(plan.num_tokens, scores=scores)
         packed = self.lowering.step_layout(bucket).pack(plan, grown)
         packed_at = time.perf_counter()
         rows = self._rows
@@ -84,6 +89,17 @@ class Runner:
         self._rows = DeviceRows(tokens, tables, state)
         sampled.copy_to_host_async()
         return DispatchedStep(plan, output, sampled, packed_at)
+
+    def _choose_bucket(self, num_tokens: int, *, scores: bool) -> Bucket:
+        """The smallest bucket whose programs are there and that holds so many tokens."""
+        buckets = self.lowering.buckets
+        if scores:
+            return buckets.largest
+        if self._exact:
+            return buckets.fit(num_tokens)
+        fitting = buckets.holding(num_tokens)
+        there = (b for b in fitting if all(key in self.programs for key in step_programs(b)))
+        return next(there, buckets.largest)
 
     def _admit(self, row: int, admission: Admission, updates: Sequence[PageUpdate]) -> None:
         groups, _, columns = self.lowering.table_shape
@@ -115,17 +131,17 @@ class Runner:
 
     def reset(self) -> None:
         """Starts over with empty pages and rows, after a step has failed that may have taken the old ones."""
-        self._cache, self._rows = self._allocate()
+        self._cache, self._rows = allocate(self.programs)
 
     def wake(self, params: tuple[Array, ...]) -> None:
         """Takes the weights again, with empty pages and rows."""
         self._params = params
-        self._cache, self._rows = self._allocate()
+        self._cache, self._rows = allocate(self.programs)
 
     def close(self) -> None:
         """Frees all device memory. The runner is of no use afterwards."""
+        self.programs.close()
         self.sleep(keep_weights=False)
-        self.programs = Programs()
 
     @staticmethod
     def _drop(arrays: object) -> None:

@@ -76,12 +76,15 @@ def run_forward(
 
     model = merge(params)
     hidden, cache = model(inputs, cache, Batch(positions, groups, slots, backend))
-    logits = model.logits(hidden[jnp.maximum(step.query_start[1:] - 1, 0)])
+
+    # Padded to what the sampler takes before the product: padding the logits would copy all of them.
+    def padded(x: Array, fill: int | Array) -> Array:
+        return jnp.pad(x, (0, layout.bucket.sampled - layout.bucket.rows), constant_values=fill)
 
     spare = tokens.shape[0] - 1
-    padding = (0, layout.bucket.sampled - layout.bucket.rows)
-    rows = jnp.pad(jnp.where(step.samples, step.row_ids, spare), padding, constant_values=spare)
-    forward = Forward(jnp.pad(logits, (padding, (0, 0))), rows, jnp.pad(step.kv_lens, padding), hidden)
+    last = padded(jnp.maximum(step.query_start[1:] - 1, 0), 0)
+    rows = padded(jnp.where(step.samples, step.row_ids, spare), spare)
+    forward = Forward(model.logits(hidden[last]), rows, padded(step.kv_lens, 0), hidden)
     return cache, tables, forward
 
 

@@ -59,13 +59,14 @@ class StepLayout:
         num_rows, query_start, kv_lens, row_ids, samples, table_index, table_page = self._split(packed)
         used = len(plan.rows)
         num_rows[:] = plan.num_decode_rows, used
-        counts = np.fromiter((row.num_tokens for row in plan.rows), np.int32, used)
+        fields = np.array([(r.num_tokens, r.start, r.row, r.samples) for r in plan.rows], np.int32)
+        counts, starts, ids, sampling = fields.T
         np.cumsum(counts, out=query_start[1 : used + 1])
         query_start[used + 1 :] = query_start[used]
-        kv_lens[:used] = counts + np.fromiter((row.start for row in plan.rows), np.int32, used)
+        kv_lens[:used] = counts + starts
         row_ids[:] = device_rows - 1
-        row_ids[:used] = np.fromiter((row.row for row in plan.rows), np.int32, used)
-        samples[:used] = np.fromiter((row.samples for row in plan.rows), np.int32, used)
+        row_ids[:used] = ids
+        samples[:used] = sampling
         table_index[:] = groups * device_rows * columns
         end = 0
         for update in updates:

@@ -1,10 +1,10 @@
 """What one step runs. Plans are immutable and speak of requests by id and row, never by object."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class RowPlan:
+class RowPlan(NamedTuple):
     """One request's part in a step.
 
     start: tokens computed before this step.

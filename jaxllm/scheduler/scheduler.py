@@ -334,11 +334,14 @@ class Scheduler:
 
     def _plan_row(self, request: Request, count: int, draft: StepDraft) -> None:
         """Enters a running request's next `count` tokens, for which there is room."""
-        start, columns = request.num_computed_tokens, request.tables.num_columns
-        draft.filling.update(self.cache.names(request.chain, request.token_ids, start, count))
-        draft.add_pages(request, columns, self.cache.extend(request.tables, start + count))
-        request.num_computed_tokens = start + count
-        samples = start + count == request.num_known_tokens
+        start, columns, size = request.num_computed_tokens, request.tables.num_columns, self.cache.page_size
+        end = start + count
+        if end // size > start // size:  # most steps of one token neither fill a page nor need one
+            draft.filling.update(self.cache.names(request.chain, request.token_ids, start, count))
+        if end > columns * size:
+            draft.add_pages(request, columns, self.cache.extend(request.tables, end))
+        request.num_computed_tokens = end
+        samples = end == request.num_known_tokens
         request.num_in_flight += samples
         draft.add_row(request, start, count, samples)
 
@@ -374,7 +377,7 @@ class Scheduler:
         return done
 
     def _take_tokens(self, request: Request, row: RowPlan, sampled: Sequence[int]) -> list[int]:
-        new = [int(token) for token in sampled[: request.max_tokens - len(request.output_token_ids)]]
+        new = list(map(int, sampled[: request.max_tokens - len(request.output_token_ids)]))
         request.num_in_flight -= row.samples
         request.output_token_ids.extend(new)
         request.token_ids.extend(new)

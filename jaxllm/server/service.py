@@ -106,8 +106,7 @@ class Service:
             logger.error("the model cannot be loaded: %s", result, exc_info=None if told else result)
             self.on_failure()
             return
-        if not result.config.model.skip_tokenizer_init:
-            self._vocabulary = Vocabulary(result.get_tokenizer())
+        self._vocabulary = result.vocabulary
         self._engine = result
         logger.info("ready: %s", ", ".join(self.names))
 

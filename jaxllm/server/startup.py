@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax.monitoring
-
 from jaxllm.config import EngineConfig
 from jaxllm.engine.async_engine import AsyncEngine
 from jaxllm.engine.engine import Engine
@@ -18,8 +16,6 @@ logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 5.0
 """How often the log says how far it is."""
-_COMPILED = "/jax/core/compile/backend_compile_duration"
-"""What jax reports for each program that it has compiled, or found in its cache."""
 
 
 class Startup:
@@ -34,13 +30,11 @@ class Startup:
         self._config = config
         self._done = done
         self._laps = Laps()
-        self._compiled = 0
-        self._begin = self._compile_begin = time.monotonic()
+        self._begin = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="jaxllm-startup", daemon=True)
 
     def begin(self) -> None:
         """Starts the thread."""
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
         self._thread.start()
         threading.Thread(target=self._report, name="jaxllm-startup-log", daemon=True).start()
 
@@ -57,13 +51,11 @@ class Startup:
         now = time.monotonic()
         found: dict[str, Any] = {"seconds": round(now - self._begin, 1)}
         found["done"] = {name: round(seconds, 1) for name, seconds in self._laps.seconds.copy().items()}
-        programs = self._laps.counts.get("programs")
-        if programs is not None:
-            compiled = min(self._compiled, programs)
+        if self._laps.programs is not None:
+            compiled, programs = self._laps.programs()
             found |= {"programs": programs, "programs_compiled": compiled}
             if compiled:
-                left = (now - self._compile_begin) / compiled * (programs - compiled)
-                found["seconds_left"] = round(left, 1)
+                found["seconds_left"] = round((now - self._begin) / compiled * (programs - compiled), 1)
         return found
 
     def _run(self) -> None:
@@ -72,17 +64,8 @@ class Startup:
         except Exception as error:
             self._done(error)
             return
-        finally:
-            jax.monitoring.unregister_event_duration_listener(self._heard)
         logger.info("loaded in %.1f s", time.monotonic() - self._begin)
         self._done(engine)
-
-    def _heard(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event == _COMPILED:
-            if "programs" in self._laps.counts:
-                self._compiled += 1
-            else:
-                self._compile_begin = time.monotonic()
 
     def _report(self) -> None:
         while True:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
+from pallas_kernels.devices import current_device
 from pallas_kernels.grouped_matmul.backend import Backend, GroupedMatmulFunction
 from pallas_kernels.grouped_matmul.backends import (
     Kernel,
@@ -61,10 +62,10 @@ def grouped_matmul(
             f"x{list(x.shape)}, weights{list(weights.shape)}, group_sizes{list(group_sizes.shape)}: "
             "these are to be [tokens, in], [groups, in, out] and [groups]"
         )
-    device = jax.devices()[0]
+    platform, device_kind = current_device()
     problem = Problem(
-        platform=device.platform,
-        device_kind=device.device_kind,
+        platform=platform,
+        device_kind=device_kind,
         tokens=x.shape[0],
         groups=weights.shape[0],
         inputs=x.shape[1],

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from pallas_kernels.grouped_matmul.problem import Problem
 from pallas_kernels.registry import serves_all
+from pallas_kernels.tuning import Tunable
 
 
 class GroupedMatmulFunction(Protocol):
@@ -24,9 +25,11 @@ class Backend:
     Attributes:
         require: raises NotImplementedError, with the reason, for a problem that is not served.
         interpreted: the same kernel on the CPU, where `multiply` needs an accelerator.
+        tunable: what `python -m pallas_kernels tune` may choose; None: nothing.
     """
 
     name: str
     multiply: GroupedMatmulFunction
     require: Callable[[Problem], None] = serves_all
     interpreted: GroupedMatmulFunction | None = None
+    tunable: Tunable | None = None

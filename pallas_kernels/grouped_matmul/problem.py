@@ -27,3 +27,14 @@ class Problem:
     dtype: jnp.dtype
     weight_dtype: jnp.dtype
     out_dtype: jnp.dtype
+
+    @property
+    def tuning_key(self) -> dict[str, str | int]:
+        """What decides which blocks are good: sizes, and rows of a group on average as a power of two."""
+        return {
+            "rows": 1 << (-(-self.tokens // self.groups) - 1).bit_length(),
+            "groups": self.groups,
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "weights": self.weight_dtype.name,
+        }

@@ -17,15 +17,24 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels._compat import raise_on_races, tpu_interpreter
+from pallas_kernels.devices import current_device
 from pallas_kernels.grouped_matmul.backend import Backend
 from pallas_kernels.grouped_matmul.problem import Problem
 from pallas_kernels.grouped_matmul.tiles import cut_tiles, from_bits, mesh_axes
+from pallas_kernels.tuning import Tunable, lookup
 
 LANES = 128
 LARGEST_BLOCK = 1024
 """Of `in` and `out`: a block of weights in bfloat16 is then 2 MiB, in float32 (512 outputs) as well."""
 MOST_ROWS = 512
 """Of a tile: up to 240 (v5e) to 574 (v6e) rows of bfloat16 the time goes into reading the weights."""
+PHASE = "product"
+TUNABLE = {
+    "rows": (16, 32, 64, 128, 256, 512),
+    "inputs": (512, 1024, 2048),
+    "outputs": (256, 512, 1024, 2048),
+}
+"""What `tuning.json` may choose: rows of a tile, and the most inputs and outputs."""
 DTYPES = (jnp.float32, jnp.bfloat16)
 
 
@@ -45,6 +54,23 @@ def default_blocks(tokens: int, groups: int, inputs: int, outputs: int, itemsize
     return Blocks(rows, _block(inputs, LARGEST_BLOCK), _block(outputs, LARGEST_BLOCK * 2 // itemsize))
 
 
+def tuned_blocks(problem: Problem) -> Blocks | None:
+    """What was measured on the problem's chip; None: nothing was.
+
+    Raises:
+        ValueError: see `lookup`.
+    """
+    key = {"phase": PHASE, **problem.tuning_key}
+    found = lookup("grouped_matmul", "tpu", problem.device_kind, key, TUNABLE)
+    return None if found is None else as_blocks(problem, found)
+
+
+def as_blocks(problem: Problem, numbers: dict[str, int]) -> Blocks:
+    """From what `TUNABLE` names."""
+    inputs, outputs = _block(problem.inputs, numbers["inputs"]), _block(problem.outputs, numbers["outputs"])
+    return Blocks(numbers["rows"], inputs, outputs)
+
+
 def grouped_matmul_tpu(
     x: Float[Array, "tokens in"],
     weights: Shaped[Array, "groups in out"],
@@ -52,20 +78,31 @@ def grouped_matmul_tpu(
     /,
     *,
     out_dtype: DTypeLike,
-    blocks: Blocks | None = None,
+    blocks: Blocks | dict[str, int] | None = None,
     interpret: Any = False,
 ) -> Float[Array, "tokens out"]:
     """See `grouped_matmul`.
 
     Args:
-        blocks: rows are a multiple of 16, inputs and outputs of 128 or the whole axis.
+        blocks: rows are a multiple of 16, inputs and outputs of 128 or the whole axis; or a dictionary with
+            what `TUNABLE` names; None: tuned for this chip, or the default.
         interpret: parameters of the TPU interpreter.
     """
     weights = from_bits(weights)
     dtype = jnp.promote_types(x.dtype, weights.dtype)
     tokens, inputs = x.shape
     groups, _, outputs = weights.shape
-    blocks = blocks or default_blocks(tokens, groups, inputs, outputs, jnp.dtype(dtype).itemsize)
+    problem = Problem(
+        "tpu", "" if interpret else current_device()[1], tokens, groups, inputs, outputs, jnp.dtype(x.dtype),
+        jnp.dtype(weights.dtype), jnp.dtype(out_dtype),
+    )  # fmt: skip
+    if isinstance(blocks, dict):
+        blocks = as_blocks(problem, blocks)
+    blocks = (
+        blocks
+        or tuned_blocks(problem)
+        or default_blocks(tokens, groups, inputs, outputs, jnp.dtype(dtype).itemsize)
+    )
     tiles = cut_tiles(group_sizes, tokens, blocks.rows, aligned=True)
     steps = pl.cdiv(inputs, blocks.inputs)
 
@@ -155,4 +192,15 @@ def _interpreted(x: Array, weights: Array, group_sizes: Array, /, *, out_dtype: 
     )
 
 
-BACKEND = Backend("tpu", grouped_matmul_tpu, _require, _interpreted)
+BACKEND = Backend(
+    "tpu",
+    grouped_matmul_tpu,
+    _require,
+    _interpreted,
+    Tunable(
+        {PHASE: TUNABLE},
+        lambda problem: problem.tuning_key,
+        lambda phase, blocks: partial(grouped_matmul_tpu, blocks=blocks),
+        lambda problem, phase, blocks: blocks["rows"] <= max(16, 4 * problem.tuning_key["rows"]),
+    ),
+)

@@ -10,6 +10,7 @@ from pallas_kernels.paged_attention.batch import RaggedBatch
 from pallas_kernels.paged_attention.layout import INTERLEAVED, PageLayout
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.registry import do_nothing, serves_all
+from pallas_kernels.tuning import Tunable
 
 
 @runtime_checkable
@@ -43,6 +44,7 @@ class Backend:
         require: raises NotImplementedError, with the reason, for a problem that is not served.
         prepare: starts in the background what `require` will wait for.
         interpreted: the same kernel on the CPU, where `attend` needs an accelerator.
+        tunable: what `python -m pallas_kernels tune` may choose; None: nothing.
     """
 
     name: str
@@ -52,3 +54,4 @@ class Backend:
     require: Callable[[Problem], None] = serves_all
     interpreted: AttentionFunction | None = None
     prepare: Callable[[], None] = do_nothing
+    tunable: Tunable | None = None

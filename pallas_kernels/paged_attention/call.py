@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.devices import current_device
 from pallas_kernels.paged_attention.backend import Backend
 from pallas_kernels.paged_attention.backends import ORDER, REGISTRY
 from pallas_kernels.paged_attention.layout import PageGeometry
-from pallas_kernels.paged_attention.problem import Problem, platform_of
+from pallas_kernels.paged_attention.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,3 @@ class Call:
     def geometry(self, backend: Backend) -> PageGeometry | None:
         """What the pages hold, if they are in the backend's packing."""
         return backend.layout.read(self.pages, self.k.shape[1], self.k.shape[2])
-
-
-def current_device() -> tuple[str, str]:
-    """Platform and kind of the current mesh's devices, which one may only compile for, or else of jax's."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return platform_of(str(device.platform)), device.device_kind

@@ -8,52 +8,36 @@
 // The online softmax is https://arxiv.org/abs/1805.02867; merging of partial ones is
 // https://arxiv.org/abs/2311.01282.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
 #include <string>
-#include <thread>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "amx.h"
+#include "parallel.h"
+#include "vectors.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
+using namespace jaxllm;
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasDot = true;  // a product of pairs of bfloat16
+#else
+constexpr bool kHasDot = false;
+#endif
 constexpr int kChunk = 256;        // keys whose scores are held at once: with their values 64 KB of bf16, half of an L2
-constexpr int kQueryRows = 48;     // queries that share the reading of keys: 12 tiles of 4
+constexpr int kQueryRows = 96;     // queries that share the reading of keys: 24 tiles of 4, or 6 of AMX
 constexpr int kSegment = 1024;     // keys that have a softmax of their own: the least that is worth a task
 constexpr float kMasked = -1e30f;  // finite, so that differences of two are no NaN
-constexpr float kLog2e = 1.44269504f;
 
-struct bf16 { uint16_t bits; };
 struct f8 { uint8_t bits; };
+constexpr bf16 kZeros[2] = {};
 
-template <int N> using Floats __attribute__((vector_size(N * 4))) = float;
-template <int N> using Words __attribute__((vector_size(N * 4))) = uint32_t;
-template <int N> using Ints __attribute__((vector_size(N * 4))) = int32_t;
-template <int N> using Bytes __attribute__((vector_size(N))) = int8_t;
-template <int N> using UBytes __attribute__((vector_size(N))) = uint8_t;
-using F16 = Floats<16>;
-using Halves __attribute__((vector_size(32))) = uint16_t;
-
-template <class V> inline V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
-template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
-
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) { uint32_t u = uint32_t{x.bits} << 16; float f; std::memcpy(&f, &u, 4); return f; }
-inline bf16 to_bf16(float x) {  // to nearest even; NaN stays NaN
-  uint32_t u; std::memcpy(&u, &x, 4);
-  if (x != x) return {uint16_t((u >> 16) | 0x40)};
-  return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
-}
 inline f8 to_f8(float x) {  // e4m3: 448 is the largest, to nearest even
   uint32_t u; std::memcpy(&u, &x, 4);
   uint8_t sign = (u >> 24) & 0x80;
@@ -81,19 +65,6 @@ template <int N> inline void widen(const f8* p, Floats<N>* x) {
   x[0] = (Floats<N>)(bits | ((w & 0x80) << 24));
 }
 template <class E> constexpr int kPack = std::is_same_v<E, bf16> ? 2 : 1;
-
-inline F16 exp2(F16 x) {  // relative error 2e-7 over the range of floats; below it 2^-126
-  x = (x < -126.f) ? (F16{} - 126.f) : x;
-  F16 shifted = x + 12582912.f;  // rounds to an integer in the low bits
-  F16 f = x - (shifted - 12582912.f);
-  F16 p = F16{} + 1.5353362e-4f;
-  for (float c : {1.3398874e-3f, 9.6184373e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.9314718e-1f, 1.f}) p = p * f + c;
-  return (F16)((Ints<16>)p + ((Ints<16>)shifted << 23));
-}
-inline F16 tanh(F16 x) {
-  x = (x > 20.f) ? (F16{} + 20.f) : (x < -20.f) ? (F16{} - 20.f) : x;
-  return 1.f - 2.f / (exp2(x * (2.f * kLog2e)) + 1.f);
-}
 
 struct Shape {
   int heads, kv_heads, head_dim, depth, page_size, lanes, group;
@@ -192,6 +163,50 @@ inline void add_columns(const Shape& s, int column, const Chunk<E>& chunk, int b
   for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) store(out + r * s.depth + column + 16 * c, sum[r][c]);
 }
 
+// From scores to weights: the softmax of R queries so far, and by what it rescales what was added up before.
+template <bool Dot>
+void soften(int rows, const Options& o, float scale, const Tile& t, int chunk, int size, int low, int high, float* scores, bf16* rounded, float* rescale) {
+  const Ints<16> lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int r = 0; r < rows; r++) {
+    float* row = scores + r * kChunk;
+    const int first = t.first[r] - chunk, last = std::min(t.end[r] - chunk, size);
+    // the groups of 16 slots of which the query sees any
+    const int from = std::min(high, std::max(low, first / 16 * 16)), to = std::max(from, std::min(high, (last + 15) / 16 * 16));
+    F16 most = F16{} + t.top[r];
+    for (int i = from; i < to; i += 16) {
+      F16 x = load<F16>(row + i);
+      x = o.soft_cap > 0 ? tanh(x * (scale / o.soft_cap)) * (o.soft_cap * kLog2e) : x * (scale * kLog2e);
+      if (i < first || i + 16 > last) {
+        const Ints<16> at = lane + i;
+        x = ((at >= first) & (at < last)) ? x : (F16{} + kMasked);
+      }
+      most = (x > most) ? x : most;
+      store(row + i, x);
+    }
+    float top = t.top[r];
+    for (int i = 0; i < 16; i++) top = std::max(top, most[i]);
+    F16 sums = {};
+    for (int i = low; i < high; i += 16) {
+      F16 x = {};
+      if (i >= from && i < to) {
+        x = exp2(load<F16>(row + i) - top);  // a score of NaN stays one
+        if (i < first || i + 16 > last) {
+          const Ints<16> at = lane + i;
+          x = ((at >= first) & (at < last)) ? x : F16{};
+        }
+      }
+      sums += x;
+      if constexpr (Dot) store(rounded + r * kChunk + i, to_bf16(x));
+      else store(row + i, x);
+    }
+    rescale[r] = std::exp2(t.top[r] - top);
+    float sum = 0;
+    for (int i = 0; i < 16; i++) sum += sums[i];
+    t.top[r] = top;
+    t.total[r] = t.total[r] * rescale[r] + sum;
+  }
+}
+
 // Takes one chunk of keys into account for R queries.
 template <class E, int N, int R, bool Dot>
 void step(const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
@@ -212,44 +227,93 @@ void step(const Shape& s, const Options& o, float scale, const Tile& t, const Ch
     score<E, N, R, Dot>(s, t, k, scores + slot);
   }
   float rescale[R];
-  const Ints<16> lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int r = 0; r < R; r++) {
-    float* row = scores + r * kChunk;
-    const int first = t.first[r] - chunk.begin, last = std::min(t.end[r] - chunk.begin, chunk.size);
-    F16 most = F16{} + t.top[r];
-    for (int i = low; i < high; i += 16) {
-      F16 x = load<F16>(row + i) * scale;
-      if (o.soft_cap > 0) x = tanh(x / o.soft_cap) * o.soft_cap;
-      x *= kLog2e;
-      const Ints<16> at = lane + i;
-      x = ((at >= first) & (at < last)) ? x : (F16{} + kMasked);
-      most = (x > most) ? x : most;
-      store(row + i, x);
-    }
-    float top = t.top[r];
-    for (int i = 0; i < 16; i++) top = std::max(top, most[i]);
-    F16 sums = {};
-    for (int i = low; i < high; i += 16) {
-      F16 x = load<F16>(row + i);
-      x = (x <= 0.5f * kMasked) ? F16{} : exp2(x - top);  // a score of NaN stays one
-      sums += x;
-      store(row + i, x);
-      if constexpr (Dot) {
-        const Words<16> u = (Words<16>)x;
-        store(rounded + r * kChunk + i, __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, Halves));
-      }
-    }
-    rescale[r] = std::exp2(t.top[r] - top);
-    float sum = 0;
-    for (int i = 0; i < 16; i++) sum += sums[i];
-    t.top[r] = top;
-    t.total[r] = t.total[r] * rescale[r] + sum;
-  }
+  soften<Dot>(R, o, scale, t, chunk.begin, chunk.size, low, high, scores, rounded, rescale);
   int column = 0;
   for (; column + 64 <= s.depth; column += 64) add_columns<E, R, 4, Dot>(s, column, chunk, begin, end, scores, rounded, rescale, t.out);
   for (; column < s.depth; column += 16) add_columns<E, R, 1, Dot>(s, column, chunk, begin, end, scores, rounded, rescale, t.out);
 }
 
+constexpr int kTileRows = 16, kMostDepth = 256;
+
+bool fits_tiles(const Shape& s) { return has_amx() && s.lanes == 16 && s.depth % 32 == 0 && s.depth <= kMostDepth; }
+
+#if JAXLLM_AMX
+
+// Tiles 0 to 3 are sums, 4 queries, 5 weights of 16 slots, 6 keys of 16 slots, 7 their values.
+Tiles::Shapes shapes(int rows) {
+  Tiles::Shapes result;
+  for (int i = 0; i < 5; i++) result.set(i, rows, 64);
+  result.set(5, rows, 32), result.set(6, 16, 64), result.set(7, 8, 64);
+  return result;
+}
+
+// Some columns of the values of 16 slots, zero but in [from, to): a slot that no query sees may hold NaN.
+const uint32_t* clean(const Shape& s, const uint32_t* v, int columns, int from, int to, uint32_t* copy) {
+  for (int i = 0; i < 8; i++) {
+    const bool even = 2 * i >= from && 2 * i < to, odd = 2 * i + 1 >= from && 2 * i + 1 < to;
+    const uint32_t mask = (even ? 0x0000ffffu : 0) | (odd ? 0xffff0000u : 0);
+    for (int c = 0; c < columns; c++) copy[i * s.depth + c] = v[i * s.depth + c] & mask;
+  }
+  return copy;
+}
+
+// As `step` of bfloat16, for up to 16 queries and pages of 16 slots or a multiple that `fits_tiles`.
+void step_tiles(Tiles& tiles, int rows, bool fetch, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<bf16>& chunk) {
+  alignas(64) float scores[kTileRows * kChunk];
+  alignas(64) bf16 rounded[kTileRows * kChunk];
+  alignas(64) uint32_t seen[8 * kMostDepth];
+  int begin = kChunk, end = 0;
+  for (int r = 0; r < rows; r++) begin = std::min(begin, t.first[r] - chunk.begin), end = std::max(end, t.end[r] - chunk.begin);
+  begin = std::max(begin, 0), end = std::min(end, chunk.size);
+  if (begin >= end) return;
+  tiles.set(rows, shapes);
+  const int low = begin / 16 * 16, high = (end + 15) / 16 * 16;
+  const int queries = s.depth * 2, values = s.depth * 4;  // bytes of a row
+  auto keys = [&](int slot) { return chunk.keys[slot / s.page_size] + int64_t{slot % s.page_size} * s.depth; };
+  for (int slot = low; slot < high; slot += 32) {
+    const bf16 *k = keys(slot), *k2 = keys(std::min(slot + 16, high - 16));
+    if (fetch) for (const bf16* p : {k, k2}) {  // the hardware stops at each 4 KB
+      const char *value = (const char*)(p + s.half()), *ahead = (const char*)(keys(slot + 32) + (p - k));
+      for (int line = 0; line < s.depth * 32; line += 64) __builtin_prefetch(value + line), __builtin_prefetch(ahead + line);
+    }
+    _tile_zero(0); _tile_zero(1);
+    for (int d = 0; d < s.depth; d += 32) {
+      _tile_loadd(4, t.qw + d / 2, queries);
+      _tile_loadd(6, k + d * 16, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(6, k2 + d * 16, 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    _tile_stored(0, scores + slot, kChunk * 4);
+    if (slot + 16 < high) _tile_stored(1, scores + slot + 16, kChunk * 4);
+  }
+  float rescale[kTileRows];
+  soften<true>(rows, o, scale, t, chunk.begin, chunk.size, low, high, scores, rounded, rescale);
+  for (int r = 0; r < rows; r++) for (int d = 0; d < s.depth; d += 16) store(t.out + r * s.depth + d, load<F16>(t.out + r * s.depth + d) * rescale[r]);
+  for (int column = 0; column < s.depth; column += 64) {
+    const int count = std::min(4, (s.depth - column) / 16);
+    float* out = t.out + column;
+    _tile_loadd(0, out, values);
+    if (count > 1) _tile_loadd(1, out + 16, values);
+    if (count > 2) _tile_loadd(2, out + 32, values);
+    if (count > 3) _tile_loadd(3, out + 48, values);
+    for (int slot = low; slot < high; slot += 16) {
+      const uint32_t* v = (const uint32_t*)(keys(slot) + s.half()) + column;
+      if (slot < begin || slot + 16 > end) v = clean(s, v, 16 * count, begin - slot, end - slot, seen);
+      _tile_loadd(5, rounded + slot, kChunk * 2);
+      _tile_loadd(7, v, values);
+      _tile_dpbf16ps(0, 5, 7);
+      if (count > 1) { _tile_loadd(7, v + 16, values); _tile_dpbf16ps(1, 5, 7); }
+      if (count > 2) { _tile_loadd(7, v + 32, values); _tile_dpbf16ps(2, 5, 7); }
+      if (count > 3) { _tile_loadd(7, v + 48, values); _tile_dpbf16ps(3, 5, 7); }
+    }
+    _tile_stored(0, out, values);
+    if (count > 1) _tile_stored(1, out + 16, values);
+    if (count > 2) _tile_stored(2, out + 32, values);
+    if (count > 3) _tile_stored(3, out + 48, values);
+  }
+}
+#endif
 
 template <class E, int N, bool Dot>
 void steps(int rows, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
@@ -264,7 +328,7 @@ void steps(int rows, const Shape& s, const Options& o, float scale, const Tile& 
 template <class E>
 void attend_tile(int rows, bool dot, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<E, bf16>) if (dot && s.lanes == 16) return steps<E, 16, true>(rows, s, o, scale, t, chunk);
+  if constexpr (std::is_same_v<E, bf16>) if (dot) return steps<E, 16, true>(rows, s, o, scale, t, chunk);
 #endif
   if (s.lanes == 16) return steps<E, 16, false>(rows, s, o, scale, t, chunk);
   for (int r = 0; r < rows; r++) {  // small pages: right, not fast
@@ -278,9 +342,9 @@ struct Vectors {
   const void* data;
   bool is_bf16;
   int heads, dim;
+  int64_t place(int64_t token, int head) const { return (token * heads + head) * dim; }
   float at(int64_t token, int head, int i) const {
-    const int64_t place = (token * heads + head) * dim + i;
-    return is_bf16 ? to_float(((const bf16*)data)[place]) : ((const float*)data)[place];
+    return is_bf16 ? to_float(((const bf16*)data)[place(token, head) + i]) : ((const float*)data)[place(token, head) + i];
   }
 };
 
@@ -304,18 +368,6 @@ struct Task {
   int row, token, count, begin, end;
   int64_t partial;  // where its half-way softmax goes; -1: it has all keys, and writes the output
 };
-
-// Runs f(0) ... f(count - 1) on the pool's threads. The caller works too, so it never waits for one to start.
-template <class F> void parallel_for(ffi::ThreadPool& pool, int count, int threads, F f) {
-  struct State { std::atomic<int> next{0}, done{0}; };
-  auto state = std::make_shared<State>();
-  auto work = [state, count, f] {
-    for (int i; (i = state->next.fetch_add(1)) < count;) f(i), state->done.fetch_add(1, std::memory_order_release);
-  };
-  for (int i = 1; i < std::min(threads, count); i++) pool.Schedule(std::function<void()>(work));
-  work();
-  for (int spins = 0; state->done.load(std::memory_order_acquire) < count;) if (++spins > 1000) std::this_thread::yield();
-}
 
 template <class E> class Step {
  public:
@@ -389,6 +441,12 @@ template <class E> class Step {
       E* values = keys + s.half() + int64_t{slot / vp} * s.depth * vp + slot % vp;
       keys += int64_t{slot / n} * s.depth * n + slot % n * p;
       const int64_t token = b.start[t.row] + i;
+      if constexpr (std::is_same_v<E, bf16>) if (k.is_bf16 && s.head_dim % 2 == 0) {  // as they are, in pairs
+        const bf16 *key = (const bf16*)k.data + k.place(token, g), *value = (const bf16*)v.data + v.place(token, g);
+        for (int d = 0; d < s.depth; d += 2) std::memcpy(keys + int64_t{d} * n, d < s.head_dim ? key + d : kZeros, 4);
+        for (int d = 0; d < s.depth; d++) values[int64_t{d} * vp] = d < s.head_dim ? value[d] : kZeros[0];
+        continue;
+      }
       for (int d = 0; d < s.depth; d++) {
         const bool inside = d < s.head_dim;
         keys[int64_t{d / p} * n * p + d % p] = stored<E>(inside ? k.at(token, g, d) : 0.f, k_scale);
@@ -399,14 +457,14 @@ template <class E> class Step {
 
   void attend(const Task& t, int g) {
     const int rows = t.count * s.group;
-    std::vector<float> qs(int64_t{rows} * s.depth), sums(partial_size(t)), more;
-    std::vector<uint32_t> words(q.is_bf16 && kPack<E> == 2 ? rows * s.depth / 2 : 0);
-    for (int r = 0; r < rows; r++) for (int d = 0; d < s.head_dim; d++) {
-      const float x = q.at(b.start[t.row] + t.token + r / s.group, g * s.group + r % s.group, d);
-      qs[r * s.depth + d] = x;
-      if (words.empty()) continue;
-      const bf16 half = to_bf16(x);
-      std::memcpy((char*)words.data() + (int64_t{r} * s.depth + d) * 2, &half, 2);
+    const bool dot = kHasDot && q.is_bf16 && kPack<E> == 2 && s.lanes == 16;
+    std::vector<float> qs(dot ? 0 : int64_t{rows} * s.depth), sums(partial_size(t)), more;
+    std::vector<uint32_t> words(dot ? int64_t{rows} * s.depth / 2 : 0);
+    for (int r = 0; r < rows; r++) {
+      const int64_t token = b.start[t.row] + t.token + r / s.group;
+      const int head = g * s.group + r % s.group;
+      if (dot) std::memcpy(words.data() + int64_t{r} * s.depth / 2, (const bf16*)q.data + q.place(token, head), s.head_dim * 2);
+      else for (int d = 0; d < s.head_dim; d++) qs[int64_t{r} * s.depth + d] = q.at(token, head, d);
     }
     for (int begin = t.begin; begin < t.end; begin = end_of_segment(begin)) {
       std::vector<float>& segment = begin == t.begin ? sums : more;
@@ -430,14 +488,23 @@ template <class E> class Step {
       first[r] = std::max(from, first_seen(at)), end[r] = std::min(to, at + 1);
     }
     const float scale = o.scale * (o.k_scale ? o.k_scale[g] : 1.f);
+    const bool tiled = !words.empty() && fits_tiles(s);
+    Tiles tiles;
     const int lowest = first_seen(position(t.row, t.token)) / s.page_size, last = (to - 1) / s.page_size;
     for (int begin = from; begin < to; begin += kChunk) {
       Chunk<E> chunk;
       chunk.begin = begin, chunk.size = std::min(kChunk, to - begin);
       for (int i = 0; i < kChunk / s.page_size + 2; i++) chunk.keys[i] = page(b.pages(t.row)[std::clamp(begin / s.page_size + i, lowest, last)], g);
-      for (int r = 0; r < rows; r += 4) {
-        const Tile tile{qs.data() + r * s.depth, words.empty() ? nullptr : words.data() + r * s.depth / 2, sums + r * s.depth, top + r, total + r, first + r, end + r};
-        attend_tile<E>(std::min(4, rows - r), !words.empty(), s, o, scale, tile, chunk);
+      const int most = tiled ? kTileRows : 4;
+      for (int r = 0; r < rows; r += most) {
+        const Tile tile{qs.empty() ? nullptr : qs.data() + r * s.depth, words.empty() ? nullptr : words.data() + r * s.depth / 2, sums + r * s.depth, top + r, total + r, first + r, end + r};
+#if JAXLLM_AMX
+        if constexpr (std::is_same_v<E, bf16>) if (tiled) {
+          step_tiles(tiles, std::min(most, rows - r), r == 0, s, o, scale, tile, chunk);
+          continue;
+        }
+#endif
+        attend_tile<E>(std::min(most, rows - r), !words.empty(), s, o, scale, tile, chunk);
       }
     }
   }
@@ -472,11 +539,9 @@ template <class E> class Step {
       const int64_t place = (int64_t{b.start[t.row] + t.token + r / s.group} * s.heads + head) * s.head_dim;
       const float sink = o.sinks ? o.sinks[head] * kLog2e : kMasked, most = std::max(top[r], sink), rescale = std::exp2(top[r] - most);
       const float factor = v_scale * rescale / (total[r] * rescale + (o.sinks ? std::exp2(sink - most) : 0.f));
-      for (int d = 0; d < s.head_dim; d++) {
-        const float x = sums[r * s.depth + d] * factor;
-        if (q.is_bf16) ((bf16*)out)[place + d] = to_bf16(x);
-        else ((float*)out)[place + d] = x;
-      }
+      const float* sum = sums + r * s.depth;
+      if (q.is_bf16) for (int d = 0; d < s.head_dim; d++) ((bf16*)out)[place + d] = to_bf16(sum[d] * factor);
+      else for (int d = 0; d < s.head_dim; d++) ((float*)out)[place + d] = sum[d] * factor;
     }
   }
 };

@@ -6,33 +6,25 @@ XLA scatters the step's keys and values into the pages in place; Mosaic GPU kern
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels._compat import cuda_version
+from pallas_kernels.devices import current_device
+from pallas_kernels.hopper import ROWS, require_hopper, swizzle_bytes
+from pallas_kernels.paged_attention import gpu_plan
 from pallas_kernels.paged_attention.backend import Backend
 from pallas_kernels.paged_attention.batch import RaggedBatch, locate_tokens
 from pallas_kernels.paged_attention.gpu_layout import PageMajor
-from pallas_kernels.paged_attention.gpu_plan import (
-    ROWS,
-    Geometry,
-    Plan,
-    Score,
-    plan_ragged,
-    plan_singles,
-    swizzle_bytes,
-)  # fmt: skip
+from pallas_kernels.paged_attention.gpu_plan import Geometry, Plan, Score, plan_ragged, plan_singles
+from pallas_kernels.paged_attention.layout import PageGeometry
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.paged_attention.scales import to_stored
+from pallas_kernels.tuning import Blocks, Tunable
 
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 PAGE_SIZES = (8, 16, 32, 64, 128)
 PAGE_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
-HEAD_DIM = 128
-"""The most. With 256 the results take half of a thread's 255 registers: ptxas 12.9 spills 8 to 68 bytes."""
-MISCOMPILES = range(12080, 12091)
-"""CUDA 12.8.0 to 12.9.0, as CUDA counts: their ptxas miscompiles causal masks."""
+HEAD_DIM = 256
+"""The most."""
 LOG2E = 1.4426950408889634
 
 
@@ -52,27 +44,30 @@ def paged_attention_gpu(
     v_scale: Float[Array, " kv_heads"] | None,
     singles: Plan | None = None,
     ragged: Plan | None = None,
+    decode_blocks: Blocks | None = None,
+    prefill_blocks: Blocks | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "tokens heads dim"], Shaped[Array, "pages kv_heads 2 page_size dim"]]:
     """See `paged_attention`; the pages are packed as `PageMajor`.
 
     Args:
-        singles: how the work of rows of one token is cut; None: tuned for this card, or computed.
+        singles: how the work of rows of one token is cut; None: by their blocks.
         ragged: the same for the other rows.
+        decode_blocks, prefill_blocks: of these plans; None: tuned for this card, or computed.
         interpret: parameters of Mosaic GPU's interpreter, to run on the CPU.
     """
     from pallas_kernels.paged_attention import gpu_kernel, gpu_tiles
 
     tokens, heads, dim = q.shape
     _, kv_heads, _, page_size, _ = pages.shape
-    geometry = Geometry(
-        heads // kv_heads, kv_heads, dim, page_size, jnp.dtype(q.dtype), jnp.dtype(pages.dtype)
-    )
+    stored = PageGeometry(pages.shape[0], page_size, kv_heads, dim, jnp.dtype(pages.dtype))
+    geometry = _geometry(heads, stored, jnp.dtype(q.dtype))
     pages = _write(k, v, pages, batch, k_scale, v_scale)
     keys = batch.page_table.shape[1] * page_size
-    kind = "" if interpret else _device_kind()
-    singles = singles or plan_singles(min(tokens, batch.kv_lens.shape[0]), keys, geometry, kind)
-    ragged = ragged or plan_ragged(tokens, keys, geometry, kind)
+    kind = "" if interpret else current_device()[1]
+    rows = min(tokens, batch.kv_lens.shape[0])
+    singles = singles or plan_singles(rows, keys, geometry, kind, decode_blocks)
+    ragged = ragged or plan_ragged(tokens, keys, geometry, kind, prefill_blocks)
     queries = q.reshape(tokens, kv_heads, -1, dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, dim)
     more = 2 * ROWS + -queries.shape[1] % 8  # a tile may reach over the last token; copies want eights
     attend = partial(
@@ -125,23 +120,14 @@ def _sinks_of_rows(sinks: Array | None, plan: Plan, geometry: Geometry) -> Array
     """For each kv head and row of a tile the sink of the row's head, in base 2."""
     if sinks is None:
         return None
-    head = jnp.arange(ROWS * plan.warpgroups) % geometry.group
+    head = jnp.arange(ROWS * plan.groups) % geometry.group
     return sinks.astype(jnp.float32).reshape(geometry.kv_heads, -1)[:, head] * LOG2E
-
-
-def _device_kind() -> str:
-    """Of the mesh's devices, which may be ones to compile for; else of jax's own."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return device.device_kind
 
 
 def require(problem: Problem) -> None:
     """Raises NotImplementedError, with the reason, for what the kernels do not serve."""
     geometry = problem.geometry
-    if problem.platform != "gpu" or not any(name in problem.device_kind for name in HOPPER):
-        raise NotImplementedError(f"{problem.device_kind or problem.platform}: only Hopper GPUs are served")
-    if (version := cuda_version()) in MISCOMPILES:
-        raise NotImplementedError(f"CUDA {version}: ptxas of 12.8.0 to 12.9.0 miscompiles it; take 12.9.1")
+    require_hopper(problem.platform, problem.device_kind)
     if problem.dtype != jnp.bfloat16:
         raise NotImplementedError(f"dtype={problem.dtype}: only bfloat16 queries are served")
     if geometry.dtype.name not in PAGE_DTYPES:
@@ -149,9 +135,7 @@ def require(problem: Problem) -> None:
     if geometry.page_size not in PAGE_SIZES:
         raise NotImplementedError(f"page_size={geometry.page_size}: only {PAGE_SIZES} are served")
     if geometry.head_dim > HEAD_DIM:
-        raise NotImplementedError(
-            f"head_dim={geometry.head_dim}: up to {HEAD_DIM}, for more registers are short"
-        )
+        raise NotImplementedError(f"head_dim={geometry.head_dim}: only up to {HEAD_DIM} are served")
     if swizzle_bytes(geometry.head_dim * geometry.dtype.itemsize) == 0:
         raise NotImplementedError(
             f"head_dim={geometry.head_dim} in {geometry.dtype}: must be a multiple of 32 bytes"
@@ -162,4 +146,15 @@ def require(problem: Problem) -> None:
         )
 
 
-BACKEND = Backend("gpu", paged_attention_gpu, layout=PageMajor(), require=require)
+def _geometry(heads: int, pages: PageGeometry, dtype: jnp.dtype) -> Geometry:
+    return Geometry(
+        heads // pages.kv_heads, pages.kv_heads, pages.head_dim, pages.page_size, dtype, pages.dtype
+    )
+
+
+TUNABLE = Tunable(
+    {"decode": gpu_plan.TUNABLE, "prefill": gpu_plan.TUNABLE},
+    lambda problem: gpu_plan.tuning_key(_geometry(problem.heads, problem.geometry, problem.dtype)),
+    lambda phase, blocks: partial(paged_attention_gpu, **{f"{phase}_blocks": blocks}),
+)
+BACKEND = Backend("gpu", paged_attention_gpu, layout=PageMajor(), require=require, tunable=TUNABLE)

@@ -8,6 +8,7 @@ divided over several thread blocks, whose results are merged by their log-sum-ex
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -19,16 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32, Shaped
 
-from pallas_kernels._compat import transposed_ref
+from pallas_kernels._compat import load_registers, transposed_ref
+from pallas_kernels.hopper import ROWS, swizzle_bytes, tiled
 from pallas_kernels.paged_attention.gpu_pages import PageStream, Piece, Pieces
-from pallas_kernels.paged_attention.gpu_plan import (
-    ROWS,
-    Geometry,
-    Plan,
-    Score,
-    swizzle_bytes,
-    widened_columns,
-)
+from pallas_kernels.paged_attention.gpu_plan import Geometry, Plan, Score, widened_columns
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30
@@ -86,7 +81,7 @@ def attend_tiles(
         jax.ShapeDtypeStruct((*partial_shape, rows, geometry.head_dim), jnp.float32 if split else q.dtype)
     ]
     if split:
-        out_type.append(jax.ShapeDtypeStruct((*partial_shape, ROWS * plan.warpgroups), jnp.float32))
+        out_type.append(jax.ShapeDtypeStruct((*partial_shape, ROWS * plan.groups), jnp.float32))
     inputs = {"q": q, "pages": pages, "table": page_table, "tiles": tiles.place, "num_tiles": tiles.number}
     inputs |= {name: x for name, x in (("sinks", sinks), ("scales", scales)) if x is not None}
     scratch = scratch_types(plan, geometry)
@@ -116,33 +111,28 @@ def scratch_types(plan: Plan, geometry: Geometry) -> dict[str, Any]:
     ready = plgpu.Barrier(num_arrivals=1 if geometry.widens else copies, num_barriers=plan.stages)
     empty = plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages)
     scratch = {
-        "tile": _tiled((plan.warpgroups, ROWS, dim), dtype),
-        "k": _tiled((plan.stages, plan.block, dim), dtype),
-        "v": _tiled((plan.stages, plan.block, dim), dtype),
-        "q_ready": plgpu.Barrier(num_barriers=plan.warpgroups),
+        "tile": tiled((plan.groups, ROWS, dim), dtype),
+        "k": tiled((plan.stages, plan.block, dim), dtype),
+        "v": tiled((plan.stages, plan.block, dim), dtype),
+        "q_ready": plgpu.Barrier(num_barriers=plan.groups),
         "k_ready": ready,
         "v_ready": ready,
         "k_empty": empty,
         "v_empty": empty,
     }
-    if plan.warpgroups > 1:
+    if plan.groups > 1:
         scratch["v_clean"] = plgpu.Barrier(num_arrivals=plan.warpgroups)
+    if plan.parts > 1:
+        scratch["met"] = plgpu.Barrier(num_arrivals=plan.parts)
     if plan.splits > 1:
-        scratch["out_tile"] = _tiled((plan.warpgroups, ROWS, dim), jnp.dtype(jnp.float32))
+        scratch["out_tile"] = tiled((plan.warpgroups, ROWS, plan.stored(geometry)), jnp.dtype(jnp.float32))
         scratch["weight_tile"] = plgpu.SMEM((plan.warpgroups, ROWS), jnp.float32)
     if geometry.widens:
         arrived = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.raw_stages)
-        raw = _tiled((plan.raw_stages, plan.block, dim), geometry.page_dtype, widened_columns(dim))
+        raw = tiled((plan.raw_stages, plan.block, dim), geometry.page_dtype, widened_columns(dim))
         scratch["raw_k"] = scratch["raw_v"] = raw
         scratch["raw_k_ready"] = scratch["raw_v_ready"] = arrived
     return scratch
-
-
-def _tiled(shape: tuple[int, ...], dtype: jnp.dtype, most: int = 128) -> Any:
-    """Shared memory in the tiles and swizzle, of `most` bytes, that wgmma and the copy engine agree on."""
-    width = min(most, swizzle_bytes(shape[-1] * dtype.itemsize))
-    transforms = (plgpu.TilingTransform((8, width // dtype.itemsize)), plgpu.SwizzleTransform(width))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _run(refs: Any, plan: Plan, geometry: Geometry, score: Score) -> None:
@@ -175,11 +165,22 @@ class _Compute:
     pieces: Pieces
     warpgroup: Array
 
+    @property
+    def group(self) -> Array:
+        """Of rows: which of the tile's."""
+        return lax.div(self.warpgroup, jnp.int32(self.plan.parts))
+
+    @property
+    def columns(self) -> Any:
+        """Of the results, that this warpgroup computes."""
+        number = self.plan.columns(self.geometry)
+        return pl.ds(lax.rem(self.warpgroup, jnp.int32(self.plan.parts)) * number, number)
+
     def run(self) -> None:
         """All pieces of this thread block."""
         if self.plan.rows(self.geometry) < ROWS:  # the rows that no query is copied to must hold numbers
-            zeros = jnp.zeros((ROWS, self.geometry.head_dim), self.geometry.dtype)
-            self.refs.tile[self.warpgroup] = plgpu.layout_cast(zeros, MATRIX)
+            zeros = jnp.zeros((ROWS, self.plan.columns(self.geometry)), self.geometry.dtype)
+            self.refs.tile[self.group, :, self.columns] = plgpu.layout_cast(zeros, MATRIX)
             plgpu.commit_smem()
         lax.fori_loop(0, self.pieces.count(), self._attend, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
@@ -199,15 +200,32 @@ class _Compute:
 
     def _load_queries(self, piece: Piece) -> None:
         rows = min(self.plan.rows(self.geometry), ROWS)
-        first = piece.token * self.geometry.group + self.warpgroup * ROWS
-        ready = self.refs.q_ready.at[self.warpgroup]
+        first = piece.token * self.geometry.group + self.group * ROWS
+        ready = self.refs.q_ready.at[self.group]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last piece's output was in the same place
-        plgpu.copy_gmem_to_smem(
-            self.refs.q.at[piece.head, pl.ds(first, rows)],
-            self.refs.tile.at[self.warpgroup, pl.ds(0, rows)],
-            ready,
-        )
+        self._meet()
+
+        def copy() -> None:
+            plgpu.copy_gmem_to_smem(
+                self.refs.q.at[piece.head, pl.ds(first, rows)],
+                self.refs.tile.at[self.group, pl.ds(0, rows)],
+                ready,
+            )
+
+        self._once(copy)
         plgpu.barrier_wait(ready)
+
+    def _once(self, action: Callable[[], None]) -> None:
+        """Done by the first of those that share rows."""
+        if self.plan.parts == 1:
+            return action()
+        pl.when(lax.rem(self.warpgroup, jnp.int32(self.plan.parts)) == 0)(action)
+
+    def _meet(self) -> None:
+        """Waits until those that share rows are done with their tile."""
+        if self.plan.parts > 1:
+            plgpu.barrier_arrive(self.refs.met)
+            plgpu.barrier_wait(self.refs.met)
 
     def _blocks_without_mask(self, piece: Piece) -> tuple[Array, Array]:
         """The blocks in the middle that every token of the tile sees whole."""
@@ -222,12 +240,12 @@ class _Compute:
 
     def _start(self, piece: Piece) -> Softmax:
         """Of no key; the sink is in the first split."""
-        out = plgpu.layout_cast(jnp.zeros((ROWS, self.geometry.head_dim), jnp.float32), MATRIX)
+        out = plgpu.layout_cast(jnp.zeros((ROWS, self.plan.columns(self.geometry)), jnp.float32), MATRIX)
         if "sinks" not in vars(self.refs):
             top = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), PER_ROW)
             return Softmax(out, top, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW))
-        rows = pl.ds(self.warpgroup * ROWS, ROWS)
-        top = plgpu.load(self.refs.sinks.at[piece.head, rows], (), layout=PER_ROW, optimized=False)
+        rows = pl.ds(self.group * ROWS, ROWS)
+        top = load_registers(self.refs.sinks.at[piece.head, rows], PER_ROW, optimized=False)
         first = (piece.split == 0).astype(jnp.float32)
         top = top * first + MASKED * (1 - first)
         return Softmax(out, top, plgpu.layout_cast(jnp.full((ROWS,), 1.0, jnp.float32), PER_ROW) * first)
@@ -267,12 +285,12 @@ class _Compute:
         if not clean:
             plgpu.barrier_wait(refs.v_ready.at[stage])
         start: Any = plgpu.ACC.init(out)  # pyright: ignore[reportPrivateImportUsage]
-        out = pl.run_state(lambda acc: plgpu.wgmma(acc, weights, refs.v.at[stage]))(start)
+        out = pl.run_state(lambda acc: plgpu.wgmma(acc, weights, refs.v.at[stage, :, self.columns]))(start)
         plgpu.barrier_arrive(refs.v_empty.at[stage])
         return Softmax(cast(Array, out), top, total)
 
     def _multiply_keys(self, product: Any, stage: Array) -> Array:
-        plgpu.wgmma(product, self.refs.tile.at[self.warpgroup], transposed_ref(self.refs.k.at[stage]))
+        plgpu.wgmma(product, self.refs.tile.at[self.group], transposed_ref(self.refs.k.at[stage]))
         return product[...]
 
     def _scale(self, piece: Piece, scores: Array) -> Array:
@@ -289,7 +307,7 @@ class _Compute:
         """Which keys of a block each row sees; a row without a token sees what the tile's last token does."""
         shape = (ROWS, self.plan.block)
         key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX) + first
-        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX) + self.warpgroup * ROWS
+        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX) + self.group * ROWS
         position = jnp.minimum(lax.div(row, jnp.int32(self.geometry.group)) + piece.position, piece.end - 1)
         seen = key <= position
         if self.score.sliding_window is not None:
@@ -306,15 +324,16 @@ class _Compute:
             for chunk in range(0, self.plan.block, ROWS):
                 key = plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=MATRIX) + (first + chunk)
                 seen = (key >= piece.begin) & (key < piece.end)
-                for column in range(0, dim, width):
-                    part = self.refs.v.at[stage, pl.ds(chunk, ROWS), pl.ds(column, width)]
-                    values = plgpu.load(part, (), layout=MATRIX)
+                for column in range(0, self.plan.columns(self.geometry), width):
+                    columns = pl.ds(self.columns.start + column, width)
+                    part = self.refs.v.at[stage, pl.ds(chunk, ROWS), columns]
+                    values = load_registers(part, MATRIX)
                     part[...] = jnp.where(seen, values, jnp.zeros_like(values))
             plgpu.commit_smem()
 
         @pl.when((first < piece.begin) | (first + self.plan.block > piece.end))
         def _() -> None:
-            if self.plan.warpgroups == 1:
+            if self.plan.groups == 1:
                 return clean()
 
             # all arrive, so that none is a phase ahead of another, which would wait for ever
@@ -329,15 +348,25 @@ class _Compute:
         if "scales" in vars(refs):
             norm = norm * refs.scales[piece.head, 1]
         out = state.out * lax.broadcast_in_dim(norm, state.out.shape, [0])
-        staged = (refs.out_tile if split else refs.tile).at[self.warpgroup]
-        staged[...] = out.astype(jnp.float32 if split else self.geometry.dtype)
-        place = refs.out.at[piece.tile, piece.split, piece.head]
-        rows = min(self.plan.rows(self.geometry) // self.plan.warpgroups, ROWS)
-        if split:
-            weight = jnp.where(state.total > 0, state.top + jnp.log2(jnp.maximum(state.total, 1e-37)), MASKED)
-            refs.weight_tile[self.warpgroup] = weight
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, rows)], place.at[pl.ds(self.warpgroup * ROWS, rows)])
-        if split:
-            weights = refs.weight.at[piece.tile, piece.split, piece.head, pl.ds(self.warpgroup * ROWS, ROWS)]
-            plgpu.copy_smem_to_gmem(refs.weight_tile.at[self.warpgroup], weights)
+        rows = min(self.plan.rows(self.geometry) // self.plan.groups, ROWS)
+        place = refs.out.at[piece.tile, piece.split, piece.head, pl.ds(self.group * ROWS, rows)]
+        if not split:
+            self._meet()
+            refs.tile[self.group, :, self.columns] = out.astype(self.geometry.dtype)
+            plgpu.commit_smem()
+            self._meet()
+            staged = refs.tile.at[self.group, pl.ds(0, rows)]
+            self._once(lambda: plgpu.copy_smem_to_gmem(staged, place))
+            return
+        weight = jnp.where(state.total > 0, state.top + jnp.log2(jnp.maximum(state.total, 1e-37)), MASKED)
+        refs.weight_tile[self.warpgroup] = weight
+        staged, number = refs.out_tile.at[self.warpgroup], self.plan.stored(self.geometry)
+        for first in range(0, out.shape[1], number):
+            if first > 0:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            staged[...] = lax.slice(out, (0, first), (ROWS, first + number))
+            plgpu.commit_smem()
+            columns = pl.ds(self.columns.start + first, number)
+            plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, rows)], place.at[:, columns])
+        weights = refs.weight.at[piece.tile, piece.split, piece.head, pl.ds(self.group * ROWS, ROWS)]
+        plgpu.copy_smem_to_gmem(refs.weight_tile.at[self.warpgroup], weights)

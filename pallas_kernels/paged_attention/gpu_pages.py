@@ -9,7 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.paged_attention.gpu_plan import ROWS, Geometry, Plan, widened_columns
+from pallas_kernels._compat import load_registers
+from pallas_kernels.hopper import ROWS
+from pallas_kernels.paged_attention.gpu_plan import Geometry, Plan, widened_columns
 
 
 def ceil_div(x: Array, y: int) -> Array:
@@ -147,7 +149,7 @@ class PageStream:
         for first in range(0, self.plan.block, ROWS):
             for column in range(0, self.geometry.head_dim, width):
                 part = pl.ds(first, ROWS), pl.ds(column, width)
-                narrow = plgpu.load(source.at[part], (), layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+                narrow = load_registers(source.at[part], plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
                 if self.geometry.page_dtype == jnp.float8_e4m3fn:  # the hardware makes it float16 only
                     narrow = narrow.astype(jnp.float16).astype(jnp.float32)
                 target[part] = plgpu.layout_cast(narrow.astype(self.geometry.dtype), plgpu.Layout.WGMMA)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from pallas_kernels.devices import platform_of as platform_of
 from pallas_kernels.paged_attention.layout import PageGeometry
 
 
@@ -28,8 +29,3 @@ class Problem:
     sliding_window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
-
-
-def platform_of(device_platform: str) -> str:
-    """The platform of `Problem` for what a device calls its own; topologies call a GPU's "cuda"."""
-    return {"cuda": "gpu", "rocm": "gpu"}.get(device_platform, device_platform)

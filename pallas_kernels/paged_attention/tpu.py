@@ -1,16 +1,19 @@
 """Paged attention on TPU by Pallas kernels: one for rows of one token, two for the rows after them."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.devices import current_device
+from pallas_kernels.paged_attention import tpu_blocks
 from pallas_kernels.paged_attention.backend import Backend
 from pallas_kernels.paged_attention.batch import RaggedBatch
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.paged_attention.scales import Scale, to_stored
+from pallas_kernels.paged_attention.tpu_blocks import check_smem, make_plan
 from pallas_kernels.paged_attention.tpu_layout import (
     SIDE_BY_SIDE,
     Lanes,
@@ -18,9 +21,8 @@ from pallas_kernels.paged_attention.tpu_layout import (
     output_of_rows,
     query_rows,
 )
-
-if TYPE_CHECKING:
-    from pallas_kernels.paged_attention.tpu_plan import Blocks
+from pallas_kernels.paged_attention.tpu_plan import Blocks
+from pallas_kernels.tuning import Tunable
 
 Pages = Shaped[Array, "pages kv_heads page_size lanes"]
 
@@ -38,8 +40,6 @@ def require(problem: Problem) -> None:
     Raises:
         NotImplementedError: they do not; the message says why.
     """
-    from pallas_kernels.paged_attention.tpu_blocks import make_plan
-
     geometry = problem.geometry
     _require_shapes(geometry.page_size, geometry.head_dim, problem.dtype, geometry.dtype)
     for decode in (True, False):
@@ -81,8 +81,8 @@ def attend(
     sinks: Float[Array, " heads"] | None = None,
     k_scale: Scale | None = None,
     v_scale: Scale | None = None,
-    decode_blocks: "Blocks | None" = None,
-    rest_blocks: "Blocks | None" = None,
+    decode_blocks: Blocks | None = None,
+    rest_blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "tokens heads dim"], Pages]:
     """See `paged_attention`; pages are packed as `SIDE_BY_SIDE`.
@@ -97,7 +97,6 @@ def attend(
         ValueError: the page table does not fit into scalar memory.
     """
     from pallas_kernels._compat import raise_on_races
-    from pallas_kernels.paged_attention.tpu_blocks import check_smem, make_plan
     from pallas_kernels.paged_attention.tpu_call import attend_rows
     from pallas_kernels.paged_attention.tpu_write import write_rows
 
@@ -107,7 +106,7 @@ def attend(
     _require_shapes(page_size, head_dim, jnp.dtype(q.dtype), jnp.dtype(pages.dtype))
     check_smem(rows, columns)
 
-    device_kind = "" if interpret else _device_kind()
+    device_kind = "" if interpret else current_device()[1]
     make = partial(
         make_plan, heads=heads, kv_heads=kv_heads, lanes=Lanes(head_dim), page_size=page_size,
         columns=columns, dtype=jnp.dtype(pages.dtype), queries=jnp.dtype(q.dtype),
@@ -144,10 +143,23 @@ def attend_interpreted(*args: Any, **options: Any) -> tuple[Array, Array]:
     return attend(*args, **options, interpret=tpu_interpreter())
 
 
-def _device_kind() -> str:
-    """Of the mesh's devices, which may be ones to compile for; else of jax's own."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return device.device_kind
+def _tuning_key(problem: Problem) -> dict[str, str | int]:
+    pages = problem.geometry
+    return tpu_blocks.tuning_key(problem.heads, pages.kv_heads, pages.head_dim, pages.page_size, pages.dtype)
 
 
-BACKEND = Backend("tpu", attend, SIDE_BY_SIDE, "tpu", require, attend_interpreted)
+def _with_blocks(phase: str, blocks: dict[str, int]) -> Callable[..., tuple[Array, Array]]:
+    name = "decode_blocks" if phase == "decode" else "rest_blocks"
+    return partial(attend, **{name: tpu_blocks.as_blocks(blocks)})
+
+
+def _worth_trying(problem: Problem, phase: str, blocks: dict[str, int]) -> bool:
+    """Products of 128 rows at least, and no more keys in one than there are in a block of pages."""
+    group = problem.heads // problem.geometry.kv_heads
+    queries = blocks.get("queries", 1) * group
+    enough = phase == "decode" or 128 <= queries <= 2048
+    return enough and 128 <= blocks["keys"] <= blocks["pages"] * problem.geometry.page_size <= 8192
+
+
+TUNABLE = Tunable(tpu_blocks.TUNABLE, _tuning_key, _with_blocks, _worth_trying)
+BACKEND = Backend("tpu", attend, SIDE_BY_SIDE, "tpu", require, attend_interpreted, tunable=TUNABLE)

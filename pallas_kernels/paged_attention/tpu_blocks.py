@@ -1,11 +1,25 @@
 """How much the TPU kernels do at once: a safe default for any shape, and the memory that it takes."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.tpu_layout import LANES, Lanes
 from pallas_kernels.paged_attention.tpu_plan import Blocks, Plan
+from pallas_kernels.tuning import lookup
+
+OP = "paged_attention"
+TUNABLE = {
+    "decode": {"pages": (1, 2, 4, 8, 16, 32, 64), "keys": (128, 256, 512), "slots": (2, 3, 4)},
+    "prefill": {
+        "queries": (16, 32, 64, 128, 256),
+        "pages": (1, 2, 4, 8, 16, 32, 64),
+        "keys": (256, 512, 1024),
+        "slots": (2, 3),
+    },
+}
+"""What `tuning.json` may choose for each phase: fields of `Blocks`."""
 
 MIB = 2**20
 VMEM = {"TPU v5": 64 * MIB, "TPU v5p": 64 * MIB, "TPU v5 lite": 128 * MIB, "TPU v6 lite": 128 * MIB}
@@ -50,9 +64,10 @@ def make_plan(
     device_kind: str,
     blocks: Blocks | None,
 ) -> Plan:
-    """The plan of a call: with the blocks given, or else the default.
+    """The plan of a call: with the blocks given, or else those measured for the chip, or the default.
 
     Raises:
+        ValueError: see `lookup`.
         NotImplementedError: the kernels' buffers do not fit into the chip's vector memory.
     """
     exact = jnp.dtype(jnp.float32) in (dtype, queries)
@@ -61,7 +76,8 @@ def make_plan(
         decode, heads, kv_heads, lanes, page_size, columns, dtype, product, sliding_window, soft_cap, UNSET
     )
     if blocks is None:
-        blocks = default_blocks(plan, tokens, rows, device_kind)
+        bucket = (tokens, rows, device_kind)
+        blocks = tuned_blocks(plan, *bucket) or default_blocks(plan, *bucket)
     plan = dataclasses.replace(plan, blocks=fit_keys(plan, blocks))
     if max(vmem_bytes(plan), write_bytes(plan)) > budget_of(device_kind):
         raise NotImplementedError(
@@ -71,6 +87,51 @@ def make_plan(
     return plan
 
 
+def tuning_key(
+    heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: jnp.dtype
+) -> dict[str, str | int]:
+    """What decides which blocks are good, beside the phase; `dtype` is that of the pages."""
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "page_size": page_size,
+        "pages": dtype.name,
+    }
+
+
+def tuned_blocks(plan: Plan, tokens: int, rows: int, device_kind: str) -> Blocks | None:
+    """Those measured on this chip, no larger than the bucket has use for; None: there are none.
+
+    Args and errors are those of `default_blocks` and of `lookup`.
+    """
+    if not plan.decode and not _is_prefill(tokens, rows):
+        return None
+    phase = "decode" if plan.decode else "prefill"
+    key = tuning_key(plan.heads, plan.kv_heads, plan.lanes.head_dim, plan.page_size, plan.dtype)
+    found = lookup(OP, "tpu", device_kind, {"phase": phase, **key}, TUNABLE[phase])
+    if found is None:
+        return None
+    blocks = as_blocks(found)
+    queries = 1 if plan.decode else max(8, min(blocks.queries, _power(2 * tokens - 1)))
+    blocks = dataclasses.replace(blocks, queries=queries, pages=min(blocks.pages, _most_pages(plan)))
+    return fit_memory(plan, blocks, device_kind)
+
+
+def as_blocks(numbers: Mapping[str, int]) -> Blocks:
+    """From what `TUNABLE` names."""
+    return Blocks(**{"queries": 1, **numbers})
+
+
+def _is_prefill(tokens: int, rows: int) -> bool:
+    return tokens >= PREFILL_TOKENS_PER_ROW * rows
+
+
+def _most_pages(plan: Plan) -> int:
+    """A power of two that holds the longest row."""
+    return 1 << (max(plan.columns, 1) - 1).bit_length()
+
+
 def default_blocks(plan: Plan, tokens: int, rows: int, device_kind: str) -> Blocks:
     """Blocks that fit into the kernels' part of the chip's vector memory, if any do.
 
@@ -78,17 +139,21 @@ def default_blocks(plan: Plan, tokens: int, rows: int, device_kind: str) -> Bloc
         plan: its own `blocks` are not looked at.
         tokens, rows: of the bucket.
     """
-    most = 1 << (max(plan.columns, 1) - 1).bit_length()
+    most = _most_pages(plan)
     row_bytes = plan.kv_heads * plan.page_size * plan.lanes.row * plan.dtype.itemsize
     if plan.decode:
         keys = 256
         pages = _power(DECODE_BYTES // row_bytes)
         blocks = Blocks(queries=1, pages=max(1, min(pages, most)), keys=keys, slots=3)
     else:
-        prefill = tokens >= PREFILL_TOKENS_PER_ROW * rows
-        queries = _power(MATRIX_ROWS // plan.group) if prefill else MIXED_QUERIES
+        queries = _power(MATRIX_ROWS // plan.group) if _is_prefill(tokens, rows) else MIXED_QUERIES
         queries = max(8, min(queries, _power(2 * tokens - 1)))
         blocks = Blocks(queries, pages=max(1, min(_power(1024 // plan.page_size), most)), keys=512)
+    return fit_memory(plan, blocks, device_kind)
+
+
+def fit_memory(plan: Plan, blocks: Blocks, device_kind: str) -> Blocks:
+    """The same, made smaller until they fit into the kernels' part of vector memory, if any do."""
     blocks = fit_keys(plan, blocks)
     while vmem_bytes(dataclasses.replace(plan, blocks=blocks)) > budget_of(device_kind):
         smaller = fit_keys(plan, _smaller(blocks))

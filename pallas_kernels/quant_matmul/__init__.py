@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.devices import current_device
 from pallas_kernels.quant_matmul.activations import Activation, quantize_rows
 from pallas_kernels.quant_matmul.backend import Backend, QuantMatmulFunction
 from pallas_kernels.quant_matmul.backends import (
@@ -66,10 +67,10 @@ def quant_matmul(
         raise ValueError(f"activation={activation!r}: goes with a weight of that kind, not {weight.kind!r}")
     if weight.zero is not None and weight.kind != "int4":
         raise ValueError(f"a weight of kind {weight.kind!r} has no zero points")
-    device = jax.devices()[0]
+    platform, device_kind = current_device()
     problem = Problem(
-        platform=device.platform,
-        device_kind=device.device_kind,
+        platform=platform,
+        device_kind=device_kind,
         tokens=x.shape[0],
         inputs=inputs,
         outputs=outputs,

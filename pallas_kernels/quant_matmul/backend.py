@@ -11,6 +11,7 @@ from pallas_kernels.quant_matmul.activations import Activation
 from pallas_kernels.quant_matmul.problem import Problem
 from pallas_kernels.quant_matmul.weight import QuantizedWeight
 from pallas_kernels.registry import serves_all
+from pallas_kernels.tuning import Tunable
 
 
 class QuantMatmulFunction(Protocol):
@@ -28,9 +29,11 @@ class Backend:
     Attributes:
         require: raises NotImplementedError, with the reason, for a problem that is not served.
         interpreted: the same kernel on the CPU, where `multiply` needs an accelerator.
+        tunable: what `python -m pallas_kernels tune` may choose; None: nothing.
     """
 
     name: str
     multiply: QuantMatmulFunction
     require: Callable[[Problem], None] = serves_all
     interpreted: QuantMatmulFunction | None = None
+    tunable: Tunable | None = None

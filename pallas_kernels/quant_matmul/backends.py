@@ -1,19 +1,20 @@
 """The backends of the product with quantized weights, and the order in which they are tried."""
 
-from pallas_kernels.quant_matmul import reference, tpu, xla
+from pallas_kernels.quant_matmul import gpu, reference, tpu, xla
 from pallas_kernels.quant_matmul.backend import Backend, QuantMatmulFunction
 from pallas_kernels.quant_matmul.problem import Problem
 from pallas_kernels.registry import Choice, Registry
 
 ORDER = {
     "cpu": ("xla", "reference"),
-    "gpu": ("xla", "reference"),
+    "gpu": ("gpu", "xla", "reference"),
     "tpu": ("tpu", "xla", "reference"),
 }
 """For each platform the backends that "auto" tries, best first.
 
-Nothing was timed on a TPU or GPU yet. On TPU the kernel comes first because it reads the stored values once,
-where XLA, as compiled for v5e, writes int4 and weights with blocks of scales to memory in float32.
+Nothing was timed on a TPU or GPU yet. The kernels come first because they read the stored values once, where
+XLA, as compiled for v5e, writes int4 and weights with blocks of scales to memory in float32, and as compiled
+for an H100 every weight in bfloat16.
 """
 
 Kernel = str | Backend | QuantMatmulFunction
@@ -61,5 +62,5 @@ def as_backend(kernel: Kernel) -> Backend:
     return Backend(getattr(kernel, "__name__", type(kernel).__name__), kernel)
 
 
-for _module in (reference, xla, tpu):
+for _module in (reference, xla, tpu, gpu):
     REGISTRY.register(_module.BACKEND)

@@ -85,7 +85,7 @@ def workloads(platform: str, device_kind: str, options: Options) -> list[Workloa
             one = Product(problem)
             found.append(
                 Workload(
-                    "quant_matmul", f"{name}, {kind}, {rows} tokens", "product", problem, one.flops,
+                    "quant_matmul", f"{name}, {kind}, {rows} tokens", problem.phase, problem, one.flops,
                     one.nbytes, one.footprint, one.prepare,
                 )
             )  # fmt: skip

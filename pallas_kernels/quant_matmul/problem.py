@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from pallas_kernels.quant_matmul.activations import Activation
 from pallas_kernels.quant_matmul.weight import Kind
 
+FEW_TOKENS = 64
+"""Up to this many are few."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -33,3 +36,18 @@ class Problem:
     scale_rows: int
     zero: bool = False
     activation: Activation = "none"
+
+    @property
+    def phase(self) -> str:
+        """Whether the weight takes the time ("few") or the products ("many"): blocks are tuned for each."""
+        return "few" if self.tokens <= FEW_TOKENS else "many"
+
+    @property
+    def tuning_key(self) -> dict[str, str | int]:
+        """What decides which blocks are good, beside the phase."""
+        return {
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "kind": self.kind,
+            "scale_rows": self.scale_rows,
+        }

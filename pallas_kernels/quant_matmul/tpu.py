@@ -17,17 +17,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels._compat import raise_on_races, tpu_interpreter
+from pallas_kernels.devices import current_device
 from pallas_kernels.quant_matmul.activations import Activation, quantize_rows
 from pallas_kernels.quant_matmul.backend import Backend
 from pallas_kernels.quant_matmul.problem import Problem
 from pallas_kernels.quant_matmul.weight import QuantizedWeight
+from pallas_kernels.tuning import Blocks, Tunable, lookup
 
 LANES = 128
-MOST_TOKENS = 256
-MOST_INPUTS = 1024
 WHOLE_INPUTS = 4096
 """An axis of no usable divisor is one block up to this length: 6 MiB of values and of their conversion."""
-MOST_OUTPUTS = 512
+MOST = {"tokens": 256, "inputs": 1024, "outputs": 512}
+"""Of a tile, where nothing was measured."""
+TUNABLE = {"tokens": (128, 256, 512), "inputs": (512, 1024, 2048), "outputs": (256, 512, 1024)}
+"""What `tuning.json` may choose in place of those."""
 DTYPES = (jnp.float32, jnp.bfloat16)
 
 
@@ -38,11 +41,13 @@ def quant_matmul_tpu(
     *,
     activation: Activation,
     out_dtype: DTypeLike,
+    blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> Float[Array, "tokens out"]:
     """See `quant_matmul`.
 
     Args:
+        blocks: the most of a tile; None: tuned for this chip, or the default.
         interpret: parameters of the TPU interpreter.
     """
     tokens, inputs = x.shape
@@ -52,10 +57,15 @@ def quant_matmul_tpu(
             *(jax.typeof(array).manual_axis_type.varying for array in jax.tree.leaves((x, weight)))
         )
     )
-    step = block_of_inputs(inputs, weight.block[0], activation)
+    problem = Problem(
+        "tpu", "" if interpret else current_device()[1], tokens, inputs, outputs, jnp.dtype(x.dtype),
+        weight.kind, weight.block[0], weight.zero is not None, activation,
+    )  # fmt: skip
+    most = blocks or most_of_tile(problem)
+    step = block_of_inputs(problem, most["inputs"])
     steps = inputs // step
-    rows = min(MOST_TOKENS, -(-tokens // 32) * 32)
-    columns = min(outputs, MOST_OUTPUTS)
+    rows = min(most["tokens"], -(-tokens // 32) * 32)
+    columns = min(outputs, most["outputs"])
     groups = max(1, step // weight.block[0])  # of scales in a block
     factor = 2 if weight.kind == "int4" else 1
 
@@ -143,20 +153,29 @@ def _by_groups(values: Array, per_group: Array, operation: Any) -> Array:
     return operation(split, per_group[:, None, :]).reshape(values.shape)
 
 
-def block_of_inputs(inputs: int, scale_rows: int, activation: Activation) -> int:
+def most_of_tile(problem: Problem) -> Blocks:
+    """What was measured on the problem's chip, or the default.
+
+    Raises:
+        ValueError: see `lookup`.
+    """
+    key = {"phase": problem.phase, **problem.tuning_key}
+    return lookup("quant_matmul", "tpu", problem.device_kind, key, TUNABLE) or MOST
+
+
+def block_of_inputs(problem: Problem, most: int) -> int:
     """Inputs in a block: whole groups of scales or a part of one; one group if the tokens have scales too.
 
     Raises:
         NotImplementedError: there is no such block of a length that fits.
     """
+    inputs, scale_rows, activation = problem.inputs, problem.scale_rows, problem.activation
     if scale_rows >= inputs:
-        fitting = [n for n in range(MOST_INPUTS, LANES - 1, -LANES) if inputs % n == 0]
+        fitting = [n for n in range(most, LANES - 1, -LANES) if inputs % n == 0]
     elif activation != "none":
         fitting = [scale_rows] if scale_rows % LANES == 0 and inputs % scale_rows == 0 else []
     else:
-        fitting = [
-            n for n in range(MOST_INPUTS, LANES - 1, -LANES) if inputs % n == 0 and n % scale_rows == 0
-        ]
+        fitting = [n for n in range(most, LANES - 1, -LANES) if inputs % n == 0 and n % scale_rows == 0]
     if fitting:
         return fitting[0]
     if inputs <= WHOLE_INPUTS and (
@@ -165,22 +184,29 @@ def block_of_inputs(inputs: int, scale_rows: int, activation: Activation) -> int
         return inputs
     raise NotImplementedError(
         f"{inputs} inputs with a scale for each {scale_rows}: the TPU kernel serves multiples of {LANES} "
-        f"with groups that divide a block of {MOST_INPUTS}"
+        f"with groups that divide a block of {most}"
     )
 
 
 def _require(problem: Problem) -> None:
     if problem.dtype not in DTYPES:
         raise NotImplementedError(f"x of {problem.dtype}; the TPU kernel serves float32 and bfloat16")
-    block_of_inputs(problem.inputs, problem.scale_rows, problem.activation)
+    block_of_inputs(problem, most_of_tile(problem)["inputs"])
 
 
-def _interpreted(
-    x: Array, weight: QuantizedWeight, /, *, activation: Activation, out_dtype: DTypeLike
-) -> Array:
-    return raise_on_races(
-        quant_matmul_tpu(x, weight, activation=activation, out_dtype=out_dtype, interpret=tpu_interpreter())
-    )
+def _interpreted(x: Array, weight: QuantizedWeight, /, **options: Any) -> Array:
+    return raise_on_races(quant_matmul_tpu(x, weight, **options, interpret=tpu_interpreter()))
 
 
-BACKEND = Backend("tpu", quant_matmul_tpu, _require, _interpreted)
+BACKEND = Backend(
+    "tpu",
+    quant_matmul_tpu,
+    _require,
+    _interpreted,
+    Tunable(
+        {"few": TUNABLE, "many": TUNABLE},
+        lambda problem: problem.tuning_key,
+        lambda phase, blocks: partial(quant_matmul_tpu, blocks=blocks),
+        lambda problem, phase, blocks: phase == "many" or blocks["tokens"] == min(TUNABLE["tokens"]),
+    ),
+)

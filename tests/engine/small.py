@@ -17,6 +17,7 @@ OPTIONS: dict[str, Any] = {
     "max_num_seqs": 6,
     "max_num_batched_tokens": 32,
     "compilation_cache": False,  # the tests' own folder stays in force
+    "compile_in_background": False,  # so that the same steps run in the same programs each time
     "progress": False,
 }
 

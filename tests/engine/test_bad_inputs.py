@@ -12,9 +12,9 @@ import pytest
 from small import CHECKPOINTS, golden, greedy, small_engine
 from small_text import text_checkpoint
 
-from converters.checkpoint import DEMO_MODEL
 from converters.errors import CheckpointError
 from converters.hub import locate
+from converters.on_disk import DEMO_MODEL
 from jaxllm import Engine, SamplingParams
 
 SIZES: dict[str, Any] = {"max_model_len": 96, "num_pages": 60, "enforce_eager": True}

@@ -1,9 +1,10 @@
 """What Mosaic GPU's interpreter lacks to run kernels for Hopper on a CPU; compiled code is not affected.
 
-`layout_cast`, `load` with a layout, `run_state` with accumulators, and wgmma with its first operand in
-registers or its second one transposed. wgmma's reads take part in the race detection here; in the original
-they do not. Out of reach stay the tensor cores' and copies' asynchrony (both happen at once), swizzles and
-layouts, `commit_smem`, `wait_smem_to_gmem`, and races between thread blocks, which run one after the other.
+`layout_cast`, `load` with a layout, stores to a transposed reference, `run_state` with accumulators, and
+wgmma with its first operand in registers or either one transposed. wgmma's reads take part in the race
+detection here; in the original they do not. Out of reach stay the tensor cores' and copies' asynchrony (both
+happen at once), swizzles and layouts, `commit_smem`, `wait_smem_to_gmem`, and races between thread blocks,
+which run one after the other.
 """
 
 from typing import Any
@@ -18,6 +19,7 @@ from jax._src.pallas.mosaic_gpu import core as gpu_core
 from jax._src.pallas.mosaic_gpu import primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 from jax._src.state import discharge, types
+from jax._src.state import primitives as state_primitives
 
 Interpreter = jaxpr_interpret.JaxprInterpreter
 
@@ -49,6 +51,8 @@ def _interpret(original: Any, self: Any, jaxpr: Any, token: Any, *args: Any) -> 
             token, out = _run_state(self, eqn, token, values)
         elif eqn.primitive is primitives.load_p:
             token, out = _load(self, eqn, token, values)
+        elif eqn.primitive is state_primitives.swap_p and _transposed(eqn, values):
+            token, out = _store_transposed(self, eqn, token, values)
         else:
             inputs = list(dict.fromkeys(x for x in eqn.invars if not isinstance(x, core.Literal)))
             single = core.Jaxpr((), inputs, eqn.outvars, [eqn], eqn.effects, jaxpr.debug_info)
@@ -76,6 +80,26 @@ def _load(self: Any, eqn: Any, token: Any, values: list[Any]) -> tuple[Any, list
         **_thread(self, eqn),
     )
     return token, [out]
+
+
+def _transposed(eqn: Any, values: list[Any]) -> bool:
+    """Whether the last thing that is done to the reference is to transpose it."""
+    transforms = jax.tree.unflatten(eqn.params["tree"], values[2:])
+    return bool(transforms) and isinstance(transforms[-1], types.TransposeTransform)
+
+
+def _store_transposed(self: Any, eqn: Any, token: Any, values: list[Any]) -> tuple[Any, list[Any]]:
+    aval = eqn.outvars[0].aval
+    token, out = gpu_callbacks.call_swap(
+        token=token,
+        result_shape_and_dtype=jax.ShapeDtypeStruct(aval.shape[::-1], aval.dtype),
+        allocation_key_as_array=values[0],
+        transforms=jax.tree.unflatten(eqn.params["tree"], values[2:])[:-1],
+        val=values[1].T,
+        mask=None,
+        **_thread(self, eqn),
+    )
+    return token, [out.T]
 
 
 def _run_state(self: Any, eqn: Any, token: Any, values: list[Any]) -> tuple[Any, list[Any]]:

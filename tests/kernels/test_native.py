@@ -38,7 +38,7 @@ def test_never_stale(source: Source, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     libraries.add(dataclasses.replace(source, compiler=str(compiler)).build())
     source.path.write_text(CODE.replace("42", "43"))
     libraries.add(source.build())
-    monkeypatch.setattr(native, "_cpu", lambda: "another")
+    monkeypatch.setattr(native, "processor", lambda: "another")
     libraries.add(source.build())
     monkeypatch.setattr(native.jaxlib.version, "__version__", "99")
     libraries.add(source.build())

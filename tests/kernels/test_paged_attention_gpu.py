@@ -11,7 +11,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas_kernels import tuning
+from pallas_kernels import hopper, tuning
 from pallas_kernels.paged_attention import gpu
 from pallas_kernels.paged_attention.cases import CORNERS, Case
 from pallas_kernels.paged_attention.check import check_case, problem_of
@@ -106,6 +106,15 @@ def test_one_row(interpreter: None, capfd: Any) -> None:
     run(case, capfd, singles=Plan(1, 1, 64, 2, 0, 2, 1))
 
 
+def test_wide_heads(interpreter: None, capfd: Any) -> None:
+    """Two warpgroups on the same rows, with and without splits; a stage is filled again."""
+    case = Case(
+        rows=((1, 70), (4, 20)), page_size=32, dtype="bfloat16", padding_tokens=0, padding_rows=0, kv_heads=1,
+        head_dim=256, sliding_window=50,
+    )  # fmt: skip
+    run(case, capfd, singles=Plan(2, 1, 64, 1, 0, 2, 1, 2), ragged=Plan(2, 32, 64, 1, 0, 1, 1, 2))
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", BF16_CORNERS)
 def test_corners(name: str, interpreter: None, capfd: Any) -> None:
@@ -147,7 +156,7 @@ def change(**changes: Any) -> Problem:
     [
         *({"device_kind": f"NVIDIA {name}"} for name in ("H100 80GB HBM3", "H200", "GH200 480GB", "H20")),
         *({"page_size": size} for size in (8, 16, 32, 64, 128)),
-        *({"head_dim": dim} for dim in (16, 64, 80, 96, 128)),
+        *({"head_dim": dim} for dim in (16, 64, 80, 96, 128, 256)),
         *({"pages": name, "head_dim": 96} for name in ("bfloat16", "int8", "float8_e4m3fn")),
         {"heads": 64, "kv_heads": 1},
         {"sliding_window": 3, "soft_cap": 2.0, "sinks": True},
@@ -171,7 +180,7 @@ def test_what_is_served(changes: dict[str, Any]) -> None:
         ({"page_size": 1}, "page_size=1:"),
         ({"page_size": 24}, "page_size=24:"),
         ({"page_size": 256}, "page_size=256:"),
-        ({"head_dim": 256}, "head_dim=256: up to 128"),
+        ({"head_dim": 512}, "head_dim=512: only up to 256"),
         ({"head_dim": 72}, "head_dim=72 in bfloat16"),
         ({"head_dim": 80, "pages": "int8"}, "head_dim=80 in int8"),
         ({"heads": 65, "kv_heads": 1}, "65 heads over 1 kv heads"),
@@ -185,26 +194,26 @@ def test_what_is_refused(changes: dict[str, Any], reason: str) -> None:
 
 @pytest.mark.parametrize("version", [12080, 12081, 12090])
 def test_compilers_that_are_wrong(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "cuda_version", lambda: version)
+    monkeypatch.setattr(hopper, "cuda_version", lambda: version)
     with pytest.raises(NotImplementedError, match=rf"CUDA {version}.*12\.9\.1"):
         gpu.require(SERVED)
 
 
 @pytest.mark.parametrize("version", [None, 12060, 12091, 13000])
 def test_compilers_that_are_right(version: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "cuda_version", lambda: version)
+    monkeypatch.setattr(hopper, "cuda_version", lambda: version)
     gpu.require(SERVED)
 
 
 def write_tuning(monkeypatch: pytest.MonkeyPatch, phase: str, blocks: dict[str, int]) -> Geometry:
     geometry = geometry_of(Case(rows=(), dtype="bfloat16", head_dim=128))
-    entry = {"key": tuning_key(phase, geometry), "blocks": blocks, "measured": {}}
+    entry = {"key": {"phase": phase, **tuning_key(geometry)}, "blocks": blocks, "measured": {}}
     monkeypatch.setattr(tuning, "_read", lambda op: {"gpu": {H100: [entry]}})
     return geometry
 
 
 def test_tuned_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    geometry = write_tuning(monkeypatch, "singles", {"block": 128, "stages": 2})
+    geometry = write_tuning(monkeypatch, "decode", {"block": 128, "stages": 2})
     plan = plan_singles(4, 4096, geometry, H100)
     assert (plan.block, plan.stages, plan.splits) == (128, 2, 16)
     assert plan_singles(4, 4096, geometry, "NVIDIA H200").block == 64
@@ -213,11 +222,11 @@ def test_tuned_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tuned_blocks_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """With splits only two stages of 128 keys fit beside the results."""
-    geometry = write_tuning(monkeypatch, "ragged", {"block": 128, "stages": 4})
+    geometry = write_tuning(monkeypatch, "prefill", {"block": 128, "stages": 4})
     assert plan_ragged(64, 4096, geometry, H100).stages == 2
 
 
 def test_tuned_blocks_that_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    geometry = write_tuning(monkeypatch, "ragged", {"block": 96, "stages": 2})
+    geometry = write_tuning(monkeypatch, "prefill", {"block": 96, "stages": 2})
     with pytest.raises(ValueError, match="block=96: may be 64, 128"):
         plan_ragged(64, 4096, geometry, H100)

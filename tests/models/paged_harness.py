@@ -15,6 +15,7 @@ from jaxllm.layers.batch import Batch
 from jaxllm.models import CausalLM, DecoderConfig, Parameter, merge, split
 from jaxllm.parallel import make_mesh
 from jaxllm.runner.kernels import choose_attention
+from jaxllm.runner.products import choose_products
 from pallas_kernels.paged_attention import Kernel, PageGeometry, RaggedBatch
 
 PAGE_SIZE = 4
@@ -38,7 +39,8 @@ def make_weights(
         origin = assignment.origins[path]
         array = origin.transform([tensors[name] for name in origin.sources], config.geometry)
         assert array.shape == parameter.shape, (path, array.shape, parameter.shape)
-        arrays.append(jax.device_put(array.astype(parameter.dtype), parameter.sharding(mesh)))
+        placed = jax.device_put(array.astype(parameter.dtype), parameter.sharding(mesh))
+        arrays.append(parameter.keep(placed))
     return tuple(arrays)
 
 
@@ -57,9 +59,11 @@ class PagedRunner:
         *,
         max_tokens: int = 64,
         backend: Kernel = "auto",
+        products: str = "auto",
     ) -> None:
         self.mesh = make_mesh(config.tensor_parallel_size)
-        structure, parameters = split(model, config)
+        packed_for = choose_products(products, config, self.mesh).backend
+        structure, parameters = split(model, config, packed_for)
         self.weights = make_weights(model, config, parameters, tensors, self.mesh)
         pages = -(-max_tokens // PAGE_SIZE)
         order = 1 + np.random.RandomState(0).permutation(ROWS * pages)

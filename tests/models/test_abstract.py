@@ -44,13 +44,13 @@ def test_random_weights_are_made_in_their_shards() -> None:
     model, config = load("gemma2", tensor_parallel_size=4, dtype="bfloat16")
     mesh = make_mesh(4)
     _, parameters = split(model, config)
-    arrays = materialize(model, config, mesh, seed=3)
+    arrays = materialize(parameters, mesh, seed=3)
     for array, parameter in zip(arrays, parameters.values(), strict=True):
         assert (array.shape, array.dtype) == (parameter.shape, parameter.dtype)
         assert array.sharding == parameter.sharding(mesh)
         assert array.nbytes == parameter.nbytes
-    same = materialize(model, config, make_mesh(1), seed=3)
-    other = materialize(model, config, mesh, seed=4)
+    same = materialize(parameters, make_mesh(1), seed=3)
+    other = materialize(parameters, mesh, seed=4)
     random = next(n for n, path in enumerate(parameters) if path.endswith("qkv.weight"))
     np.testing.assert_array_equal(np.asarray(arrays[random]), np.asarray(same[random]))
     assert np.any(np.asarray(arrays[random]) != np.asarray(other[random]))

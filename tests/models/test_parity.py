@@ -14,13 +14,15 @@ from safetensors.numpy import load_file
 from jaxllm.models import ModelRegistry
 
 
+@pytest.mark.parametrize("products", ["cpu", "xla"])
 @pytest.mark.parametrize("name", CASES)
-def test_family_equals_transformers(name: str) -> None:
+def test_family_equals_transformers(name: str, products: str) -> None:
     case, folder = CASES[name], GOLDENS / name
     hf = json.loads((folder / "config.json").read_text())
     model = ModelRegistry.resolve(hf)
     config = model.read_config(hf, dtype="float32", tensor_parallel_size=1, max_model_len=case.max_model_len)
-    runner = PagedRunner(model, config, load_file(GOLDENS / (case.weights or name) / "model.safetensors"))
+    tensors = load_file(GOLDENS / (case.weights or name) / "model.safetensors")
+    runner = PagedRunner(model, config, tensors, products=products)
     golden = np.load(folder / "golden.npz")
     worst = 0.0
     prompts = [golden["prompt0"], golden["prompt1"]]

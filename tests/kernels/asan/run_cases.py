@@ -1,6 +1,6 @@
-"""Runs the CPU kernel under AddressSanitizer: `make asan`.
+"""Runs the CPU kernels under AddressSanitizer: `make asan`.
 
-The kernel is built with it into a folder of its own. Its process is started again with the sanitizer's
+The kernels are built with it into a folder of their own. Their process is started again with the sanitizer's
 library loaded first, and with every fresh allocation full of NaN, so that an output nobody wrote shows.
 """
 
@@ -11,7 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pallas_kernels.native import Library, Source
+from pallas_kernels.native import Library
+from pallas_kernels.packed_matmul import cpu as products
+from pallas_kernels.packed_matmul.cases import CORNERS as PRODUCTS
+from pallas_kernels.packed_matmul.check import check_case as check_product
 from pallas_kernels.paged_attention import cpu
 from pallas_kernels.paged_attention.cases import CORNERS, Case
 from pallas_kernels.paged_attention.check import check_case
@@ -42,23 +45,28 @@ def runtime() -> str:
     return " ".join(paths)
 
 
-def source(folder: Path) -> Source:
-    """The kernel with sanitizers."""
-    return dataclasses.replace(cpu.LIBRARY.source, flags=FLAGS, folder=folder)
+def sanitized(library: Library, folder: Path) -> Library:
+    """The library built with sanitizers."""
+    return Library(dataclasses.replace(library.source, flags=FLAGS, folder=folder), library.handlers)
 
 
 def run(folder: Path) -> None:
-    """All cases on the kernel with sanitizers; the process dies at the first report."""
-    cpu.LIBRARY = Library(source(folder), cpu.LIBRARY.handlers)
+    """All cases on the kernels with sanitizers; the process dies at the first report."""
+    cpu.LIBRARY = sanitized(cpu.LIBRARY, folder)
     for name, case in (CORNERS | SPLIT).items():
         check_case(case, cpu.BACKEND, cpu.paged_attention_cpu)
+        print(f"passed {name}", flush=True)
+    products.LIBRARY = sanitized(products.LIBRARY, folder)
+    for name, case in PRODUCTS.items():
+        check_product(case, products.packed_matmul_cpu)
         print(f"passed {name}", flush=True)
 
 
 def start() -> int:
     """Builds, outside the sanitizer, which would slow the compiler down, and runs the cases inside."""
     with tempfile.TemporaryDirectory() as folder:
-        source(Path(folder)).build()
+        for library in (cpu.LIBRARY, products.LIBRARY):
+            sanitized(library, Path(folder)).source.build()
         environment = os.environ | {"LD_PRELOAD": runtime(), "ASAN_OPTIONS": OPTIONS, "JAX_PLATFORMS": "cpu"}
         return subprocess.call([sys.executable, __file__, folder], env=environment)
 

@@ -1,0 +1,113 @@
+"""How large an engine's steps and its pool of pages are, from its config and the machine."""
+
+import bisect
+import logging
+from collections.abc import Callable, Mapping
+
+from jax.sharding import Mesh
+
+from jaxllm.cache.groups import group_layers
+from jaxllm.cache.manager import CacheManager
+from jaxllm.config import EngineConfig
+from jaxllm.models.abstract import Parameter
+from jaxllm.models.base import DecoderConfig
+from jaxllm.runner.kept import KeptPrograms
+from jaxllm.runner.lowering import Lowering, Sizes
+from jaxllm.runner.memory import count_pages, measure, page_bytes
+from jaxllm.runner.step import Merge
+from jaxllm.sampling import SamplerConfig, registered_logits_processors
+from jaxllm.scheduler.scheduler import Scheduler
+from pallas_kernels.packed_matmul import Backend as ProductsBackend
+from pallas_kernels.paged_attention import Backend
+
+logger = logging.getLogger(__name__)
+
+CPU_DEFAULTS = {"max_num_seqs": 64, "max_num_batched_tokens": 512, "bucket_growth": 4}
+"""XLA on CPU takes some 8 s of a core for a step program of a model with 30 layers: so there are few."""
+ACCELERATOR_DEFAULTS = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "bucket_growth": 2}
+
+
+def make_lowering(
+    config: EngineConfig,
+    model: DecoderConfig,
+    merge: Merge,
+    parameters: Mapping[str, Parameter],
+    mesh: Mesh,
+    backend: Backend,
+    products: ProductsBackend | None,
+) -> Lowering:
+    """The programs, of the sizes that the config asks for."""
+    platform = mesh.devices.flat[0].platform
+    defaults = CPU_DEFAULTS if platform == "cpu" else ACCELERATOR_DEFAULTS
+    tokens = config.scheduler.max_num_batched_tokens or defaults["max_num_batched_tokens"]
+    return Lowering(
+        model,
+        merge,
+        tuple(parameter.kept(mesh) for parameter in parameters.values()),
+        mesh,
+        group_layers(model.layer_windows),
+        Sizes(
+            max_num_seqs=config.scheduler.max_num_seqs or defaults["max_num_seqs"],
+            max_num_batched_tokens=tokens,
+            max_model_len=config.model.max_model_len or model.max_position_embeddings,
+            page_size=config.cache.page_size,
+            bucket_growth=defaults["bucket_growth"],
+            num_logprobs=model.vocab_size if config.model.max_logprobs == -1 else config.model.max_logprobs,
+        ),
+        SamplerConfig(model.vocab_size, processors=registered_logits_processors()),
+        backend,
+        products,
+    )
+
+
+def fit_pages(
+    config: EngineConfig, lowering: Lowering, kept: Callable[[Lowering], KeptPrograms | None]
+) -> tuple[Lowering, int]:
+    """As many pages as fit, the null page included, and no request longer than they hold.
+
+    Args:
+        kept: called where a program has to be compiled to see how much memory it needs.
+
+    Raises:
+        ValueError: too few fit; the message has the numbers and the settings to change.
+    """
+    page, mesh = page_bytes(lowering), lowering.mesh
+    num_pages = count_pages(config.cache, page, mesh, lambda: measure(lowering, kept(lowering)))
+    longest = longest_request(lowering, num_pages)
+    if longest >= lowering.sizes.max_model_len:
+        return lowering, num_pages
+    if config.model.max_model_len is not None:
+        raise ValueError(
+            f"max_model_len={config.model.max_model_len}: {num_pages - 1} pages of {config.cache.page_size} "
+            f"tokens hold a request of at most {longest}; lower it to that, or give the cache more memory"
+        )
+    logger.warning(
+        "the pages hold a request of at most %d tokens, fewer than the model's %d; max_model_len=%d",
+        longest, lowering.sizes.max_model_len, longest,
+    )  # fmt: skip
+    return lowering.with_max_model_len(longest), num_pages
+
+
+def longest_request(lowering: Lowering, num_pages: int) -> int:
+    """Tokens of the longest request that the pages could hold alone, at most `max_model_len`."""
+    cache = CacheManager(lowering.layout.groups, num_pages=num_pages, page_size=lowering.sizes.page_size)
+    lengths = range(1, lowering.sizes.max_model_len + 1)
+    return bisect.bisect_right(lengths, num_pages - 1, key=lambda length: cache.growth(length - 1))
+
+
+def make_scheduler(config: EngineConfig, lowering: Lowering, num_pages: int) -> Scheduler:
+    """A scheduler of the programs' sizes, without requests."""
+    sizes = lowering.sizes
+    return Scheduler(
+        CacheManager(
+            lowering.layout.groups,
+            num_pages=num_pages,
+            page_size=sizes.page_size,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
+        ),
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_model_len=sizes.max_model_len,
+        policy=config.scheduler.policy,
+        enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
+    )

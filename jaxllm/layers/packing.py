@@ -1,0 +1,106 @@
+"""Weights that are kept in the form that a processor's products read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.packed_matmul import (
+    Backend,
+    Gate,
+    Panels,
+    pack,
+    pack_gated,
+    packed_matmul,
+    take_outputs,
+)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A weight `[*inputs, *outputs]`, or one of two axes with the outputs first, as panels.
+
+    Attributes:
+        inputs: the axes that products sum over: the first ones, or the last.
+        shape: of the weight before it was packed.
+        backend: of the products.
+        gate: for a weight `[inputs, 2, outputs]`: its first half is a gate, and products come gated.
+    """
+
+    inputs: tuple[int, ...]
+    shape: tuple[int, ...]
+    backend: Backend
+    gate: Gate | None = None
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Sizes of the axes that a product makes."""
+        outputs = tuple(size for axis, size in enumerate(self.shape) if axis not in self.inputs)
+        return outputs if self.gate is None else outputs[1:]
+
+    def pack(self, weight: Float[Array, "..."]) -> Panels:
+        """The weight in panels."""
+        if self.gate is not None:
+            return pack_gated(weight)
+        size = prod(self.outputs)
+        matrix = weight.reshape(-1, size) if self.inputs[0] == 0 else weight.reshape(size, -1).T
+        return pack(matrix)
+
+    def multiply(
+        self, x: Float[Array, "tokens *inputs"], panels: Panels, out_dtype: DTypeLike
+    ) -> Float[Array, "tokens *outputs"]:
+        """Products of tokens with the weight, summed in float32 and rounded once."""
+        rows, size = x.reshape(len(x), -1), prod(self.outputs)
+        options = {"outputs": size, "gate": self.gate, "backend": self.backend}
+        return packed_matmul(rows, panels, out_dtype=out_dtype, **options).reshape(len(x), *self.outputs)
+
+    def take(self, panels: Panels, ids: Int[Array, " n"]) -> Float[Array, "n inputs"]:
+        """What leads to each of the outputs `ids`, which are to be in range."""
+        return take_outputs(panels, ids, prod(self.shape[axis] for axis in self.inputs))
+
+
+@partial(jax.jit, static_argnums=1)
+def pack_weight(weight: Float[Array, "..."], packing: Packing) -> Panels:
+    """The weight in panels; one program for all weights that are packed alike."""
+    return packing.pack(weight)
+
+
+def pack_parameter(
+    weight: nnx.Param[Array], inputs: Sequence[int], backend: Backend, gate: Gate | None = None
+) -> nnx.Param[Array]:
+    """The parameter in panels; its metadata say how it was packed.
+
+    Raises:
+        NotImplementedError: weights of its dtype are not packed.
+    """
+    packing = Packing(tuple(inputs), tuple(weight.shape), backend, gate)
+    return nnx.Param(pack_weight(weight[...], packing), **weight.get_metadata(), packing=packing)
+
+
+def packing_of(weight: nnx.Param[Array]) -> Packing | None:
+    """How a parameter is packed, if it is."""
+    return weight.get_metadata().get("packing")
+
+
+class Packable(nnx.Module):
+    """A layer whose weight can be kept in panels."""
+
+    def pack(self, backend: Backend) -> None:
+        """Keeps the weight in panels from now on, and multiplies with `backend`.
+
+        Raises:
+            NotImplementedError: weights of its dtype are not packed.
+        """
+        raise NotImplementedError
+
+
+def pack_layers(model: nnx.Module, backend: Backend) -> None:
+    """Packs the weight of every layer that can be."""
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, Packable):
+            module.pack(backend)

@@ -1,0 +1,62 @@
+// Vectors of any machine: the compiler makes of 16 lanes what its registers hold.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace jaxllm {
+
+constexpr float kLog2e = 1.44269504f;
+
+struct bf16 { uint16_t bits; };
+
+template <int N> using Floats __attribute__((vector_size(N * 4))) = float;
+template <int N> using Words __attribute__((vector_size(N * 4))) = uint32_t;
+template <int N> using Ints __attribute__((vector_size(N * 4))) = int32_t;
+template <int N> using Bytes __attribute__((vector_size(N))) = int8_t;
+template <int N> using UBytes __attribute__((vector_size(N))) = uint8_t;
+using F16 = Floats<16>;
+using Halves __attribute__((vector_size(32))) = uint16_t;
+
+template <class V> inline V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { uint32_t u = uint32_t{x.bits} << 16; float f; std::memcpy(&f, &u, 4); return f; }
+inline bf16 to_bf16(float x) {  // to nearest even; NaN stays NaN
+  uint32_t u; std::memcpy(&u, &x, 4);
+  if (x != x) return {uint16_t((u >> 16) | 0x40)};
+  return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+inline Halves to_bf16(F16 x) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const Words<16> u = (Words<16>)x;
+  return __builtin_convertvector(((x == x) ? (u + 0x7fff + ((u >> 16) & 1)) : (u | 0x400000u)) >> 16, Halves);
+#endif
+}
+
+inline F16 exp2(F16 x) {  // relative error 2e-7 over the range of floats; below it 2^-126
+  x = (x < -126.f) ? (F16{} - 126.f) : x;
+  F16 shifted = x + 12582912.f;  // rounds to an integer in the low bits
+  F16 f = x - (shifted - 12582912.f);
+  F16 p = F16{} + 1.5353362e-4f;
+  for (float c : {1.3398874e-3f, 9.6184373e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.9314718e-1f, 1.f}) p = p * f + c;
+  return (F16)((Ints<16>)p + ((Ints<16>)shifted << 23));
+}
+inline F16 tanh(F16 x) {
+  x = (x > 20.f) ? (F16{} + 20.f) : (x < -20.f) ? (F16{} - 20.f) : x;
+  return 1.f - 2.f / (exp2(x * (2.f * kLog2e)) + 1.f);
+}
+inline F16 silu(F16 x) {
+  const F16 y = x * -kLog2e;
+  return (y > 126.f) ? F16{} : x / (1.f + exp2(y));
+}
+inline F16 gelu_tanh(F16 x) {  // https://arxiv.org/abs/1606.08415
+  return 0.5f * x * (1.f + tanh((x + 0.044715f * x * x * x) * 0.79788456f));
+}
+
+}  // namespace jaxllm
