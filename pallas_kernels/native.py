@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-DNDEBUG")
 HEADERS = Path(__file__).parent
-"""Where `parallel.h` is, which sources may include."""
+"""Where those are that several sources include; others lie beside their source."""
 NATIVE_FLAGS = ("-march=native", "-mcpu=native", "")
 """The first that the compiler takes: of x86, of ARM, and of any other."""
 SECONDS = 300
@@ -111,7 +111,7 @@ class Source:
         stat = os.stat(os.path.realpath(compiler))
         parts = (
             self.path.read_bytes(),
-            *(header.read_bytes() for header in sorted(HEADERS.glob("*.h"))),
+            *(header.read_bytes() for folder in (HEADERS, self.path.parent) for header in _headers(folder)),
             f"{os.path.realpath(compiler)} {stat.st_size} {stat.st_mtime_ns}",
             FLAGS,
             NATIVE_FLAGS,
@@ -197,6 +197,10 @@ class Library:
             built.set_exception(BuildError(f"{self.source.path.name}: {type(error).__name__}: {error}"))
         else:
             built.set_result(key)
+
+
+def _headers(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.h"))
 
 
 def _run(command: list[str]) -> str:

@@ -29,8 +29,10 @@ def test_built_once(source: Source) -> None:
 
 
 def test_never_stale(source: Source, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Another source, other flags, another compiler, jaxlib or processor: another library."""
+    """Another source or header, other flags, another compiler, jaxlib or processor: another library."""
     libraries = {source.build()}
+    (source.path.parent / "beside.h").write_text("// included by nobody, as far as we know\n")
+    libraries.add(source.build())
     libraries.add(dataclasses.replace(source, flags=("-DX=1",)).build())
     compiler = tmp_path / "mycc"
     compiler.write_text('#!/bin/sh\nexec c++ "$@"\n')
@@ -42,7 +44,7 @@ def test_never_stale(source: Source, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     libraries.add(source.build())
     monkeypatch.setattr(native.jaxlib.version, "__version__", "99")
     libraries.add(source.build())
-    assert len(libraries) == 6
+    assert len(libraries) == 7
 
 
 def test_no_compiler(source: Source) -> None:

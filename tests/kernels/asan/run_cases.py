@@ -1,4 +1,4 @@
-"""Runs the CPU kernels under AddressSanitizer: `make asan`.
+"""Runs the CPU kernels under AddressSanitizer, built for each set of instructions: `make asan`.
 
 The kernels are built with it into a folder of their own. Their process is started again with the sanitizer's
 library loaded first, and with every fresh allocation full of NaN, so that an output nobody wrote shows.
@@ -6,9 +6,11 @@ library loaded first, and with every fresh allocation full of NaN, so that an ou
 
 import dataclasses
 import os
+import platform
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pallas_kernels.native import Library
@@ -23,6 +25,13 @@ FLAGS = ("-fsanitize=address,bounds,float-cast-overflow", "-fno-sanitize-recover
 """The other checks of undefined behaviour make the compiler work for minutes."""
 OPTIONS = "detect_leaks=0:abort_on_error=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255"
 """Python and jax keep what they allocate, so leaks are not looked for; bytes of 255 are NaN."""
+
+INSTRUCTIONS = {
+    "all": (),
+    "AVX-512": ("-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"),
+    "AVX2": ("-mno-avx512f", "-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"),
+}
+"""What compilers for x86 are to leave out, so that processors which lack it are tested on others."""
 
 SPLIT = {
     "split": Case(rows=((1, 2100),), heads=3, kv_heads=1, page_size=16, dtype="bfloat16"),
@@ -45,34 +54,42 @@ def runtime() -> str:
     return " ".join(paths)
 
 
-def sanitized(library: Library, folder: Path) -> Library:
-    """The library built with sanitizers."""
-    return Library(dataclasses.replace(library.source, flags=FLAGS, folder=folder), library.handlers)
+def sanitized(library: Library, folder: Path, instructions: str) -> Library:
+    """The library built with sanitizers, without some of the instructions that the processor has."""
+    flags = FLAGS + INSTRUCTIONS[instructions]
+    return Library(dataclasses.replace(library.source, flags=flags, folder=folder), library.handlers)
 
 
-def run(folder: Path) -> None:
+def run(folder: Path, instructions: str) -> None:
     """All cases on the kernels with sanitizers; the process dies at the first report."""
-    cpu.LIBRARY = sanitized(cpu.LIBRARY, folder)
+    cpu.LIBRARY = sanitized(cpu.LIBRARY, folder, instructions)
+    products.LIBRARY = sanitized(products.LIBRARY, folder, instructions)
     for name, case in (CORNERS | SPLIT).items():
         check_case(case, cpu.BACKEND, cpu.paged_attention_cpu)
-        print(f"passed {name}", flush=True)
-    products.LIBRARY = sanitized(products.LIBRARY, folder)
+        print(f"passed {name} ({instructions})", flush=True)
     for name, case in PRODUCTS.items():
         check_product(case, products.packed_matmul_cpu)
-        print(f"passed {name}", flush=True)
+        print(f"passed {name} ({instructions})", flush=True)
 
 
 def start() -> int:
     """Builds, outside the sanitizer, which would slow the compiler down, and runs the cases inside."""
-    with tempfile.TemporaryDirectory() as folder:
-        for library in (cpu.LIBRARY, products.LIBRARY):
-            sanitized(library, Path(folder)).source.build()
-        environment = os.environ | {"LD_PRELOAD": runtime(), "ASAN_OPTIONS": OPTIONS, "JAX_PLATFORMS": "cpu"}
-        return subprocess.call([sys.executable, __file__, folder], env=environment)
+    environment = os.environ | {"LD_PRELOAD": runtime(), "ASAN_OPTIONS": OPTIONS, "JAX_PLATFORMS": "cpu"}
+    on_x86 = platform.machine() in ("x86_64", "AMD64")
+    for instructions in INSTRUCTIONS if on_x86 else ("all",):
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as threads:
+            libraries = [
+                sanitized(one, Path(folder), instructions) for one in (cpu.LIBRARY, products.LIBRARY)
+            ]
+            list(threads.map(lambda library: library.source.build(), libraries))
+            command = [sys.executable, __file__, folder, instructions]
+            if status := subprocess.call(command, env=environment):
+                return status
+    return 0
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        run(Path(sys.argv[1]))
+        run(Path(sys.argv[1]), sys.argv[2])
     else:
         sys.exit(start())
