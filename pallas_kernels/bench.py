@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.registry import function_of
 from pallas_kernels.timing import MIB, Effort, Limits, memory_budget, time_step
 
 CACHES = 256 * MIB
@@ -152,11 +153,6 @@ def make_measurement(
         bound,
         least / seconds,
     )
-
-
-def function_of(backend: Any) -> Callable[..., Any]:
-    """What a backend computes with: attention's `attend`, the products' `multiply`."""
-    return backend.attend if hasattr(backend, "attend") else backend.multiply
 
 
 def describe_machine() -> dict[str, str]:

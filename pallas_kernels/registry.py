@@ -18,7 +18,9 @@ class Problem(Protocol):
 
 
 class Backend(Protocol):
-    """A way to compute an op."""
+    """A way to compute an op, made of a name and a function at the least."""
+
+    def __init__(self, name: str, function: Any, /) -> None: ...
 
     @property
     def name(self) -> str:
@@ -29,6 +31,16 @@ class Backend(Protocol):
     def require(self) -> Callable[[Any], None]:
         """Raises NotImplementedError, with the reason, for a problem that the backend does not serve."""
         ...
+
+    @property
+    def interpreted(self) -> Callable[..., Any] | None:
+        """The same kernel on the CPU, where the function needs an accelerator."""
+        ...
+
+
+def function_of(backend: Any) -> Callable[..., Any]:
+    """What a backend computes with: attention's `attend`, the products' `multiply`."""
+    return backend.attend if hasattr(backend, "attend") else backend.multiply
 
 
 def serves_all(problem: Problem) -> None:
@@ -62,16 +74,18 @@ class Registry(Generic[BackendT]):
         op: the op's name, for messages.
         argument: the argument that names a backend, for messages.
         order: for each platform the names that "auto" tries, best first.
+        backend: the class of its backends.
     """
 
     op: str
     argument: str
     order: Mapping[str, tuple[str, ...]]
+    backend: type[BackendT]
     _backends: dict[str, BackendT] = field(default_factory=dict)
     _logged: set[str] = field(default_factory=set)
 
-    def register(self, backend: BackendT) -> None:
-        """Makes the backend known by its name.
+    def register(self, backend: BackendT) -> BackendT:
+        """Makes the backend known by its name, and returns it.
 
         Raises:
             ValueError: the name is taken, or is "auto".
@@ -79,6 +93,7 @@ class Registry(Generic[BackendT]):
         if backend.name == "auto" or backend.name in self._backends:
             raise ValueError(f"backend {backend.name!r} exists already; take another name")
         self._backends[backend.name] = backend
+        return backend
 
     def names(self) -> list[str]:
         """The registered names."""
@@ -95,22 +110,34 @@ class Registry(Generic[BackendT]):
             raise ValueError(f"{self.argument}={name!r}: there is no such backend; there are {known}")
         return self._backends[name]
 
+    def as_backend(self, kernel: str | BackendT | Callable[..., Any]) -> BackendT:
+        """The backend of that name; a function becomes one under its own name."""
+        if isinstance(kernel, self.backend):
+            return kernel
+        if isinstance(kernel, str):
+            return self.get(kernel)
+        return self.backend(getattr(kernel, "__name__", type(kernel).__name__), kernel)
+
     def choose(
-        self, name: str, problems: Sequence[Problem], among: Sequence[str] | None = None
+        self,
+        kernel: str | BackendT | Callable[..., Any],
+        problems: Sequence[Problem],
+        among: Sequence[str] | None = None,
     ) -> Choice[BackendT]:
-        """The backend of that name, or for "auto" the first in the platform's order that serves all problems.
+        """That backend, or for "auto" the first in the platform's order that serves all problems.
 
         What "auto" chose is logged, once for each choice.
 
         Args:
+            kernel: a registered name, "auto", a backend, or a function.
             among: the names that "auto" may take; None: all.
 
         Raises:
             ValueError: there is no such backend, or no order for the platform.
             NotImplementedError: the one that was asked for does not serve a problem, or none does.
         """
-        if name != "auto":
-            backend = self.get(name)
+        if kernel != "auto":
+            backend = self.as_backend(kernel)
             for problem in problems:
                 backend.require(problem)
             return Choice(backend)

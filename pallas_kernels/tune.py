@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels.bench import Workload, function_of
+from pallas_kernels.bench import Workload
+from pallas_kernels.registry import function_of
 from pallas_kernels.timing import Effort, memory_budget, time_step
 from pallas_kernels.tuning import Blocks, Key, Tunable
 

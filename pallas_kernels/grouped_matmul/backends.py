@@ -20,7 +20,9 @@ of 200, no multiples of 128, it is a dense product with every group.
 Kernel = str | Backend | GroupedMatmulFunction
 """A registered name or "auto", a backend, or a function."""
 
-REGISTRY: Registry[Backend] = Registry("grouped_matmul", "grouped_matmul_backend", ORDER)
+REGISTRY: Registry[Backend] = Registry("grouped_matmul", "grouped_matmul_backend", ORDER, Backend)
+
+list_backends = REGISTRY.names
 
 
 def register_backend(name: str, multiply: GroupedMatmulFunction) -> Backend:
@@ -29,14 +31,7 @@ def register_backend(name: str, multiply: GroupedMatmulFunction) -> Backend:
     Raises:
         ValueError: the name is taken, or is "auto".
     """
-    backend = Backend(name, multiply)
-    REGISTRY.register(backend)
-    return backend
-
-
-def list_backends() -> list[str]:
-    """The registered names."""
-    return REGISTRY.names()
+    return REGISTRY.register(Backend(name, multiply))
 
 
 def choose_backend(kernel: Kernel, problem: Problem) -> Choice[Backend]:
@@ -46,20 +41,12 @@ def choose_backend(kernel: Kernel, problem: Problem) -> Choice[Backend]:
         ValueError: there is no such backend; the message lists those there are.
         NotImplementedError: it does not serve the problem; the message says what.
     """
-    if isinstance(kernel, str):
-        return REGISTRY.choose(kernel, [problem])
-    backend = as_backend(kernel)
-    backend.require(problem)
-    return Choice(backend)
+    return REGISTRY.choose(kernel, [problem])
 
 
 def as_backend(kernel: Kernel) -> Backend:
     """The backend of that name; a function becomes one under its own name."""
-    if isinstance(kernel, Backend):
-        return kernel
-    if isinstance(kernel, str):
-        return REGISTRY.get(kernel)
-    return Backend(getattr(kernel, "__name__", type(kernel).__name__), kernel)
+    return REGISTRY.as_backend(kernel)
 
 
 for _module in (reference, xla, tpu):

@@ -11,7 +11,9 @@ ORDER = {"cpu": ("cpu", "reference"), "gpu": ("reference",), "tpu": ("reference"
 Kernel = str | Backend | PackedMatmulFunction
 """A registered name or "auto", a backend, or a function."""
 
-REGISTRY: Registry[Backend] = Registry("packed_matmul", "packed_matmul_backend", ORDER)
+REGISTRY: Registry[Backend] = Registry("packed_matmul", "packed_matmul_backend", ORDER, Backend)
+
+list_backends = REGISTRY.names
 
 
 def register_backend(name: str, multiply: PackedMatmulFunction) -> Backend:
@@ -20,14 +22,7 @@ def register_backend(name: str, multiply: PackedMatmulFunction) -> Backend:
     Raises:
         ValueError: the name is taken, or is "auto".
     """
-    backend = Backend(name, multiply)
-    REGISTRY.register(backend)
-    return backend
-
-
-def list_backends() -> list[str]:
-    """The registered names."""
-    return REGISTRY.names()
+    return REGISTRY.register(Backend(name, multiply))
 
 
 def choose_backend(kernel: Kernel, problem: Problem) -> Choice[Backend]:
@@ -37,20 +32,12 @@ def choose_backend(kernel: Kernel, problem: Problem) -> Choice[Backend]:
         ValueError: there is no such backend; the message lists those there are.
         NotImplementedError: it does not serve the problem; the message says what.
     """
-    if isinstance(kernel, str):
-        return REGISTRY.choose(kernel, [problem])
-    backend = as_backend(kernel)
-    backend.require(problem)
-    return Choice(backend)
+    return REGISTRY.choose(kernel, [problem])
 
 
 def as_backend(kernel: Kernel) -> Backend:
     """The backend of that name; a function becomes one under its own name."""
-    if isinstance(kernel, Backend):
-        return kernel
-    if isinstance(kernel, str):
-        return REGISTRY.get(kernel)
-    return Backend(getattr(kernel, "__name__", type(kernel).__name__), kernel)
+    return REGISTRY.as_backend(kernel)
 
 
 for _module in (reference, cpu):

@@ -18,7 +18,9 @@ ORDER = {
 Kernel = str | Backend | AttentionFunction
 """A registered name or "auto", a backend, or a function on `INTERLEAVED` pages."""
 
-REGISTRY: Registry[Backend] = Registry("paged_attention", "attention_backend", ORDER)
+REGISTRY: Registry[Backend] = Registry("paged_attention", "attention_backend", ORDER, Backend)
+
+list_backends = REGISTRY.names
 
 
 def register_backend(name: str, attend: AttentionFunction, layout: PageLayout = INTERLEAVED) -> Backend:
@@ -27,14 +29,7 @@ def register_backend(name: str, attend: AttentionFunction, layout: PageLayout = 
     Raises:
         ValueError: the name is taken, or is "auto".
     """
-    backend = Backend(name, attend, layout)
-    REGISTRY.register(backend)
-    return backend
-
-
-def list_backends() -> list[str]:
-    """The registered names."""
-    return REGISTRY.names()
+    return REGISTRY.register(Backend(name, attend, layout))
 
 
 def choose_backend(kernel: Kernel, problems: Sequence[Problem]) -> Choice[Backend]:
@@ -48,21 +43,12 @@ def choose_backend(kernel: Kernel, problems: Sequence[Problem]) -> Choice[Backen
         ValueError: there is no such backend; the message lists those there are.
         NotImplementedError: it does not serve one of the problems; the message says what.
     """
-    if isinstance(kernel, str):
-        return REGISTRY.choose(kernel, problems)
-    backend = as_backend(kernel)
-    for problem in problems:
-        backend.require(problem)
-    return Choice(backend)
+    return REGISTRY.choose(kernel, problems)
 
 
 def as_backend(kernel: Kernel) -> Backend:
     """The backend of that name; a function becomes one under its own name, on `INTERLEAVED` pages."""
-    if isinstance(kernel, Backend):
-        return kernel
-    if isinstance(kernel, str):
-        return REGISTRY.get(kernel)
-    return Backend(getattr(kernel, "__name__", type(kernel).__name__), kernel)
+    return REGISTRY.as_backend(kernel)
 
 
 for _module in (cpu, gpu, reference, tpu, xla):

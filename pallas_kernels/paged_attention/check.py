@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.check import run_cases
 from pallas_kernels.paged_attention.backend import AttentionFunction, Backend
-from pallas_kernels.paged_attention.backends import Kernel, as_backend
+from pallas_kernels.paged_attention.backends import REGISTRY, Kernel, as_backend
 from pallas_kernels.paged_attention.cases import CORNERS, Arrays, Case, Definition, attend, build
 from pallas_kernels.paged_attention.layout import INTERLEAVED, PageGeometry, PageLayout
 from pallas_kernels.paged_attention.problem import Problem
-from pallas_kernels.report import Outcome, Report
+from pallas_kernels.report import Report
 
 
 def check(
@@ -40,24 +41,15 @@ def check(
     backend = as_backend(kernel)
     if not isinstance(kernel, str | Backend):
         backend = Backend(backend.name, backend.attend, layout)
-    if interpret and backend.interpreted is None:
-        raise ValueError(f"backend {backend.name!r} has no interpreted form")
-    function = backend.interpreted if interpret and backend.interpreted is not None else backend.attend
-    device = jax.devices()[0]
-    where = (backend.platform or device.platform, "") if interpret else (device.platform, device.device_kind)
-    outcomes = []
-    for name, case in cases.items():
-        try:
-            backend.require(problem_of(case, *where))
-            check_case(case, backend, function, definition)
-        except NotImplementedError as error:
-            outcomes.append(Outcome(name, "refused", str(error)))
-        except Exception as error:  # whatever a kernel under test raises is its failure
-            outcomes.append(Outcome(name, "failed", f"{type(error).__name__}: {error}"))
-        else:
-            outcomes.append(Outcome(name, "passed"))
-    how = "interpreted" if interpret else f"run on {device.device_kind}"
-    return Report("paged_attention", backend.name, how, tuple(outcomes))
+
+    def check_one(case: Case, function: AttentionFunction) -> None:
+        check_case(case, backend, function, definition)
+
+    def problem_here(case: Case, platform: str, device_kind: str) -> Problem:
+        where = (backend.platform or platform, "") if interpret else (platform, device_kind)
+        return problem_of(case, *where)
+
+    return run_cases(REGISTRY, backend, cases, check_one, problem_here, interpret=interpret)
 
 
 def check_case(

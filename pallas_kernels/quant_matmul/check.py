@@ -5,13 +5,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from pallas_kernels.check import compare_products, run_cases
 from pallas_kernels.quant_matmul.backend import QuantMatmulFunction
-from pallas_kernels.quant_matmul.backends import Kernel, as_backend
+from pallas_kernels.quant_matmul.backends import REGISTRY, Kernel
 from pallas_kernels.quant_matmul.cases import CORNERS, Case, build
 from pallas_kernels.quant_matmul.problem import Problem
-from pallas_kernels.report import Outcome, Report
+from pallas_kernels.report import Report
 
 
 def check(kernel: Kernel, *, cases: Mapping[str, Case] = CORNERS, interpret: bool = False) -> Report:
@@ -27,22 +27,7 @@ def check(kernel: Kernel, *, cases: Mapping[str, Case] = CORNERS, interpret: boo
     Raises:
         ValueError: there is no such backend, or it has no interpreted form.
     """
-    backend = as_backend(kernel)
-    if interpret and backend.interpreted is None:
-        raise ValueError(f"backend {backend.name!r} has no interpreted form")
-    function = backend.interpreted if interpret and backend.interpreted is not None else backend.multiply
-    outcomes = []
-    for name, case in cases.items():
-        try:
-            backend.require(problem_of(case, jax.default_backend(), jax.devices()[0].device_kind))
-            check_case(case, function)
-            outcomes.append(Outcome(name, "passed"))
-        except NotImplementedError as error:
-            outcomes.append(Outcome(name, "refused", str(error)))
-        except Exception as error:  # whatever a kernel under test raises is its failure
-            outcomes.append(Outcome(name, "failed", f"{type(error).__name__}: {error}"))
-    how = "interpreted" if interpret else f"run on {jax.devices()[0].device_kind}"
-    return Report("quant_matmul", backend.name, how, tuple(outcomes))
+    return run_cases(REGISTRY, kernel, cases, check_case, problem_of, interpret=interpret)
 
 
 def check_case(case: Case, function: QuantMatmulFunction) -> None:
@@ -55,15 +40,7 @@ def check_case(case: Case, function: QuantMatmulFunction) -> None:
     arrays = build(case)
     multiply = jax.jit(partial(function, activation=case.activation, out_dtype=jnp.dtype(case.out_dtype)))
     out = multiply(jnp.asarray(arrays.x), arrays.weight)
-    if (out.shape, out.dtype) != (arrays.out.shape, jnp.dtype(case.out_dtype)):
-        raise AssertionError(f"the output is {out.dtype}{list(out.shape)}")
-    limit = case.tolerance * np.abs(arrays.out).max(initial=0.0)
-    error = np.abs(np.asarray(out, np.float64) - arrays.out)
-    if not (error <= limit).all():  # NaN is not
-        row, column = np.unravel_index(np.argmax(np.nan_to_num(error, nan=np.inf)), error.shape)
-        raise AssertionError(
-            f"row {row}, column {column} is off by {error[row, column]:.3g}, allowed are {limit:.3g}"
-        )
+    compare_products(out, arrays.out, case.out_dtype, case.tolerance)
 
 
 def problem_of(case: Case, platform: str, device_kind: str) -> Problem:

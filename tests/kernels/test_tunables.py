@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import tuning
-from pallas_kernels.bench import Options, Workload, function_of
+from pallas_kernels.bench import Options, Workload
 from pallas_kernels.ops import get_op, list_ops
 from pallas_kernels.quant_matmul import tpu as quant_matmul_tpu
+from pallas_kernels.registry import function_of
 from pallas_kernels.timing import Effort
 from pallas_kernels.tune import search
 from pallas_kernels.tuning import Tunable
