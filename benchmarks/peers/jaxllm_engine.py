@@ -27,6 +27,7 @@ def main(model: str, dtype: str, file: str) -> None:
 
     output_len = work["output_len"]
     figures = {"startup_s": ready, "first_token_s": ready + seconds([work["single"]], 1)}
+    engine.wait_for_programs()
     seconds(work["batch"][:2], 8)
     together = min(seconds(work["batch"], output_len) for _ in range(3))
     first = min(seconds([work["single"]], 1) for _ in range(3))

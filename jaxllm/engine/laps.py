@@ -10,7 +10,7 @@ class Laps:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.programs: Callable[[], tuple[int, int]] | None = None
-        """Of the programs that the last part waits for, how many are there and how many it wants; once known."""
+        """Of the programs that the last part waits for, how many are there, and how many it wants."""
         self._last = time.perf_counter()
 
     def end(self, name: str) -> None:
