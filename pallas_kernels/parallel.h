@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -11,13 +12,17 @@
 
 namespace jaxllm {
 
-// Calls f(0) ... f(count - 1), each once, on every thread that runs it.
+// Calls f(0) ... f(count - 1), each once, on every thread that runs it. The caller begins with the first and its
+// helpers with the last, which is where they have looked ahead.
 struct Job {
   std::function<void(int)> f;
   int count;
-  std::atomic<int> next{0}, done{0};
-  void run() {
-    for (int i; (i = next.fetch_add(1)) < count;) f(i), done.fetch_add(1, std::memory_order_release);
+  std::atomic<int> taken{0}, first{0}, last{0}, done{0};
+  void run(bool helps) {
+    while (taken.fetch_add(1) < count) {
+      f(helps ? count - 1 - last.fetch_add(1) : first.fetch_add(1));
+      done.fetch_add(1, std::memory_order_release);
+    }
   }
 };
 
@@ -43,9 +48,15 @@ class Lobby {
     return waiting_.load();
   }
 
+  // What the next call will read, of which threads that wait for it fetch the end.
+  void expect(const char* data, int64_t bytes) {
+    const int64_t ahead = std::min(bytes, kAhead);
+    end_.store(data + bytes), left_.store(ahead);
+  }
+
   // Runs the job, and those that are offered while the thread stays.
   void serve(std::shared_ptr<Job> job) {
-    for (; job; job = wait()) job->run();
+    for (; job; job = wait()) job->run(true);
   }
 
  private:
@@ -54,12 +65,23 @@ class Lobby {
   std::atomic<int> waiting_{0};
   std::atomic<unsigned> offered_{0};
 
+  static constexpr int64_t kAhead = 512 << 10, kPiece = 512;
+  std::atomic<const char*> end_{nullptr};
+  std::atomic<int64_t> left_{0};
+
+  void look_ahead() {
+    if (left_.load(std::memory_order_relaxed) <= 0) return pause();
+    const char* piece = end_.fetch_sub(kPiece) - kPiece;
+    left_.fetch_sub(kPiece);
+    for (int line = 0; line < kPiece; line += 64) __builtin_prefetch(piece + line, 0, 2);
+  }
+
   std::shared_ptr<Job> wait() {
     const unsigned seen = offered_.load();
     waiting_.fetch_add(1);
     std::shared_ptr<Job> job;
     for (const auto end = std::chrono::steady_clock::now() + kStay; !job && std::chrono::steady_clock::now() < end;) {
-      for (int i = 0; i < 32 && offered_.load(std::memory_order_acquire) == seen; i++) pause();
+      for (int i = 0; i < 32 && offered_.load(std::memory_order_acquire) == seen; i++) look_ahead();
       if (offered_.load() == seen) continue;
       std::lock_guard<std::mutex> lock(mutex_);
       job = job_;
@@ -82,7 +104,7 @@ template <class Pool, class F> void parallel_for(Pool& pool, int count, int thre
   auto job = std::make_shared<Job>();
   job->f = std::ref(f), job->count = count;
   for (int i = lobby.offer(job); i < helpers; i++) pool.Schedule(std::function<void()>([job] { lobby.serve(job); }));
-  job->run();
+  job->run(false);
   for (int spins = 0; job->done.load(std::memory_order_acquire) < count;) {
     pause();
     if (++spins > 1000) std::this_thread::yield();

@@ -9,6 +9,7 @@
 // Every element is summed over the inputs in one order, whatever the number of rows and threads: a row's result is the
 // same to the last bit in any company. The blocking is that of https://dl.acm.org/doi/10.1145/1356052.1356053.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -174,6 +175,25 @@ template <class E, class Out> void multiply_panel(const Product& p, int panel, i
   }
 }
 
+// Which weight came after which the last time: a model's products come in the same order in every step.
+class Order {
+ public:
+  // Notes the weight, and tells threads that will be waiting which one comes next.
+  void came(const void* weight, int64_t bytes) {
+    Entry& before = entry(last_.exchange(weight));
+    before.next.store(weight), before.bytes.store(bytes);
+    const Entry& here = entry(weight);
+    if (const void* next = here.next.load()) lobby.expect((const char*)next, here.bytes.load());
+  }
+
+ private:
+  struct Entry { std::atomic<const void*> next{nullptr}; std::atomic<int64_t> bytes{0}; };
+  Entry entries_[1024];
+  std::atomic<const void*> last_{nullptr};
+  Entry& entry(const void* weight) { return entries_[(uintptr_t(weight) >> 12) * 0x9E3779B1u >> 7 & 1023]; }
+};
+Order order;
+
 template <class E, class Out, class Pool> void multiply_all(const Product& p, Out* out, Pool& pool) {
   const int threads = std::max<int>(1, pool.num_threads());
   // below some 20 us of work another thread costs more than it saves
@@ -182,6 +202,7 @@ template <class E, class Out, class Pool> void multiply_all(const Product& p, Ou
   const int parts = std::max(1, std::min(p.rows / kBlock, threads * 4 / p.panels()));
   // neighbouring panels go to one task, so that what is fetched ahead is used
   const int together = std::max(1, p.panels() * parts / (threads * 8)), groups = (p.panels() + together - 1) / together;
+  order.came(p.weight, words * 4);
   parallel_for(pool, groups * parts, small ? 1 : threads, [&](int task) {
     const int part = task % parts, begin = task / parts * together;
     const int first = int64_t{p.rows} * part / parts, end = int64_t{p.rows} * (part + 1) / parts;

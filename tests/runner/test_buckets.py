@@ -24,7 +24,7 @@ def test_every_step_fits(tokens: int, rows: int, growth: int, data: st.DataObjec
 def test_few_programs() -> None:
     buckets = Buckets.up_to(2048, 256)
     assert [size.tokens for size in buckets.sizes] == [2**i for i in range(1, 12)]
-    assert buckets.sampled == (8, 64, 256)
+    assert buckets.sampled == (8, 32, 128, 256)
 
 
 def test_too_many_tokens() -> None:
