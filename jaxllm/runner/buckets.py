@@ -8,8 +8,8 @@ SMALLEST = 2
 
 
 FEWEST_SAMPLED, SAMPLED_GROWTH = 8, 4
-"""The sampler is compiled for few numbers of rows, each so many times the one before: it is a third of the code of
-a small model's step. With 64 rows for 32, the logits of the others took 2 ms of a step's 38 on CPU."""
+"""The sampler is compiled for few numbers of rows, each so many times the one before: it is a third of a
+small model's code. With 64 rows for 32, the logits of the others took 2 ms of a step's 38 on CPU."""
 
 
 @dataclass(frozen=True)

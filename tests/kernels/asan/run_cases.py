@@ -1,4 +1,4 @@
-"""Runs the CPU kernels under AddressSanitizer, built for each set of instructions: `make asan`.
+"""Runs the CPU kernels under AddressSanitizer, and without some of the processor's instructions: `make asan`.
 
 The kernels are built with it into a folder of their own. Their process is started again with the sanitizer's
 library loaded first, and with every fresh allocation full of NaN, so that an output nobody wrote shows.
@@ -21,17 +21,16 @@ from pallas_kernels.paged_attention import cpu
 from pallas_kernels.paged_attention.cases import CORNERS, Case
 from pallas_kernels.paged_attention.check import check_case
 
-FLAGS = ("-fsanitize=address,bounds,float-cast-overflow", "-fno-sanitize-recover=all", "-g1", "-O1")
+SANITIZERS = ("-fsanitize=address,bounds,float-cast-overflow", "-fno-sanitize-recover=all", "-g1", "-O1")
 """The other checks of undefined behaviour make the compiler work for minutes."""
 OPTIONS = "detect_leaks=0:abort_on_error=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255"
 """Python and jax keep what they allocate, so leaks are not looked for; bytes of 255 are NaN."""
 
-INSTRUCTIONS = {
-    "all": (),
-    "AVX-512": ("-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"),
-    "AVX2": ("-mno-avx512f", "-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"),
-}
-"""What compilers for x86 are to leave out, so that processors which lack it are tested on others."""
+LIBRARIES = (cpu.LIBRARY, products.LIBRARY)
+NO_AMX = ("-O1", "-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8")
+INSTRUCTIONS = {"all": (), "AVX-512": NO_AMX, "AVX2": (*NO_AMX, "-mno-avx512f")}
+"""What compilers for x86 are to leave out, so that processors which lack it are tested on others. Sanitizers,
+which slow the cases down by much, go with all instructions only."""
 
 SPLIT = {
     "split": Case(rows=((1, 2100),), heads=3, kv_heads=1, page_size=16, dtype="bfloat16"),
@@ -54,16 +53,16 @@ def runtime() -> str:
     return " ".join(paths)
 
 
-def sanitized(library: Library, folder: Path, instructions: str) -> Library:
-    """The library built with sanitizers, without some of the instructions that the processor has."""
-    flags = FLAGS + INSTRUCTIONS[instructions]
+def built(library: Library, folder: Path, instructions: str) -> Library:
+    """The library with sanitizers, or without some of the instructions that the processor has."""
+    flags = INSTRUCTIONS[instructions] or SANITIZERS
     return Library(dataclasses.replace(library.source, flags=flags, folder=folder), library.handlers)
 
 
 def run(folder: Path, instructions: str) -> None:
-    """All cases on the kernels with sanitizers; the process dies at the first report."""
-    cpu.LIBRARY = sanitized(cpu.LIBRARY, folder, instructions)
-    products.LIBRARY = sanitized(products.LIBRARY, folder, instructions)
+    """All cases on the kernels; under a sanitizer the process dies at the first report."""
+    cpu.LIBRARY = built(cpu.LIBRARY, folder, instructions)
+    products.LIBRARY = built(products.LIBRARY, folder, instructions)
     for name, case in (CORNERS | SPLIT).items():
         check_case(case, cpu.BACKEND, cpu.paged_attention_cpu)
         print(f"passed {name} ({instructions})", flush=True)
@@ -74,13 +73,13 @@ def run(folder: Path, instructions: str) -> None:
 
 def start() -> int:
     """Builds, outside the sanitizer, which would slow the compiler down, and runs the cases inside."""
-    environment = os.environ | {"LD_PRELOAD": runtime(), "ASAN_OPTIONS": OPTIONS, "JAX_PLATFORMS": "cpu"}
     on_x86 = platform.machine() in ("x86_64", "AMD64")
     for instructions in INSTRUCTIONS if on_x86 else ("all",):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        if not INSTRUCTIONS[instructions]:
+            environment |= {"LD_PRELOAD": runtime(), "ASAN_OPTIONS": OPTIONS}
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as threads:
-            libraries = [
-                sanitized(one, Path(folder), instructions) for one in (cpu.LIBRARY, products.LIBRARY)
-            ]
+            libraries = (built(library, Path(folder), instructions) for library in LIBRARIES)
             list(threads.map(lambda library: library.source.build(), libraries))
             command = [sys.executable, __file__, folder, instructions]
             if status := subprocess.call(command, env=environment):
