@@ -69,7 +69,7 @@ class Contender:
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
-            raise RuntimeError(f"{self.name} failed:\n{done.stderr[-3000:]}")
+            raise RuntimeError(f"it failed with status {done.returncode}:\n{done.stderr[-3000:]}")
         return json.loads(lines[-1])
 
 
@@ -93,12 +93,23 @@ def contenders(peers: Path, dtype: str) -> Iterator[Contender]:
 
 
 def measure(engines: list[Contender], work: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Every engine's figures in every round, in turn."""
+    """Every engine's figures in every round, in turn. A peer that fails is left out, which is said.
+
+    Raises:
+        RuntimeError: this engine failed.
+    """
     found: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
     for number in range(rounds):
-        for engine in engines:
+        for engine in [engine for engine in engines if engine.name in found]:
             load = os.getloadavg()[0]
-            figures = engine.run(work)
+            try:
+                figures = engine.run(work)
+            except RuntimeError as error:
+                if engine.name == OURS:
+                    raise
+                print(f"{engine.name} is left out: {error}", file=sys.stderr)
+                del found[engine.name]
+                continue
             found[engine.name].append({**figures, "load_before": load})
             print(f"round {number + 1} of {rounds}: {engine.name}: {figures}", file=sys.stderr, flush=True)
     return found
