@@ -1,5 +1,6 @@
 """The scheduler's rules, one by one. That they hold together is in test_histories.py."""
 
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -235,18 +236,20 @@ def test_whatever_fits_the_whole_pool_runs_in_it(
 
 
 def operations(work: Callable[[], object]) -> int:
-    """Calls of functions, Python's and C's, while `work` runs."""
+    """Calls of functions, Python's and C's, while `work` runs, and not the garbage collector."""
     count = 0
 
     def on_event(frame: object, event: str, argument: object) -> None:
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.disable()  # whose callbacks and finalizers are calls, too
     sys.setprofile(on_event)
     try:
         work()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
