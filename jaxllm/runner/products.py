@@ -1,5 +1,6 @@
 """What multiplies with a model's weights: XLA, or a kernel for weights that are packed for it."""
 
+import logging
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -8,9 +9,12 @@ from jax.sharding import Mesh
 from jaxllm.models.base import DecoderConfig
 from pallas_kernels.packed_matmul import Backend, Problem, as_backend, list_backends
 
+logger = logging.getLogger(__name__)
+
 XLA = "xla"
 PACKED_ON_CPU = "cpu"
-"""The kernel in C++: with SmolLM2-135M in bfloat16 and 2 cores a step of 32 rows takes half of XLA's time."""
+"""The kernel in C++: SmolLM2-135M in bfloat16 on 2 cores gave 636 instead of 451 tokens/s for 32 requests,
+and 54 instead of 30 for one."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ def choose_products(name: str, model: DecoderConfig, mesh: Mesh) -> Products:
         _require(backend, model, mesh)
     except NotImplementedError as error:
         if name == "auto":
-            return Products(reason=str(error))
+            found = Products(reason=str(error))
+            logger.info("products: %s", found)
+            return found
         raise NotImplementedError(
             f"matmul_backend={name!r} does not serve this model: {error}; leave it at 'auto'"
         ) from error

@@ -45,8 +45,13 @@ def test_several_devices() -> None:
         small_engine("llama", mesh=mesh, tensor_parallel_size=2, matmul_backend="cpu", **SMALL)
 
 
-def test_dtype_that_is_not_packed() -> None:
-    with small_engine("llama", dtype="float16", **SMALL) as engine:
+def test_dtype_that_is_not_packed(caplog: pytest.LogCaptureFixture) -> None:
+    """Said in the log, by the engine, and in the metrics."""
+    with (
+        caplog.at_level("INFO", "jaxllm.runner.products"),
+        small_engine("llama", dtype="float16", **SMALL) as engine,
+    ):
+        assert "products: xla (not cpu: weights of float16" in caplog.text
         assert engine.matmul_backend == Products(reason="weights of float16: packed are float32, bfloat16")
         label = re.escape('matmul_backend_info{backend="xla",reason="weights of float16')
         assert any(re.match(label, name) for name in engine.get_metrics())
