@@ -39,6 +39,17 @@ inline Halves to_bf16(F16 x) {
 #endif
 }
 
+// The sixteen lanes as one number, halves first.
+template <class V, class F> inline float fold(V x, F f) {
+  if constexpr (sizeof(V) == 2 * sizeof(float)) return f(x[0], x[1]);
+  else {
+    using Half = Floats<sizeof(V) / 8>;
+    return fold(f(load<Half>(&x), load<Half>((const char*)&x + sizeof(V) / 2)), f);
+  }
+}
+inline float total(F16 x) { return fold(x, [](auto a, auto b) { return a + b; }); }
+inline float greatest(F16 x) { return fold(x, [](auto a, auto b) { return a > b ? a : b; }); }
+
 inline F16 exp2(F16 x) {  // relative error 2e-7 over the range of floats; below it 2^-126
   x = (x < -126.f) ? (F16{} - 126.f) : x;
   F16 shifted = x + 12582912.f;  // rounds to an integer in the low bits

@@ -59,7 +59,7 @@ template <class E> class Step {
   Step(const Shape& shape, const Options& options, const Batch& batch, const Vectors& q, const Vectors& k, const Vectors& v, E* pages, void* out)
       : s(shape), o(options), b(batch), q(q), k(k), v(v), pages(pages), out(out) {}
 
-  void run(ffi::ThreadPool& pool) {
+  template <class Pool> void run(Pool& pool) {
     bool chunks = false;
     int64_t work = 0;
     for (int row = 0; row < b.rows; row++) chunks |= b.count(row) > 1, work += int64_t{b.count(row)} * visible(row);
@@ -179,17 +179,18 @@ template <class E> class Step {
     for (int begin = from; begin < to; begin += kChunk) {
       Chunk<E> chunk;
       chunk.begin = begin, chunk.size = std::min(kChunk, to - begin);
-      for (int i = 0; i < kChunk / s.page_size + 2; i++) chunk.keys[i] = page(b.pages(t.row)[std::clamp(begin / s.page_size + i, lowest, last)], g);
-      const int most = tiled ? kTileRows : 4;
-      for (int r = 0; r < rows; r += most) {
+      for (int i = 0; i < kChunk / s.page_size + kAhead; i++) chunk.keys[i] = page(b.pages(t.row)[std::clamp(begin / s.page_size + i, lowest, last)], g);
+      for (int r = 0, count; r < rows; r += count) {
+        count = tiled ? kTileRows : rows - r >= kRows ? kRows : kFewRows;
+        count = std::min(count, rows - r);
         const Tile tile{qs.empty() ? nullptr : qs.data() + r * s.depth, words.empty() ? nullptr : words.data() + r * s.depth / 2, sums + r * s.depth, top + r, total + r, first + r, end + r};
 #if JAXLLM_AMX
         if constexpr (std::is_same_v<E, bf16>) if (tiled) {
-          step_tiles(tiles, std::min(most, rows - r), r == 0, s, o, scale, tile, chunk);
+          step_tiles(tiles, count, r == 0, s, o, scale, tile, chunk);
           continue;
         }
 #endif
-        attend_tile<E>(std::min(most, rows - r), !words.empty(), s, o, scale, tile, chunk);
+        attend_tile<E>(count, r == 0, !words.empty(), s, o, scale, tile, chunk);
       }
     }
   }

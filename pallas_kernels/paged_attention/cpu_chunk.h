@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include "amx.h"
 #include "vectors.h"
 
@@ -19,6 +20,14 @@ constexpr bool kHasDot = false;
 #endif
 constexpr int kChunk = 256;        // keys whose scores are held at once: with their values 64 KB of bf16, half of an L2
 constexpr float kMasked = -1e30f;  // finite, so that differences of two are no NaN
+#if defined(__AVX512F__)
+constexpr int kRows = 12, kGroups = 2;  // 24 of 32 registers are sums
+#else
+constexpr int kRows = 4, kGroups = 1;
+#endif
+constexpr int kScores = kChunk + kGroups * 16;  // from a row of scores to the next: not a power of two, which caches like less
+constexpr int kAhead = 2 * kGroups;  // pages from the one in use to the one fetched
+constexpr int kFewRows = 4;  // the most that take as many instantiations
 
 struct f8 { uint8_t bits; };
 constexpr bf16 kZeros[2] = {};
@@ -74,28 +83,30 @@ struct Tile {
 
 // One chunk of a row's keys: pages that hold them.
 template <class E> struct Chunk {
-  const E* keys[kChunk + 2];
+  const E* keys[kChunk + kAhead];
   int begin, size;
 };
 
-template <class E, int N, int R, bool Dot>
-inline void score(const Shape& s, const Tile& t, const E* k, float* scores) {
+// The scores of R queries and G groups of N slots, each row of which is `kScores` after the last.
+template <class E, int N, int R, int G, bool Dot>
+inline void score(const Shape& s, const Tile& t, const E* const (&k)[G], float* scores) {
   constexpr int P = kPack<E>;
   const int steps = s.depth / P;
-  Floats<N> sum[R] = {};
+  Floats<N> sum[R][G] = {};
   for (int i = 0; i < steps; i++) {
 #if defined(__AVX512BF16__)
     if constexpr (Dot) {
-      __m512bh x = (__m512bh)load<__m512i>(k + i * N * P);
-      for (int r = 0; r < R; r++) sum[r] = (Floats<N>)_mm512_dpbf16_ps((__m512)sum[r], x, (__m512bh)_mm512_set1_epi32(t.qw[r * steps + i]));
+      __m512bh x[G];
+      for (int g = 0; g < G; g++) x[g] = (__m512bh)load<__m512i>(k[g] + i * N * P);
+      for (int r = 0; r < R; r++) for (int g = 0; g < G; g++) sum[r][g] = (Floats<N>)_mm512_dpbf16_ps((__m512)sum[r][g], x[g], (__m512bh)_mm512_set1_epi32(t.qw[r * steps + i]));
       continue;
     }
 #endif
-    Floats<N> x[P];
-    widen<N>(k + i * N * P, x);
-    for (int r = 0; r < R; r++) for (int j = 0; j < P; j++) sum[r] += x[j] * t.q[r * s.depth + i * P + j];
+    Floats<N> x[G][P];
+    for (int g = 0; g < G; g++) widen<N>(k[g] + i * N * P, x[g]);
+    for (int r = 0; r < R; r++) for (int g = 0; g < G; g++) for (int j = 0; j < P; j++) sum[r][g] += x[g][j] * t.q[r * s.depth + i * P + j];
   }
-  for (int r = 0; r < R; r++) store(scores + r * kChunk, sum[r]);
+  for (int r = 0; r < R; r++) for (int g = 0; g < G; g++) store(scores + r * kScores + g * N, sum[r][g]);
 }
 
 // Adds the weighted values of the slots [begin, end) of one page to 16 * C columns of the outputs.
@@ -110,14 +121,14 @@ inline void add_values(const Shape& s, const E* v, int begin, int end, const flo
 #if defined(__AVX512BF16__)
         if constexpr (Dot) {
           for (int r = 0; r < R; r++) {
-            uint32_t pair; std::memcpy(&pair, rounded + r * kChunk + 2 * i, 4);
+            uint32_t pair; std::memcpy(&pair, rounded + r * kScores + 2 * i, 4);
             sum[r][c] = (F16)_mm512_dpbf16_ps((__m512)sum[r][c], (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
           }
           continue;
         }
 #endif
         F16 even = (F16)(w << 16), odd = (F16)(w & 0xffff0000u);
-        for (int r = 0; r < R; r++) sum[r][c] += even * weights[r * kChunk + 2 * i] + odd * weights[r * kChunk + 2 * i + 1];
+        for (int r = 0; r < R; r++) sum[r][c] += even * weights[r * kScores + 2 * i] + odd * weights[r * kScores + 2 * i + 1];
       }
     }
     return;
@@ -130,7 +141,7 @@ inline void add_values(const Shape& s, const E* v, int begin, int end, const flo
     } else {
       widen<16>(place, x);
     }
-    for (int r = 0; r < R; r++) sum[r][c] += x[0] * weights[r * kChunk + i];
+    for (int r = 0; r < R; r++) sum[r][c] += x[0] * weights[r * kScores + i];
   }
 }
 
@@ -148,15 +159,21 @@ inline void add_columns(const Shape& s, int column, const Chunk<E>& chunk, int b
   for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) store(out + r * s.depth + column + 16 * c, sum[r][c]);
 }
 
-// From scores to weights: the softmax of R queries so far, and by what it rescales what was added up before.
+// From scores to weights: the softmax of up to 16 queries so far, and by what it rescales what was added up before.
 template <bool Dot>
 void soften(int rows, const Options& o, float scale, const Tile& t, int chunk, int size, int low, int high, float* scores, bf16* rounded, float* rescale) {
   const Ints<16> lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  auto seen = [&](int r) { return std::pair{t.first[r] - chunk, std::min(t.end[r] - chunk, size)}; };
+  // the groups of 16 slots of which a query sees any
+  auto groups = [&](int first, int last) {
+    const int from = std::min(high, std::max(low, first / 16 * 16));
+    return std::pair{from, std::max(from, std::min(high, (last + 15) / 16 * 16))};
+  };
+  F16 top = {}, before = {};
   for (int r = 0; r < rows; r++) {
-    float* row = scores + r * kChunk;
-    const int first = t.first[r] - chunk, last = std::min(t.end[r] - chunk, size);
-    // the groups of 16 slots of which the query sees any
-    const int from = std::min(high, std::max(low, first / 16 * 16)), to = std::max(from, std::min(high, (last + 15) / 16 * 16));
+    float* row = scores + r * kScores;
+    const auto [first, last] = seen(r);
+    const auto [from, to] = groups(first, last);
     F16 most = F16{} + t.top[r];
     for (int i = from; i < to; i += 16) {
       F16 x = load<F16>(row + i);
@@ -168,53 +185,65 @@ void soften(int rows, const Options& o, float scale, const Tile& t, int chunk, i
       most = (x > most) ? x : most;
       store(row + i, x);
     }
-    float top = t.top[r];
-    for (int i = 0; i < 16; i++) top = std::max(top, most[i]);
+    before[r] = t.top[r], top[r] = greatest(most);
+  }
+  const F16 factors = exp2(before - top);
+  for (int r = 0; r < rows; r++) {
+    float* row = scores + r * kScores;
+    const auto [first, last] = seen(r);
+    const auto [from, to] = groups(first, last);
+    const float highest = top[r];
     F16 sums = {};
-    for (int i = low; i < high; i += 16) {
-      F16 x = {};
-      if (i >= from && i < to) {
-        x = exp2(load<F16>(row + i) - top);  // a score of NaN stays one
-        if (i < first || i + 16 > last) {
-          const Ints<16> at = lane + i;
-          x = ((at >= first) & (at < last)) ? x : F16{};
-        }
-      }
+    auto weigh = [&](int i, F16 x) {
       sums += x;
-      if constexpr (Dot) store(rounded + r * kChunk + i, to_bf16(x));
+      if constexpr (Dot) store(rounded + r * kScores + i, to_bf16(x));
       else store(row + i, x);
+    };
+    for (int i = low; i < from; i += 16) weigh(i, F16{});
+    for (int i = from; i < to; i += 16) {
+      F16 x = exp2(load<F16>(row + i) - highest);  // a score of NaN stays one
+      if (i < first || i + 16 > last) {
+        const Ints<16> at = lane + i;
+        x = ((at >= first) & (at < last)) ? x : F16{};
+      }
+      weigh(i, x);
     }
-    rescale[r] = std::exp2(t.top[r] - top);
-    float sum = 0;
-    for (int i = 0; i < 16; i++) sum += sums[i];
-    t.top[r] = top;
-    t.total[r] = t.total[r] * rescale[r] + sum;
+    for (int i = to; i < high; i += 16) weigh(i, F16{});
+    rescale[r] = factors[r];
+    t.top[r] = highest;
+    t.total[r] = t.total[r] * rescale[r] + total(sums);
   }
 }
 
-// Takes one chunk of keys into account for R queries.
+// Takes one chunk of keys into account for R queries; `fetch` asks for its pages ahead.
 template <class E, int N, int R, bool Dot>
-void step(const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
-  alignas(64) float scores[R * kChunk];
-  alignas(64) bf16 rounded[R * kChunk];
+void step(bool fetch, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
+  constexpr int G = N == 16 ? kGroups : 1, C = R > kFewRows ? 2 : 4;
+  alignas(64) float scores[R * kScores];
+  alignas(64) bf16 rounded[R * kScores];
   int begin = kChunk, end = 0;
   for (int r = 0; r < R; r++) begin = std::min(begin, t.first[r] - chunk.begin), end = std::max(end, t.end[r] - chunk.begin);
   begin = std::max(begin, 0), end = std::min(end, chunk.size);
   if (begin >= end) return;
   const int low = begin / 16 * 16, high = (end + 15) / 16 * 16;
-  for (int slot = begin / N * N; slot < end; slot += N) {
-    const int page = slot / s.page_size;
-    const E* k = chunk.keys[page] + int64_t{slot % s.page_size} * s.depth;
-    if constexpr (N == 16) {  // the values of this page and the keys of the one after the next: hardware stops at 4 KB
-      const char *values = (const char*)(k + s.half()), *ahead = (const char*)(chunk.keys[page + 2] + (k - chunk.keys[page]));
-      for (int line = 0; line < int(s.depth * 16 * sizeof(E)); line += 64) __builtin_prefetch(values + line), __builtin_prefetch(ahead + line);
+  auto keys = [&](int slot) { return chunk.keys[slot / s.page_size] + int64_t{slot % s.page_size} * s.depth; };
+  for (int slot = begin / N * N; slot < end; slot += N * G) {
+    const E* k[G];
+    for (int g = 0; g < G; g++) {
+      const int group = std::min(slot + g * N, (end - 1) / N * N);  // beyond the last one its scores again, for nobody
+      k[g] = keys(group);
+      if (!fetch) continue;
+      // the values of this page and the keys some pages on: hardware stops at 4 KB
+      const int page = group / s.page_size;
+      const char *values = (const char*)(k[g] + s.half()), *ahead = (const char*)(chunk.keys[page + kAhead] + (k[g] - chunk.keys[page]));
+      for (int line = 0; line < int(s.depth * N * sizeof(E)); line += 64) __builtin_prefetch(values + line), __builtin_prefetch(ahead + line);
     }
-    score<E, N, R, Dot>(s, t, k, scores + slot);
+    score<E, N, R, G, Dot>(s, t, k, scores + slot);
   }
   float rescale[R];
   soften<Dot>(R, o, scale, t, chunk.begin, chunk.size, low, high, scores, rounded, rescale);
   int column = 0;
-  for (; column + 64 <= s.depth; column += 64) add_columns<E, R, 4, Dot>(s, column, chunk, begin, end, scores, rounded, rescale, t.out);
+  for (; column + 16 * C <= s.depth; column += 16 * C) add_columns<E, R, C, Dot>(s, column, chunk, begin, end, scores, rounded, rescale, t.out);
   for (; column < s.depth; column += 16) add_columns<E, R, 1, Dot>(s, column, chunk, begin, end, scores, rounded, rescale, t.out);
 }
 
@@ -244,8 +273,8 @@ const uint32_t* clean(const Shape& s, const uint32_t* v, int columns, int from, 
 
 // As `step` of bfloat16, for up to 16 queries and pages of 16 slots or a multiple that `fits_tiles`.
 void step_tiles(Tiles& tiles, int rows, bool fetch, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<bf16>& chunk) {
-  alignas(64) float scores[kTileRows * kChunk];
-  alignas(64) bf16 rounded[kTileRows * kChunk];
+  alignas(64) float scores[kTileRows * kScores];
+  alignas(64) bf16 rounded[kTileRows * kScores];
   alignas(64) uint32_t seen[8 * kMostDepth];
   int begin = kChunk, end = 0;
   for (int r = 0; r < rows; r++) begin = std::min(begin, t.first[r] - chunk.begin), end = std::max(end, t.end[r] - chunk.begin);
@@ -269,8 +298,8 @@ void step_tiles(Tiles& tiles, int rows, bool fetch, const Shape& s, const Option
       _tile_loadd(6, k2 + d * 16, 64);
       _tile_dpbf16ps(1, 4, 6);
     }
-    _tile_stored(0, scores + slot, kChunk * 4);
-    if (slot + 16 < high) _tile_stored(1, scores + slot + 16, kChunk * 4);
+    _tile_stored(0, scores + slot, kScores * 4);
+    if (slot + 16 < high) _tile_stored(1, scores + slot + 16, kScores * 4);
   }
   float rescale[kTileRows];
   soften<true>(rows, o, scale, t, chunk.begin, chunk.size, low, high, scores, rounded, rescale);
@@ -285,7 +314,7 @@ void step_tiles(Tiles& tiles, int rows, bool fetch, const Shape& s, const Option
     for (int slot = low; slot < high; slot += 16) {
       const uint32_t* v = (const uint32_t*)(keys(slot) + s.half()) + column;
       if (slot < begin || slot + 16 > end) v = clean(s, v, 16 * count, begin - slot, end - slot, seen);
-      _tile_loadd(5, rounded + slot, kChunk * 2);
+      _tile_loadd(5, rounded + slot, kScores * 2);
       _tile_loadd(7, v, values);
       _tile_dpbf16ps(0, 5, 7);
       if (count > 1) { _tile_loadd(7, v + 16, values); _tile_dpbf16ps(1, 5, 7); }
@@ -301,24 +330,26 @@ void step_tiles(Tiles& tiles, int rows, bool fetch, const Shape& s, const Option
 #endif
 
 template <class E, int N, bool Dot>
-void steps(int rows, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
+void steps(int rows, bool fetch, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
   switch (rows) {
-    case 1: return step<E, N, 1, Dot>(s, o, scale, t, chunk);
-    case 2: return step<E, N, 2, Dot>(s, o, scale, t, chunk);
-    case 3: return step<E, N, 3, Dot>(s, o, scale, t, chunk);
-    default: return step<E, N, 4, Dot>(s, o, scale, t, chunk);
+    case 1: return step<E, N, 1, Dot>(fetch, s, o, scale, t, chunk);
+    case 2: return step<E, N, 2, Dot>(fetch, s, o, scale, t, chunk);
+    case 3: return step<E, N, 3, Dot>(fetch, s, o, scale, t, chunk);
+    case kFewRows: return step<E, N, kFewRows, Dot>(fetch, s, o, scale, t, chunk);
+    default: return step<E, N, kRows, Dot>(fetch, s, o, scale, t, chunk);
   }
 }
 
+// As `step`, for up to `kFewRows` queries or for `kRows`.
 template <class E>
-void attend_tile(int rows, bool dot, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
+void attend_tile(int rows, bool fetch, bool dot, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<E, bf16>) if (dot) return steps<E, 16, true>(rows, s, o, scale, t, chunk);
+  if constexpr (std::is_same_v<E, bf16>) if (dot) return steps<E, 16, true>(rows, fetch, s, o, scale, t, chunk);
 #endif
-  if (s.lanes == 16) return steps<E, 16, false>(rows, s, o, scale, t, chunk);
+  if (s.lanes == 16) return steps<E, 16, false>(rows, fetch, s, o, scale, t, chunk);
   for (int r = 0; r < rows; r++) {  // small pages: right, not fast
     const Tile one{t.q + r * s.depth, nullptr, t.out + r * s.depth, t.top + r, t.total + r, t.first + r, t.end + r};
-    s.lanes == 8 ? step<E, 8, 1, false>(s, o, scale, one, chunk) : step<E, 1, 1, false>(s, o, scale, one, chunk);
+    s.lanes == 8 ? step<E, 8, 1, false>(false, s, o, scale, one, chunk) : step<E, 1, 1, false>(false, s, o, scale, one, chunk);
   }
 }
 
