@@ -90,14 +90,22 @@ class Attention(nnx.Module):
         self.options = options
 
     def __call__(
-        self, x: Float[Array, "tokens embed"], cache: Cache, batch: Batch, rotation: Rotation | None
+        self,
+        x: Float[Array, "tokens embed"],
+        cache: Cache,
+        batch: Batch,
+        rotation: Rotation | None,
+        *,
+        norm: RMSNorm | None = None,
+        residual: Float[Array, "tokens embed"] | None = None,
     ) -> tuple[Float[Array, "tokens embed"], Cache]:
         """Attends, and returns the cache with this step's keys and values in it.
 
         Args:
             rotation: of the tokens' positions; None where the layer has no rotary embedding.
+            norm, residual: as `Linear` takes them.
         """
-        qkv = self.qkv(x)
+        qkv = self.qkv(x, norm=norm)
         tokens, _, _, head_dim = qkv.shape
         q, k, v = qkv[:, :, :-2].reshape(tokens, -1, head_dim), qkv[:, :, -2], qkv[:, :, -1]
         if self.query_norm is not None and self.key_norm is not None:
@@ -105,7 +113,7 @@ class Attention(nnx.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         out, cache = self._attend(q, k, v, cache, batch)
-        return self.output(out), cache
+        return self.output(out, residual=residual), cache
 
     def _attend(self, q: Array, k: Array, v: Array, cache: Cache, batch: Batch) -> tuple[Array, Cache]:
         """Each device attends with its own heads over its own part of the pages."""

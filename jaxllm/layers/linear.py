@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxllm.layers.norm import RMSNorm
 from jaxllm.layers.packing import Packable, pack_parameter, packing_of
 from jaxllm.layers.parameter import parameter, zeros
 from jaxllm.parallel import Axes
@@ -27,8 +27,17 @@ def contract(
     return jax.lax.dot_general(x, weight, (axes, ((), ())), preferred_element_type=jnp.float32)
 
 
+def affine(
+    x: Float[Array, "tokens *inputs"], weight: nnx.Param[Array], bias: nnx.Param[Array] | None
+) -> Float[Array, "tokens *outputs"]:
+    """`x @ weight + bias` in float32; the weight may be packed."""
+    packing = packing_of(weight)
+    y = contract(x, weight[...]) if packing is None else packing.multiply(x, weight[...], jnp.float32)
+    return y if bias is None else y + bias[...].astype(jnp.float32)
+
+
 class Linear(Packable):
-    """`x @ weight + bias`, with weight `[*inputs, *outputs]` and bias `[*outputs]`, rounded once at the end.
+    """`norm(x) @ weight + bias + residual`, rounded once; weight `[*inputs, *outputs]`, bias `[*outputs]`.
 
     Args:
         inputs, outputs: sizes of the axes that are summed over, and of those that are made.
@@ -52,16 +61,24 @@ class Linear(Packable):
     def pack(self, backend: Backend) -> None:
         self.weight = pack_parameter(self.weight, range(self.num_inputs), backend)
 
-    def __call__(self, x: Float[Array, "tokens *inputs"]) -> Float[Array, "tokens *outputs"]:
-        y = self._product(x, x.dtype if self.bias is None else jnp.float32)
-        if self.bias is not None:
-            y += self.bias[...].astype(jnp.float32)
-        return y.astype(x.dtype)
-
-    def _product(
-        self, x: Float[Array, "tokens *inputs"], dtype: DTypeLike
+    def __call__(
+        self,
+        x: Float[Array, "tokens *inputs"],
+        *,
+        norm: RMSNorm | None = None,
+        residual: Float[Array, "tokens *outputs"] | None = None,
     ) -> Float[Array, "tokens *outputs"]:
+        """The products of tokens.
+
+        Args:
+            norm: of `x`, before; a kernel for packed weights does it along with the product.
+            residual: added to the result before it is rounded.
+        """
         packing = packing_of(self.weight)
-        if packing is not None:
-            return packing.multiply(x, self.weight[...], dtype)
-        return contract(x, self.weight[...]).astype(dtype)
+        if packing is not None and self.bias is None:
+            before = None if norm is None else norm.before_product()
+            return packing.multiply(x, self.weight[...], x.dtype, norm=before, residual=residual)
+        y = affine(x if norm is None else norm(x), self.weight, self.bias)
+        if residual is not None:
+            y += residual.astype(jnp.float32)
+        return y.astype(x.dtype)

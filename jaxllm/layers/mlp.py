@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxllm.layers.linear import Linear
-from jaxllm.layers.packing import pack_parameter, packing_of
+from jaxllm.layers.linear import Linear, affine
+from jaxllm.layers.norm import RMSNorm
+from jaxllm.layers.packing import Packable, pack_parameter, packing_of
+from jaxllm.layers.parameter import parameter, zeros
 from pallas_kernels.packed_matmul import Backend, Gate
 
 Activation = Callable[[Float[Array, "..."]], Float[Array, "..."]]
@@ -56,7 +58,7 @@ GATES: dict[str, Gate] = {
 }
 
 
-class GateUp(Linear):
+class GateUp(Packable):
     """`activation(gate(x)) * up(x)` with gate and up in one weight `[embed, 2, mlp]`.
 
     Args:
@@ -67,18 +69,23 @@ class GateUp(Linear):
     def __init__(
         self, embed: int, mlp: int, *, activation: str, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
-        super().__init__((embed,), (2, mlp), ("embed", None, "mlp"), bias=bias, dtype=dtype, rngs=rngs)
+        self.weight = parameter((embed, 2, mlp), ("embed", None, "mlp"), dtype, rngs)
+        self.bias = parameter((2, mlp), (None, "mlp"), dtype, rngs, zeros) if bias else None
         self.activation = activation
 
     def pack(self, backend: Backend) -> None:
         gate = None if self.bias is not None else GATES.get(self.activation)
         self.weight = pack_parameter(self.weight, (0,), backend, gate)
 
-    def __call__(self, x: Float[Array, "tokens embed"]) -> Float[Array, "tokens mlp"]:
+    def __call__(
+        self, x: Float[Array, "tokens embed"], *, norm: RMSNorm | None = None
+    ) -> Float[Array, "tokens mlp"]:
         packing = packing_of(self.weight)
         if packing is not None and packing.gate is not None:
-            return packing.multiply(x, self.weight[...], x.dtype)
-        gate, up = jnp.moveaxis(super().__call__(x).astype(jnp.float32), 1, 0)
+            before = None if norm is None else norm.before_product()
+            return packing.multiply(x, self.weight[...], x.dtype, norm=before)
+        products = affine(x if norm is None else norm(x), self.weight, self.bias)
+        gate, up = jnp.moveaxis(products.astype(x.dtype).astype(jnp.float32), 1, 0)
         return (find_activation(self.activation)(gate) * up).astype(x.dtype)
 
 
@@ -91,8 +98,15 @@ class GatedMLP(nnx.Module):
         self.gate_up = GateUp(embed, mlp, activation=activation, bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear((mlp,), (embed,), ("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "tokens embed"]) -> Float[Array, "tokens embed"]:
-        return self.down(self.gate_up(x))
+    def __call__(
+        self,
+        x: Float[Array, "tokens embed"],
+        *,
+        norm: RMSNorm | None = None,
+        residual: Float[Array, "tokens embed"] | None = None,
+    ) -> Float[Array, "tokens embed"]:
+        """Feeds tokens forward; `norm` and `residual` are as `Linear` takes them."""
+        return self.down(self.gate_up(x, norm=norm), residual=residual)
 
 
 class MLP(nnx.Module):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.layers.parameter import Initializer, ones, parameter, zeros
 from jaxllm.parallel import Axes
+from pallas_kernels import packed_matmul
 
 
 @runtime_checkable
@@ -56,6 +57,11 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         square = jnp.mean(jnp.square(y), axis=tuple(range(-weight.ndim, 0)), keepdims=True)
         return (y * jax.lax.rsqrt(square + self.options.epsilon) * weight).astype(x.dtype)
+
+    def before_product(self) -> packed_matmul.Norm:
+        """The same for a product with a packed weight that begins with it."""
+        offset = float(self.options.zero_centered)
+        return packed_matmul.Norm(self.weight[...], self.options.epsilon, offset)
 
 
 class LayerNorm(nnx.Module):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.packed_matmul import (
     Backend,
     Gate,
+    Norm,
     Panels,
     pack,
     pack_gated,
@@ -52,12 +53,25 @@ class Packing:
         return pack(matrix)
 
     def multiply(
-        self, x: Float[Array, "tokens *inputs"], panels: Panels, out_dtype: DTypeLike
+        self,
+        x: Float[Array, "tokens *inputs"],
+        panels: Panels,
+        out_dtype: DTypeLike,
+        *,
+        norm: Norm | None = None,
+        residual: Float[Array, "tokens *outputs"] | None = None,
     ) -> Float[Array, "tokens *outputs"]:
-        """Products of tokens with the weight, summed in float32 and rounded once."""
+        """Products of tokens with the weight, summed in float32 and rounded once.
+
+        Args:
+            norm: of the tokens, before.
+            residual: added to the products, of `out_dtype`.
+        """
         rows, size = x.reshape(len(x), -1), prod(self.outputs)
-        options = {"outputs": size, "gate": self.gate, "backend": self.backend}
-        return packed_matmul(rows, panels, out_dtype=out_dtype, **options).reshape(len(x), *self.outputs)
+        added = None if residual is None else residual.reshape(len(x), size)
+        options = {"outputs": size, "gate": self.gate, "norm": norm, "residual": added}
+        out = packed_matmul(rows, panels, out_dtype=out_dtype, backend=self.backend, **options)
+        return out.reshape(len(x), *self.outputs)
 
     def take(self, panels: Panels, ids: Int[Array, " n"]) -> Float[Array, "n inputs"]:
         """What leads to each of the outputs `ids`, which are to be in range."""

@@ -31,9 +31,9 @@ class GemmaLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "tokens embed"], cache: Cache, batch: Batch, rotation: Rotation | None
     ) -> tuple[Float[Array, "tokens embed"], Cache]:
-        attended, cache = self.attention(self.attention_norm(x), cache, batch, rotation)
+        attended, cache = self.attention(x, cache, batch, rotation, norm=self.attention_norm)
         x += self.attended_norm(attended)
-        return x + self.output_norm(self.mlp(self.mlp_norm(x))), cache
+        return x + self.output_norm(self.mlp(x, norm=self.mlp_norm)), cache
 
 
 class Gemma2(Decoder):

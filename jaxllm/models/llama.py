@@ -25,9 +25,8 @@ class LlamaLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "tokens embed"], cache: Cache, batch: Batch, rotation: Rotation | None
     ) -> tuple[Float[Array, "tokens embed"], Cache]:
-        attended, cache = self.attention(self.attention_norm(x), cache, batch, rotation)
-        x += attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x, cache = self.attention(x, cache, batch, rotation, norm=self.attention_norm, residual=x)
+        return self.mlp(x, norm=self.mlp_norm, residual=x), cache
 
 
 class Llama(Decoder):

@@ -14,6 +14,7 @@ from pallas_kernels.packed_matmul.backends import (
     register_backend,
 )
 from pallas_kernels.packed_matmul.check import check
+from pallas_kernels.packed_matmul.norm import Norm
 from pallas_kernels.packed_matmul.panels import (
     Gate,
     Panels,
@@ -29,6 +30,7 @@ __all__ = [
     "Backend",
     "Gate",
     "Kernel",
+    "Norm",
     "PackedMatmulFunction",
     "Panels",
     "Problem",
@@ -53,6 +55,8 @@ def packed_matmul(
     *,
     outputs: int,
     gate: Gate | None = None,
+    norm: Norm | None = None,
+    residual: Float[Array, "rows out"] | None = None,
     out_dtype: DTypeLike = jnp.float32,
     backend: Kernel = "auto",
 ) -> Float[Array, "rows out"]:
@@ -62,6 +66,8 @@ def packed_matmul(
         weight: `pack(weight)` of a weight `[in, out]` of the rows' dtype.
         outputs: how many of the panels' outputs there are; the last panel may be padded.
         gate: the weight is from `pack_gated`, and the result is `gate(x @ first) * (x @ second)`.
+        norm: of the rows, before the product.
+        residual: added to the result before it is rounded; of `out_dtype`.
 
     Raises:
         ValueError: there is no such backend, or the shapes do not go together.
@@ -72,6 +78,15 @@ def packed_matmul(
         raise ValueError(
             f"weight {weight.dtype}{list(weight.shape)}: for {x.shape[1]} inputs of {x.dtype} and {outputs} "
             f"outputs it is to be {wanted.dtype}{list(wanted.shape)}"
+        )
+    if norm is not None and (norm.weight.shape, norm.weight.dtype) != ((x.shape[1],), x.dtype):
+        raise ValueError(
+            f"norm.weight {norm.weight.dtype}{list(norm.weight.shape)}: it is to be {x.dtype}[{x.shape[1]}]"
+        )
+    like = (x.shape[0], outputs), jnp.dtype(out_dtype)
+    if residual is not None and (residual.shape, residual.dtype) != like:
+        raise ValueError(
+            f"residual {residual.dtype}{list(residual.shape)}: it is to be {like[1]}{list(like[0])}"
         )
     device = jax.devices()[0]
     problem = Problem(
@@ -84,4 +99,5 @@ def packed_matmul(
         out_dtype=jnp.dtype(out_dtype),
     )
     multiply = choose_backend(backend, problem).backend.multiply
-    return multiply(x, weight, outputs=outputs, gate=gate, out_dtype=out_dtype)
+    options = {"outputs": outputs, "gate": gate, "norm": norm, "residual": residual}
+    return multiply(x, weight, out_dtype=out_dtype, **options)

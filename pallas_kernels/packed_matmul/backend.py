@@ -7,6 +7,7 @@ from typing import Protocol
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from pallas_kernels.packed_matmul.norm import Norm
 from pallas_kernels.packed_matmul.panels import Gate
 from pallas_kernels.packed_matmul.problem import Problem
 from pallas_kernels.registry import do_nothing, serves_all
@@ -16,7 +17,16 @@ class PackedMatmulFunction(Protocol):
     """What a backend implements: `packed_matmul` less its `backend` argument."""
 
     def __call__(
-        self, x: Array, weight: Array, /, *, outputs: int, gate: Gate | None, out_dtype: DTypeLike
+        self,
+        x: Array,
+        weight: Array,
+        /,
+        *,
+        outputs: int,
+        gate: Gate | None,
+        norm: Norm | None,
+        residual: Array | None,
+        out_dtype: DTypeLike,
     ) -> Array: ...
 
 

@@ -50,7 +50,8 @@ class Product:
         one, keys = self.problem, iter(jax.random.split(jax.random.key(0), 1 + copies))
         make = jax.jit(lambda key: pack(jax.random.normal(key, (one.inputs, one.outputs), one.dtype)))
         weights = [make(next(keys)) for _ in range(copies)]
-        multiply = partial(function, outputs=one.outputs, gate=None, out_dtype=one.out_dtype)
+        options = {"gate": None, "norm": None, "residual": None}
+        multiply = partial(function, outputs=one.outputs, out_dtype=one.out_dtype, **options)
 
         @jax.jit
         def run(weights: list[Any], carry: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -23,12 +23,17 @@ class Case:
     dtype: str = "float32"
     out_dtype: str = "float32"
     gate: Gate | None = None
+    norm: bool = False
+    residual: bool = False
     seed: int = 0
 
     @property
     def tolerance(self) -> float:
         """Relative to the largest magnitude of the expected output."""
-        return 1e-2 if self.out_dtype == "bfloat16" else 1e-5
+        if self.out_dtype == "bfloat16":
+            return 1e-2
+        # a normalized row may be rounded the other way where it lies between two numbers
+        return 1e-3 if self.norm and self.dtype == "bfloat16" else 1e-5
 
 
 def _all_dtypes(**cases: Case) -> dict[str, Case]:
@@ -59,16 +64,26 @@ CORNERS = _all_dtypes(
     many_panels=Case(3, 64, 4000),
     gated_by_silu=Case(35, 64, 96, gate="silu"),
     gated_by_gelu=Case(3, 100, 75, gate="gelu_tanh"),
+    normalized=Case(5, 64, 96, norm=True),
+    many_normalized_rows=Case(150, 75, 32, norm=True),
+    with_a_residual=Case(40, 64, 75, residual=True),
+    normalized_and_gated_with_a_residual=Case(3, 100, 40, gate="silu", norm=True, residual=True),
 )
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """A case's inputs in its dtype, and what must come out, in float64."""
+    """A case's inputs in its dtypes, and what must come out, in float64."""
 
     x: Float[np.ndarray, "rows in"]
     weight: Float[np.ndarray, "..."]
+    norm_weight: Float[np.ndarray, " in"] | None
+    residual: Float[np.ndarray, "rows out"] | None
     out: Float[np.ndarray, "rows out"]
+
+
+EPSILON, OFFSET = 0.1, 1.0
+"""Of norms; such a large epsilon shows when it is left out."""
 
 
 def build(case: Case) -> Arrays:
@@ -76,12 +91,19 @@ def build(case: Case) -> Arrays:
     rng = np.random.default_rng(case.seed)
     dtype = jnp.dtype(case.dtype)
     x = rng.normal(size=(case.rows, case.inputs)).astype(dtype)
-    if case.gate is None:
-        weight = rng.normal(size=(case.inputs, case.outputs)).astype(dtype)
-        return Arrays(x, weight, x.astype(np.float64) @ weight.astype(np.float64))
-    weight = rng.normal(size=(case.inputs, 2, case.outputs)).astype(dtype)
-    gate, other = (x.astype(np.float64) @ weight[:, i].astype(np.float64) for i in (0, 1))
-    return Arrays(x, weight, _GATES[case.gate](gate) * other)
+    shape = (case.inputs, case.outputs) if case.gate is None else (case.inputs, 2, case.outputs)
+    weight = rng.normal(size=shape).astype(dtype)
+    rows, norm_weight, residual = x.astype(np.float64), None, None
+    if case.norm:
+        norm_weight = rng.normal(size=case.inputs).astype(dtype)
+        rows /= np.sqrt(np.mean(rows**2, axis=1, keepdims=True) + EPSILON)
+        rows = (rows * (OFFSET + norm_weight.astype(np.float64))).astype(dtype).astype(np.float64)
+    products = np.tensordot(rows, weight.astype(np.float64), axes=1)
+    out = products if case.gate is None else _GATES[case.gate](products[:, 0]) * products[:, 1]
+    if case.residual:
+        residual = rng.normal(size=out.shape).astype(jnp.dtype(case.out_dtype))
+        out = out + residual.astype(np.float64)
+    return Arrays(x, weight, norm_weight, residual, out)
 
 
 _GATES = {
@@ -98,5 +120,6 @@ def cases() -> "SearchStrategy[Case]":
     sizes = st.integers(1, 100)
     return st.builds(
         lambda rows, inputs, outputs, dtypes, *rest: Case(rows, inputs, outputs, *dtypes, *rest),
-        sizes, sizes, sizes, dtypes, st.sampled_from([None, "silu", "gelu_tanh"]), st.integers(0, 99),
+        sizes, sizes, sizes, dtypes, st.sampled_from([None, "silu", "gelu_tanh"]), st.booleans(),
+        st.booleans(), st.integers(0, 99),
     )  # fmt: skip

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from pallas_kernels.check import compare_products, run_cases
 from pallas_kernels.packed_matmul.backend import PackedMatmulFunction
 from pallas_kernels.packed_matmul.backends import REGISTRY, Kernel
-from pallas_kernels.packed_matmul.cases import CORNERS, Case, build
+from pallas_kernels.packed_matmul.cases import CORNERS, EPSILON, OFFSET, Case, build
+from pallas_kernels.packed_matmul.norm import Norm
 from pallas_kernels.packed_matmul.panels import pack, pack_gated
 from pallas_kernels.packed_matmul.problem import Problem
 from pallas_kernels.report import Report
@@ -39,7 +40,14 @@ def check_case(case: Case, function: PackedMatmulFunction) -> None:
         NotImplementedError: the function does not serve the case.
     """
     arrays = build(case)
-    options = {"outputs": case.outputs, "gate": case.gate, "out_dtype": jnp.dtype(case.out_dtype)}
+    weight, residual = arrays.norm_weight, arrays.residual
+    options = {
+        "outputs": case.outputs,
+        "gate": case.gate,
+        "norm": None if weight is None else Norm(jnp.asarray(weight), EPSILON, OFFSET),
+        "residual": None if residual is None else jnp.asarray(residual),
+        "out_dtype": jnp.dtype(case.out_dtype),
+    }
     panels = (pack if case.gate is None else pack_gated)(jnp.asarray(arrays.weight))
     out = jax.jit(partial(function, **options))(jnp.asarray(arrays.x), panels)
     compare_products(out, arrays.out, case.out_dtype, case.tolerance)

@@ -6,14 +6,18 @@
 //
 // A panel of a gated weight has 16 columns of the gate and then the 16 that it is for.
 //
+// What comes before a product in a model, a norm of the rows, and after it, the residual, is done with it: XLA would
+// take 4 passes over memory for them, and as many calls.
+//
 // Every element is summed over the inputs in one order, whatever the number of rows and threads: a row's result is the
 // same to the last bit in any company. The blocking is that of https://dl.acm.org/doi/10.1145/1356052.1356053.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <string>
-#include <vector>
+#include <type_traits>
 #include "amx.h"
 #include "parallel.h"
 #include "vectors.h"
@@ -131,24 +135,62 @@ struct Product {
   int panels() const { return (columns + width() - 1) / width(); }
 };
 
+inline F16 get(const float* from) { return load<F16>(from); }
+inline F16 get(const bf16* from) { return (F16)(__builtin_convertvector(load<Halves>(from), Words<16>) << 16); }
 inline void put(float* to, F16 x) { store(to, x); }
 inline void put(bf16* to, F16 x) { store(to, to_bf16(x)); }
 
-// Writes the sums of a panel, `columns` of each row.
-template <class Out> void write(const float* sums, int rows, int columns, Gate gate, int64_t stride, Out* out) {
+// Writes the sums of a panel, `columns` of each row, with the residual added to them if there is one.
+template <class Out> void write(const float* sums, int rows, int columns, Gate gate, const Out* residual, int64_t stride, Out* out) {
   for (int r = 0; r < rows; r++, sums += kPanel, out += stride) {
     F16 x[2] = {load<F16>(sums), load<F16>(sums + 16)};
     if (gate != kNone) x[0] = x[1] * (gate == kSilu ? silu(x[0]) : gelu_tanh(x[0]));
-    Out part[kPanel];
+    Out part[kPanel] = {};
     Out* to = columns % 16 ? part : out;
+    if (residual) {
+      const Out* from = residual + r * stride;
+      if (to == part) from = (const Out*)std::memcpy(part, from, columns * sizeof(Out));
+      x[0] += get(from);
+      if (columns > 16) x[1] += get(from + 16);
+    }
     put(to, x[0]);
     if (columns > 16) put(to + 16, x[1]);
     if (to == part) std::memcpy(out, part, columns * sizeof(Out));
   }
 }
 
+// An RMSNorm of rows, https://arxiv.org/abs/1910.07467: x / sqrt(mean(x^2) + epsilon) * (offset + weight).
+struct Norm {
+  const void* weight;  // of the rows' type; null: rows are taken as they are
+  float epsilon, offset;
+};
+
+// The first `count` of 16 numbers, and zeros.
+template <class E> F16 get_some(const E* from, int count) {
+  E some[16] = {};
+  return get((const E*)std::memcpy(some, from, count * sizeof(E)));
+}
+
+// A row as the product reads it: normalized, and padded with zeros to `size`, a multiple of 16.
+template <class E> void prepare(const E* x, int inputs, int size, const Norm& norm, E* out) {
+  const int rest = inputs % 16, last = inputs - rest;
+  if (!norm.weight) {
+    std::memcpy((char*)out, x, inputs * sizeof(E));
+    return void(std::memset((char*)(out + inputs), 0, (size - inputs) * sizeof(E)));
+  }
+  const E* weight = (const E*)norm.weight;
+  F16 squares = {};
+  for (int i = 0; i < last; i += 16) { const F16 y = get(x + i); squares += y * y; }
+  const F16 end = get_some(x + last, rest);
+  const float scale = 1.f / std::sqrt(total(squares + end * end) / inputs + norm.epsilon);
+  auto normalized = [&](F16 y, F16 w) { return y * scale * (norm.offset + w); };
+  for (int i = 0; i < last; i += 16) put(out + i, normalized(get(x + i), get(weight + i)));
+  std::memset((char*)(out + last), 0, (size - last) * sizeof(E));
+  if (rest) put(out + last, normalized(end, get_some(weight + last, rest)));
+}
+
 // The rows [first, end) times one panel.
-template <class E, class Out> void multiply_panel(const Product& p, int panel, int first, int end, Out* out, Tiles& tiles) {
+template <class E, class Out> void multiply_panel(const Product& p, int panel, int first, int end, const Out* residual, Out* out, Tiles& tiles) {
   const uint32_t* weight = p.weight + int64_t{panel} * p.depth * kPanel;
   const bool amx = kPack<E> == 2 && has_amx();
   const int most = amx ? kBlock : kRows;
@@ -170,7 +212,8 @@ template <class E, class Out> void multiply_panel(const Product& p, int panel, i
       for (int r = 0; r < rows; r++) each[r] = x + int64_t{r} * p.depth;
       multiply_rows<E>(rows, each, weight, p.depth, fetch, sums);
     }
-    write(sums, rows, std::min(p.width(), p.columns - panel * p.width()), p.gate, p.columns, out + int64_t{row} * p.columns + panel * p.width());
+    const int64_t at = int64_t{row} * p.columns + panel * p.width();
+    write(sums, rows, std::min(p.width(), p.columns - panel * p.width()), p.gate, residual ? residual + at : nullptr, p.columns, out + at);
     row += rows;
   }
 }
@@ -194,7 +237,7 @@ class Order {
 };
 Order order;
 
-template <class E, class Out, class Pool> void multiply_all(const Product& p, Out* out, Pool& pool) {
+template <class E, class Out, class Pool> void multiply_all(const Product& p, const Out* residual, Out* out, Pool& pool) {
   const int threads = std::max<int>(1, pool.num_threads());
   // below some 20 us of work another thread costs more than it saves
   const int64_t words = int64_t{p.panels()} * kPanel * p.depth;
@@ -207,13 +250,24 @@ template <class E, class Out, class Pool> void multiply_all(const Product& p, Ou
     const int part = task % parts, begin = task / parts * together;
     const int first = int64_t{p.rows} * part / parts, end = int64_t{p.rows} * (part + 1) / parts;
     Tiles tiles;
-    for (int panel = begin; panel < std::min(begin + together, p.panels()); panel++) multiply_panel<E>(p, panel, first, end, out, tiles);
+    for (int panel = begin; panel < std::min(begin + together, p.panels()); panel++) multiply_panel<E>(p, panel, first, end, residual, out, tiles);
   });
 }
 
 ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument("packed_matmul: " + what); }
 
-ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::Result<ffi::AnyBuffer> out, int64_t gate) {
+// `prepared` has room for the rows where they are not read as they are.
+template <class E, class Out, class Pool> void run(Pool& pool, const void* x, int inputs, uint32_t* prepared, Product p, const Norm& norm, const void* residual, void* out) {
+  const int size = p.depth * kPack<E>, tasks = (p.rows + kBlock - 1) / kBlock;
+  if (prepared) parallel_for(pool, tasks, tasks < 4 ? 1 : std::max<int>(1, pool.num_threads()), [&](int task) {
+    for (int64_t row = int64_t{task} * kBlock; row < std::min<int64_t>(p.rows, (task + 1) * kBlock); row++)
+      prepare((const E*)x + row * inputs, inputs, size, norm, (E*)prepared + row * size);
+  });
+  p.x = prepared ? prepared : (const uint32_t*)x;
+  multiply_all<E>(p, (const Out*)residual, (Out*)out, pool);
+}
+
+ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::AnyBuffer norm_weight, ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::U32>> prepared, int64_t gate, float epsilon, float offset) {
   const auto xs = x.dimensions(), ws = weight.dimensions(), os = out->dimensions();
   const bool halves = x.element_type() == ffi::BF16;
   if (xs.size() != 2 || ws.size() != 3 || os.size() != 2 || os[0] != xs[0]) return invalid("x is to be [rows, in], the weight [panels, depth, 32], the result [rows, out]");
@@ -223,21 +277,31 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ff
   if (ws[2] != kPanel || ws[0] != (os[1] + width - 1) / width || depth % kTile || depth != (bytes + 63) / 64 * kTile)
     return invalid("a weight [" + std::to_string(ws[0]) + ", " + std::to_string(depth) + ", " + std::to_string(ws[2]) + "] does not go with " + std::to_string(xs[1]) + " inputs and " + std::to_string(os[1]) + " outputs");
   if (weight.element_type() != (halves ? ffi::U32 : ffi::F32)) return invalid("rows of bfloat16 go with words of uint32, rows of float32 with float32");
-  const char* rows = (const char*)x.untyped_data();
-  std::vector<char> padded;
-  if (bytes != depth * 4) {
-    padded.assign(xs[0] * depth * 4, 0);
-    for (int64_t r = 0; r < xs[0]; r++) std::memcpy(padded.data() + r * depth * 4, rows + r * bytes, bytes);
-    rows = padded.data();
-  }
-  const Product p{(const uint32_t*)rows, (const uint32_t*)weight.untyped_data(), int(xs[0]), int(depth), int(os[1]), Gate(gate)};
-  if (halves && out->element_type() == ffi::BF16) multiply_all<bf16>(p, (bf16*)out->untyped_data(), pool);
-  else if (halves && out->element_type() == ffi::F32) multiply_all<bf16>(p, (float*)out->untyped_data(), pool);
-  else if (x.element_type() == ffi::F32 && out->element_type() == ffi::F32) multiply_all<float>(p, (float*)out->untyped_data(), pool);
+  const int64_t normed = norm_weight.element_count(), added = residual.element_count();
+  if (normed && (normed != xs[1] || norm_weight.element_type() != x.element_type())) return invalid("the norm's weight is to have an element of the rows' type for each of " + std::to_string(xs[1]) + " inputs");
+  if (added && (added != os[0] * os[1] || residual.element_type() != out->element_type())) return invalid("the residual is to be like the result");
+  const bool as_they_are = !normed && bytes == depth * 4;
+  if (!as_they_are && int64_t(prepared->element_count()) != xs[0] * depth) return invalid("there is no room for rows of " + std::to_string(depth) + " words");
+  const Product p{nullptr, (const uint32_t*)weight.untyped_data(), int(xs[0]), int(depth), int(os[1]), Gate(gate)};
+  const Norm norm{normed ? norm_weight.untyped_data() : nullptr, epsilon, offset};
+  auto with = [&](auto* row, auto* result) {
+    using E = std::remove_pointer_t<decltype(row)>;
+    using Out = std::remove_pointer_t<decltype(result)>;
+    run<E, Out>(pool, x.untyped_data(), int(xs[1]), as_they_are ? nullptr : prepared->typed_data(), p, norm, added ? residual.untyped_data() : nullptr, out->untyped_data());
+  };
+  if (halves && out->element_type() == ffi::BF16) with((bf16*)nullptr, (bf16*)nullptr);
+  else if (halves && out->element_type() == ffi::F32) with((bf16*)nullptr, (float*)nullptr);
+  else if (x.element_type() == ffi::F32 && out->element_type() == ffi::F32) with((float*)nullptr, (float*)nullptr);
   else return invalid("rows and result are to be float32 both, or the rows bfloat16 and the result either");
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PackedMatmul, run, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<int64_t>("gate"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    PackedMatmul, call,
+    ffi::Ffi::Bind()
+        .Ctx<ffi::ThreadPool>()
+        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+        .Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::U32>>()
+        .Attr<int64_t>("gate").Attr<float>("epsilon").Attr<float>("offset"));

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 
 from pallas_kernels.native import Library
 from pallas_kernels.packed_matmul import (
+    Norm,
     Problem,
     as_backend,
     check,
@@ -125,9 +126,18 @@ def test_shapes_that_do_not_go_together() -> None:
         packed_matmul(x, weight, outputs=65)
     with pytest.raises(ValueError, match=r"for 64 inputs of bfloat16 .* it is to be uint32\[2, 32, 32\]"):
         packed_matmul(x.astype(jnp.bfloat16), weight, outputs=64)
+    plain: dict[str, Any] = {"gate": None, "norm": None, "residual": None}
     for call in ((x[:, :40], weight, 64), (x, weight, 200), (x, weight.view(jnp.uint32), 64)):
         with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*packed_matmul"):
-            cpu.packed_matmul_cpu(*call[:2], outputs=call[2], gate=None, out_dtype=jnp.float32)
+            cpu.packed_matmul_cpu(*call[:2], outputs=call[2], out_dtype=jnp.float32, **plain)
+    for fused, message in (
+        ({"norm": Norm(jnp.ones(63), 1e-6)}, r"norm.weight float32\[63\]: it is to be float32\[64\]"),
+        ({"residual": jnp.ones((2, 63))}, r"residual float32\[2, 63\]: it is to be float32\[2, 64\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed_matmul(x, weight, outputs=64, **fused)
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*packed_matmul"):
+            cpu.packed_matmul_cpu(x, weight, outputs=64, out_dtype=jnp.float32, **plain | fused)
 
 
 def test_check_reports_what_is_wrong() -> None:
