@@ -159,56 +159,57 @@ inline void add_columns(const Shape& s, int column, const Chunk<E>& chunk, int b
   for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) store(out + r * s.depth + column + 16 * c, sum[r][c]);
 }
 
+// The slots of a chunk that a query sees, and the groups of 16 that have any of them.
+struct Seen {
+  int first, last, from, to;
+  Seen(int begin, int end, int low, int high) : first(begin), last(end) {
+    from = std::min(high, std::max(low, first / 16 * 16));
+    to = std::max(from, std::min(high, (last + 15) / 16 * 16));
+  }
+  // x where the query sees the slots from i on, else `other`.
+  F16 mask(int i, F16 x, float other) const {
+    if (i >= first && i + 16 <= last) return x;
+    const Ints<16> at = Ints<16>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + i;
+    return ((at >= first) & (at < last)) ? x : (F16{} + other);
+  }
+};
+
 // From scores to weights: the softmax of up to 16 queries so far, and by what it rescales what was added up before.
 template <bool Dot>
 void soften(int rows, const Options& o, float scale, const Tile& t, int chunk, int size, int low, int high, float* scores, bf16* rounded, float* rescale) {
-  const Ints<16> lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  auto seen = [&](int r) { return std::pair{t.first[r] - chunk, std::min(t.end[r] - chunk, size)}; };
-  // the groups of 16 slots of which a query sees any
-  auto groups = [&](int first, int last) {
-    const int from = std::min(high, std::max(low, first / 16 * 16));
-    return std::pair{from, std::max(from, std::min(high, (last + 15) / 16 * 16))};
-  };
+  const bool capped = o.soft_cap > 0, direct = !capped && scale > 0;
+  const float factor = direct ? scale * kLog2e : 1.f, inner = capped ? scale / o.soft_cap : scale, outer = capped ? o.soft_cap * kLog2e : kLog2e;
+  auto seen = [&](int r) { return Seen(t.first[r] - chunk, std::min(t.end[r] - chunk, size), low, high); };
   F16 top = {}, before = {};
   for (int r = 0; r < rows; r++) {
     float* row = scores + r * kScores;
-    const auto [first, last] = seen(r);
-    const auto [from, to] = groups(first, last);
-    F16 most = F16{} + t.top[r];
-    for (int i = from; i < to; i += 16) {
+    const Seen s = seen(r);
+    F16 most = F16{} + kMasked;
+    for (int i = s.from; i < s.to; i += 16) {
       F16 x = load<F16>(row + i);
-      x = o.soft_cap > 0 ? tanh(x * (scale / o.soft_cap)) * (o.soft_cap * kLog2e) : x * (scale * kLog2e);
-      if (i < first || i + 16 > last) {
-        const Ints<16> at = lane + i;
-        x = ((at >= first) & (at < last)) ? x : (F16{} + kMasked);
-      }
+      if (!direct) store(row + i, x = (capped ? tanh(x * inner) : x * inner) * outer);
+      x = s.mask(i, x, kMasked);
       most = (x > most) ? x : most;
-      store(row + i, x);
     }
-    before[r] = t.top[r], top[r] = greatest(most);
+    before[r] = t.top[r], top[r] = std::max(t.top[r], greatest(most) * factor);
   }
   const F16 factors = exp2(before - top);
   for (int r = 0; r < rows; r++) {
     float* row = scores + r * kScores;
-    const auto [first, last] = seen(r);
-    const auto [from, to] = groups(first, last);
+    const Seen s = seen(r);
     const float highest = top[r];
     F16 sums = {};
     auto weigh = [&](int i, F16 x) {
-      sums += x;
       if constexpr (Dot) store(rounded + r * kScores + i, to_bf16(x));
       else store(row + i, x);
     };
-    for (int i = low; i < from; i += 16) weigh(i, F16{});
-    for (int i = from; i < to; i += 16) {
-      F16 x = exp2(load<F16>(row + i) - highest);  // a score of NaN stays one
-      if (i < first || i + 16 > last) {
-        const Ints<16> at = lane + i;
-        x = ((at >= first) & (at < last)) ? x : F16{};
-      }
+    for (int i = low; i < s.from; i += 16) weigh(i, F16{});
+    for (int i = s.from; i < s.to; i += 16) {
+      const F16 x = s.mask(i, exp2(load<F16>(row + i) * factor - highest), 0.f);  // a score of NaN stays one
+      sums += x;
       weigh(i, x);
     }
-    for (int i = to; i < high; i += 16) weigh(i, F16{});
+    for (int i = s.to; i < high; i += 16) weigh(i, F16{});
     rescale[r] = factors[r];
     t.top[r] = highest;
     t.total[r] = t.total[r] * rescale[r] + total(sums);
