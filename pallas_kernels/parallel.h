@@ -12,15 +12,16 @@
 
 namespace jaxllm {
 
-// Calls f(0) ... f(count - 1), each once, on every thread that runs it. The caller begins with the first and its
-// helpers with the last, which is where they have looked ahead.
+// Calls f(0, ...) ... f(count - 1, ...), each once, on the threads that run it. The caller begins with the first and
+// its helpers with the last, which is where they have looked ahead; f's second argument is which way the thread goes,
+// 1 or -1.
 struct Job {
-  std::function<void(int)> f;
+  std::function<void(int, int)> f;
   int count;
   std::atomic<int> taken{0}, first{0}, last{0}, done{0};
   void run(bool helps) {
     while (taken.fetch_add(1) < count) {
-      f(helps ? count - 1 - last.fetch_add(1) : first.fetch_add(1));
+      helps ? f(count - 1 - last.fetch_add(1), -1) : f(first.fetch_add(1), 1);
       done.fetch_add(1, std::memory_order_release);
     }
   }
@@ -94,11 +95,11 @@ class Lobby {
 // One for all libraries of a process, where the compiler makes inline variables unique across them, as GCC does.
 inline Lobby lobby;
 
-// Runs f(0) ... f(count - 1) on the pool's threads. The caller works too, so it never waits for one to start.
+// Runs a `Job` on the pool's threads. The caller works too, so it never waits for one to start.
 template <class Pool, class F> void parallel_for(Pool& pool, int count, int threads, F f) {
   const int helpers = std::min(threads, count) - 1;
   if (helpers <= 0) {
-    for (int i = 0; i < count; i++) f(i);
+    for (int i = 0; i < count; i++) f(i, 1);
     return;
   }
   auto job = std::make_shared<Job>();

@@ -189,15 +189,15 @@ template <class E> void prepare(const E* x, int inputs, int size, const Norm& no
   if (rest) put(out + last, normalized(end, get_some(weight + last, rest)));
 }
 
-// The rows [first, end) times one panel.
-template <class E, class Out> void multiply_panel(const Product& p, int panel, int first, int end, const Out* residual, Out* out, Tiles& tiles) {
+// The rows [first, end) times one panel; the one that comes after it is fetched.
+template <class E, class Out> void multiply_panel(const Product& p, int panel, int following, int first, int end, const Out* residual, Out* out, Tiles& tiles) {
   const uint32_t* weight = p.weight + int64_t{panel} * p.depth * kPanel;
   const bool amx = kPack<E> == 2 && has_amx();
   const int most = amx ? kBlock : kRows;
   const int blocks = (end - first + most - 1) / most;
-  // each block fetches its part of the panel after this one
+  // each block fetches its part of the panel
   const int part = blocks == 1 ? 128 : blocks == 2 ? 64 : blocks <= 4 ? 32 : blocks <= 8 ? 16 : 8;
-  const char* next = (const char*)(weight + int64_t{p.depth} * kPanel);
+  const char* next = (const char*)(p.weight + int64_t{following} * p.depth * kPanel);
   alignas(64) float sums[kBlock * kPanel];
   for (int block = 0, row = first; block < blocks; block++) {
     const Fetch fetch{next + int64_t{block} * part * p.depth, part};
@@ -246,11 +246,14 @@ template <class E, class Out, class Pool> void multiply_all(const Product& p, co
   // neighbouring panels go to one task, so that what is fetched ahead is used
   const int together = std::max(1, p.panels() * parts / (threads * 8)), groups = (p.panels() + together - 1) / together;
   order.came(p.weight, words * 4);
-  parallel_for(pool, groups * parts, small ? 1 : threads, [&](int task) {
-    const int part = task % parts, begin = task / parts * together;
+  parallel_for(pool, groups * parts, small ? 1 : threads, [&](int task, int way) {
+    const int part = task % parts, begin = task / parts * together, stop = std::min(begin + together, p.panels());
     const int first = int64_t{p.rows} * part / parts, end = int64_t{p.rows} * (part + 1) / parts;
     Tiles tiles;
-    for (int panel = begin; panel < std::min(begin + together, p.panels()); panel++) multiply_panel<E>(p, panel, first, end, residual, out, tiles);
+    for (int panel = way > 0 ? begin : stop - 1; begin <= panel && panel < stop; panel += way) {
+      const int following = std::clamp(panel + way, 0, p.panels() - 1);
+      multiply_panel<E>(p, panel, following, first, end, residual, out, tiles);
+    }
   });
 }
 
@@ -259,7 +262,7 @@ ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument
 // `prepared` has room for the rows where they are not read as they are.
 template <class E, class Out, class Pool> void run(Pool& pool, const void* x, int inputs, uint32_t* prepared, Product p, const Norm& norm, const void* residual, void* out) {
   const int size = p.depth * kPack<E>, tasks = (p.rows + kBlock - 1) / kBlock;
-  if (prepared) parallel_for(pool, tasks, tasks < 4 ? 1 : std::max<int>(1, pool.num_threads()), [&](int task) {
+  if (prepared) parallel_for(pool, tasks, tasks < 4 ? 1 : std::max<int>(1, pool.num_threads()), [&](int task, int) {
     for (int64_t row = int64_t{task} * kBlock; row < std::min<int64_t>(p.rows, (task + 1) * kBlock); row++)
       prepare((const E*)x + row * inputs, inputs, size, norm, (E*)prepared + row * size);
   });

@@ -67,8 +67,8 @@ template <class E> class Step {
     const int threads = work * s.heads < 4096 ? 1 : std::max<int>(1, pool.num_threads());
     plan(threads);
     if (chunks)  // all is written before anything reads it; a lone token is written by the task that reads it
-      parallel_for(pool, tasks.size(), threads, [this](int i) { if (is_last(tasks[i])) for (int g = 0; g < s.kv_heads; g++) write(tasks[i], g); });
-    parallel_for(pool, tasks.size() * s.kv_heads, threads, [this, chunks](int i) {
+      parallel_for(pool, tasks.size(), threads, [this](int i, int) { if (is_last(tasks[i])) for (int g = 0; g < s.kv_heads; g++) write(tasks[i], g); });
+    parallel_for(pool, tasks.size() * s.kv_heads, threads, [this, chunks](int i, int) {
       const Task& task = tasks[i / s.kv_heads];
       if (!chunks && is_last(task)) write(task, i % s.kv_heads);
       attend(task, i % s.kv_heads);
