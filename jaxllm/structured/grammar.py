@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits
 from llguidance.gbnf_to_lark import any_to_lark
@@ -92,8 +93,10 @@ class Grammar:
                     raise self.error(f"multipleOf {multiple}: {what}")
         try:
             match params.constraint:
+                case "json" if params.disable_additional_properties:
+                    return self._schema(json.dumps(_closed(json.loads(text))))
                 case "json":
-                    return self._schema(str(params.json))
+                    return self._schema(text)
                 case "json_object":
                     return self._schema('{"type": "object"}')
                 case "regex":
@@ -118,6 +121,18 @@ class Grammar:
         if compiled.is_error():
             raise self.error(_short(compiled.get_error()))
         return compiled
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have no other properties than it lists, unless it speaks of others."""
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: _closed(part) for name, part in schema.items()}
+    if "properties" in schema and not schema.keys() & {"additionalProperties", "patternProperties"}:
+        closed["additionalProperties"] = False
+    return closed
 
 
 def _num_states(multiple: str) -> Decimal:

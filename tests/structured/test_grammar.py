@@ -112,6 +112,17 @@ def test_whitespace(table: TokenTable) -> None:
     assert not any(text.isspace() for text in texts(table, allowed(matcher)))
 
 
+def test_properties_that_the_schema_does_not_list(table: TokenTable) -> None:
+    listed = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+    schema = {**listed, "properties": {"a": listed}}
+    options = {"json": schema, "disable_any_whitespace": True}
+    for closed in (False, True):
+        matcher = grammar_of(table)(**options, disable_additional_properties=closed).matcher()
+        for token in table._longest(b'{"a":{"a":1'):
+            matcher.accept(token)
+        assert texts(table, allowed(matcher)) == ({"}"} if closed else {",", "}"})
+
+
 def test_a_lexer_that_is_full_begins_anew(table: TokenTable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs share what has been computed of a grammar; when that is too much, they go on without it."""
     limits = grammar.LLParserLimits(max_lexer_states=300, verbose_errors=False)
