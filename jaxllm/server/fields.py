@@ -19,7 +19,6 @@ Refusals = dict[str, tuple[tuple[Any, ...], str]]
 """Parameters that are not served: values that ask for nothing besides `NOT_THERE`, and what to do instead."""
 
 GRAMMAR = "outputs cannot be held to a grammar; ask for the form in the prompt and check the answer"
-TOOLS = "calls of tools are not read from the output; describe tools in the prompt"
 REFUSED: Refusals = {
     "response_format": (({"type": "text"},), GRAMMAR),
     "structured_outputs": ((), GRAMMAR),

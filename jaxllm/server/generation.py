@@ -57,6 +57,7 @@ class Job:
         known: the request's parameters, for errors.
         rename: the engine's names of parameters that the request calls otherwise.
         user: who asks, for the log.
+        shape: changes the parameters of a prompt, once it is made.
     """
 
     prompts: Callable[[AsyncEngine], Awaitable[Sequence[Prompt]]]
@@ -67,6 +68,7 @@ class Job:
     known: frozenset[str]
     rename: Mapping[str, str]
     user: str | None = None
+    shape: Callable[[Prompt, SamplingParams], SamplingParams] = lambda prompt, params: params
 
 
 class Generation:
@@ -213,7 +215,7 @@ async def _make_inputs(engine: AsyncEngine, job: Job, params: SamplingParams) ->
     inputs = []
     for i, prompt in enumerate(prompts):
         try:
-            inputs.append(await engine.make_input(prompt, params, **job.input_options))
+            inputs.append(await engine.make_input(prompt, job.shape(prompt, params), **job.input_options))
         except (TypeError, ValueError) as error:
             found = bad_value(error, job.known, job.rename)
             if len(prompts) > 1:
