@@ -1,12 +1,13 @@
 """How a request's answers are read, and what they are held to."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxllm.engine.prompts import Prompt
 from jaxllm.sampling import SamplingParams
 from jaxllm.server.answer_parts import CallArguments, CallBegin, Part, Reasoning, Text, merge_parts
+from jaxllm.server.call_grammars import Literals, auto_grammar, reasoning_grammar, required_grammar
 from jaxllm.server.errors import ApiError
 from jaxllm.server.reasoning_parsers import REASONING_PARSERS, ReasoningParser
 from jaxllm.server.service import Service
@@ -18,6 +19,7 @@ from jaxllm.server.tool_parsers import (
     ToolParser,
 )
 from jaxllm.server.tools import ToolUse
+from jaxllm.structured import StructuredOutputsParams
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class AnswerForm:
         include_reasoning: whether reasoning is given out.
         continued: a part of the answer that stands in the prompt.
         new_id: makes ids of calls.
+        literals: the vocabulary, for grammars; None without a tokenizer.
     """
 
     use: ToolUse
@@ -39,12 +42,48 @@ class AnswerForm:
     include_reasoning: bool = True
     continued: str = ""
     new_id: Callable[[], str] = CallParser.new_id
+    literals: Literals | None = None
 
     def shape(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
-        """The parameters with which such an answer is made."""
+        """The parameters with which such an answer to a prompt is made.
+
+        Raises:
+            ApiError: 400, the output is to be held to two forms at once.
+        """
         if self.tool_parser is not None and self.tool_parser.needs_special_tokens:
             params = replace(params, skip_special_tokens=False)
-        return params
+        held = params.structured_outputs
+        if (own := self._calls_alone()) is not None:
+            if held is not None:
+                text = (
+                    "tool_choice: calls have a form of their own; leave out what else the output is held to"
+                )
+                raise ApiError(400, text, param="tool_choice")
+            held = own
+        if held is not None and self.reasoning_parser is not None and self.literals is not None:
+            text = prompt.get("prompt") if isinstance(prompt, Mapping) else None
+            parser = self.reasoning_parser(text or "", self.continued)
+            held = replace(held, prefix=reasoning_grammar(parser, self.literals))
+        return replace(params, structured_outputs=held)
+
+    @property
+    def rename(self) -> dict[str, str]:
+        """The request's names of what the engine calls otherwise, for errors."""
+        strict = self.use.mode == "auto" and any(tool.strict for tool in self.use.allowed)
+        return {"structured_outputs": "tools"} if strict or self.use.mode in ("required", "named") else {}
+
+    def _calls_alone(self) -> StructuredOutputsParams | None:
+        """What holds the output to calls."""
+        use = self.use
+        if use.mode == "named":
+            return StructuredOutputsParams(json=use.allowed[0].schema)
+        if use.mode == "required":
+            return StructuredOutputsParams(grammar=required_grammar(use.allowed, parallel=use.parallel))
+        parser = self.tool_parser
+        if parser is None or not any(tool.strict for tool in use.allowed) or self.literals is None:
+            return None
+        grammar = auto_grammar(use.allowed, parser, self.literals, parallel=use.parallel)
+        return StructuredOutputsParams(grammar=grammar)
 
     def reader(self, prompt: str | None) -> "AnswerReader":
         """What reads one answer to a prompt."""
@@ -90,7 +129,8 @@ def answer_form(
             raise ApiError(400, text, param="tools", code="unsupported_parameter")
     reasoning = None if config.reasoning_parser is None else REASONING_PARSERS.get(config.reasoning_parser)
     own = CallParser if config.tool_call_parser is None else TOOL_PARSERS.get(config.tool_call_parser)
-    return AnswerForm(use, parser, reasoning, include_reasoning, continued, own.new_id)
+    literals = None if service.vocabulary is None else Literals(service.vocabulary)
+    return AnswerForm(use, parser, reasoning, include_reasoning, continued, own.new_id, literals)
 
 
 class AnswerReader:

@@ -74,7 +74,8 @@ def _job(body: ChatCompletionRequest, form: AnswerForm, service: Service) -> Job
             "truncate_prompt_tokens": body.truncate_prompt_tokens,
         },
         known=frozenset(ChatCompletionRequest.model_fields),
-        rename={"prompt": "messages", "prompt_token_ids": "messages", "logprobs": "top_logprobs"},
+        rename={"prompt": "messages", "prompt_token_ids": "messages", "logprobs": "top_logprobs"}
+        | form.rename,
         user=body.user or body.safety_identifier,
         shape=form.shape,
     )

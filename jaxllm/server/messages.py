@@ -98,7 +98,7 @@ def _job(body: MessagesRequest, form: AnswerForm, service: Service) -> Job:
         stream=bool(body.stream),
         input_options={},
         known=frozenset(MessagesRequest.model_fields),
-        rename={"prompt": "messages", "prompt_token_ids": "messages", "stop": "stop_sequences"},
+        rename={"prompt": "messages", "prompt_token_ids": "messages", "stop": "stop_sequences"} | form.rename,
         user=body.metadata.user_id if body.metadata else None,
         shape=form.shape,
     )

@@ -125,7 +125,8 @@ def _job(body: ResponsesRequest, form: AnswerForm, messages: list[dict[str, Any]
             "messages": "input",
             "max_tokens": "max_output_tokens",
             "logprobs": "top_logprobs",
-        },
+        }
+        | form.rename,
         user=body.user or body.safety_identifier,
         shape=form.shape,
     )

@@ -47,6 +47,8 @@ class Grammar:
         self._name = f"structured_outputs.{params.constraint}"
         self._lock = threading.Lock()
         self._source = self._read()
+        if params.prefix is not None:
+            self._source = _after(params.prefix, self._source)
         self._compiled = self._compile()
         begin = time.perf_counter()
         try:
@@ -116,6 +118,14 @@ class Grammar:
         if compiled.is_error():
             raise self.error(_short(compiled.get_error()))
         return compiled
+
+
+def _after(prefix: str, source: str) -> str:
+    """A grammar that begins with another one's text."""
+    rest = json.loads(source)["grammars"] if source.startswith("{") else [{"lark_grammar": source}]
+    rest[0]["name"] = "rest"
+    begin = [{"lark_grammar": "start: @prefix @rest"}, {"name": "prefix", "lark_grammar": prefix}]
+    return json.dumps({"grammars": [*begin, *rest]})
 
 
 def _short(message: str) -> str:

@@ -1,7 +1,8 @@
 """What a parser of reasoning is, and what the built-in ones have in common."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 from jaxllm.server.answer_parts import Part, Reasoning, Text
 from jaxllm.server.incremental import IncrementalParser, MarkerSearch, Steps
@@ -10,10 +11,12 @@ Beginning = Literal["reasoning", "either", "text"]
 """What an answer begins with."""
 
 
-class ReasoningParser(Protocol):
+class ReasoningParser(ABC):
     """Parts a model's reasoning from its answer. There is one for each answer.
 
-    Its class is called with the prompt, and with that part of the answer which stands in the prompt already.
+    Args:
+        prompt: text that the answer follows.
+        continued: the part of the answer that stands in the prompt, if the answer goes on from it.
     """
 
     begin: ClassVar[str]
@@ -21,23 +24,24 @@ class ReasoningParser(Protocol):
     end: ClassVar[str]
     """What it writes after it."""
 
+    @abstractmethod
     def __init__(self, prompt: str = "", continued: str = "") -> None: ...
 
     @property
+    @abstractmethod
     def beginning(self) -> Beginning:
         """What the answer begins with, as far as the prompt tells."""
-        ...
 
+    @abstractmethod
     def feed(self, text: str) -> Iterable[Part]:
         """Reads on, and gives what is known by now: `Reasoning` and `Text`."""
-        ...
 
+    @abstractmethod
     def finish(self) -> Iterable[Part]:
         """Ends the text, and gives the rest."""
-        ...
 
 
-class ThinkParser(IncrementalParser):
+class ThinkParser(IncrementalParser, ReasoningParser):
     """Reads reasoning between `<think>` and `</think>`, at the beginning of the answer.
 
     White space around reasoning is dropped. Reasoning that does not end is all there is of the answer.

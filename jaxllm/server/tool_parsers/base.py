@@ -1,52 +1,63 @@
 """What a parser of tool calls is, and what the built-in ones have in common."""
 
 import uuid
-from collections.abc import Iterable
-from typing import ClassVar, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 from jaxllm.server.answer_parts import CallArguments, CallBegin, Part, Text
 from jaxllm.server.incremental import IncrementalParser, MarkerSearch, Steps
 
 
-class ToolParser(Protocol):
+class ToolParser(ABC):
     """Reads calls of tools from what a model writes. There is one for each answer.
 
-    Its class is called with the names of the tools that may be called; without any, every name is taken for
-    a tool's.
+    Args:
+        tools: names of the tools that may be called; without any, every name is taken for a tool's.
     """
 
-    needs_special_tokens: ClassVar[bool]
+    needs_special_tokens: ClassVar[bool] = False
     """Whether calls are marked by special tokens, which then have to be in the text."""
+    marker: ClassVar[str | None] = None
+    """What every call begins with. With it and `call_rule`, strict tools' calls are held to their schemas."""
 
+    @abstractmethod
     def __init__(self, tools: Iterable[str] = ()) -> None: ...
+
+    @abstractmethod
+    def feed(self, text: str) -> Iterable[Part]:
+        """Reads on, and gives what is known by now: text, calls, and pieces of their arguments."""
+
+    @abstractmethod
+    def finish(self) -> Iterable[Part]:
+        """Ends the text, and gives the rest."""
 
     @staticmethod
     def new_id() -> str:
-        """A new id for a call, in the form that the models' templates expect."""
-        ...
+        """A new id for a call, in the form that the models' templates expect; here as OpenAI's look."""
+        return f"call_{uuid.uuid4().hex[:24]}"
 
-    def feed(self, text: str) -> Iterable[Part]:
-        """Reads on, and gives what is known by now: text, calls, and pieces of their arguments."""
-        ...
+    @staticmethod
+    def call_rule(name: str, arguments: str, word: Callable[[str], str]) -> str:
+        """What follows the marker in a call, as an expression of Lark.
 
-    def finish(self) -> Iterable[Part]:
-        """Ends the text, and gives the rest."""
-        ...
+        Args:
+            name: the tool's.
+            arguments: the rule of its arguments.
+            word: makes a terminal of a word, which may be a special token.
+
+        Raises:
+            NotImplementedError: there is no such rule.
+        """
+        raise NotImplementedError
 
 
-class CallParser(IncrementalParser):
+class CallParser(IncrementalParser, ToolParser):
     """A parser of tool calls that reads a character at a time.
 
     Nothing of the text is lost: what looks like a call and is none is given out as text. White space around
     calls is dropped, unless there is text on both sides.
     """
-
-    needs_special_tokens: ClassVar[bool] = True
-
-    @staticmethod
-    def new_id() -> str:
-        """A new id for a call, as OpenAI's look."""
-        return f"call_{uuid.uuid4().hex[:24]}"
 
     def __init__(self, tools: Iterable[str] = ()) -> None:
         super().__init__()

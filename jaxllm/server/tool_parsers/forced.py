@@ -1,7 +1,5 @@
 """Calls that the model is held to by a grammar: their form is known, whatever the model."""
 
-from typing import ClassVar
-
 from jaxllm.server.incremental import Steps
 from jaxllm.server.tool_parsers.base import CallParser
 from jaxllm.server.tool_parsers.json_calls import JsonCallParser
@@ -9,8 +7,6 @@ from jaxllm.server.tool_parsers.json_calls import JsonCallParser
 
 class NamedCallParser(CallParser):
     """Reads a text that is one tool's arguments, and nothing else."""
-
-    needs_special_tokens: ClassVar[bool] = False
 
     def _read(self) -> Steps[None]:
         yield from self._skip_space()
@@ -25,8 +21,6 @@ class NamedCallParser(CallParser):
 
 class RequiredCallsParser(JsonCallParser):
     """Reads a text that is a list of calls: `[{"name": ..., "arguments": {...}}, ...]`."""
-
-    needs_special_tokens: ClassVar[bool] = False
 
     def _read(self) -> Steps[None]:
         yield from self._skip_space()

@@ -3,6 +3,8 @@
 Source: https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1/#json-based-tool-calling
 """
 
+from typing import ClassVar
+
 from jaxllm.server.incremental import Steps
 from jaxllm.server.tool_parsers.json_calls import JsonCallParser
 
@@ -15,6 +17,8 @@ class Llama3JsonToolParser(JsonCallParser):
     They stand at the beginning of the answer, or after `<|python_tag|>`. Without that, an object is a call if
     there is a tool of its name and if it has parameters, and else an answer that is JSON.
     """
+
+    needs_special_tokens: ClassVar[bool] = True
 
     def _read(self) -> Steps[None]:
         yield from self._skip_space()

@@ -3,8 +3,11 @@
 Source: https://github.com/mistralai/mistral-common (tokens/tokenizers/instruct.py)
 """
 
+import json
 import random
 import string
+from collections.abc import Callable
+from typing import ClassVar
 
 from jaxllm.server.incremental import Steps
 from jaxllm.server.tool_parsers.json_calls import JsonCallParser
@@ -20,6 +23,15 @@ class MistralToolParser(JsonCallParser):
 
     Calls get ids of 9 letters and digits: the models' templates take no others.
     """
+
+    needs_special_tokens: ClassVar[bool] = True
+    marker: ClassVar[str | None] = BEGIN
+
+    @staticmethod
+    def call_rule(name: str, arguments: str, word: Callable[[str], str]) -> str:
+        """What follows `[TOOL_CALLS]`, in either form."""
+        head = json.dumps(f'[{{"name": "{name}", "arguments": ')
+        return f'(" "? {head} {arguments} "}}]" | "{name}" {word(ARGUMENTS)}? {arguments})'
 
     @staticmethod
     def new_id() -> str:

@@ -6,7 +6,7 @@ Source: https://github.com/meta-llama/llama-models/blob/main/models/llama3_2/tex
 import ast
 import json
 import warnings
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxllm.server.incremental import Steps
 from jaxllm.server.tool_parsers.base import CallParser
@@ -20,8 +20,6 @@ class PythonicToolParser(CallParser):
     A call is given out once it is complete: its arguments are literals of Python (`true`, `false` and `null`
     are taken as well), read by `ast` and never run. A list whose first item is no call of a tool is text.
     """
-
-    needs_special_tokens: ClassVar[bool] = False
 
     def _read(self) -> Steps[None]:
         yield from self._skip_space()
