@@ -7,7 +7,13 @@ from typing import Any
 from jaxllm.engine.prompts import Prompt
 from jaxllm.sampling import SamplingParams
 from jaxllm.server.answer_parts import CallArguments, CallBegin, Part, Reasoning, Text, merge_parts
-from jaxllm.server.call_grammars import Literals, auto_grammar, reasoning_grammar, required_grammar
+from jaxllm.server.call_grammars import (
+    Literals,
+    auto_grammar,
+    named_grammar,
+    reasoning_grammar,
+    required_grammar,
+)
 from jaxllm.server.errors import ApiError
 from jaxllm.server.reasoning_parsers import REASONING_PARSERS, ReasoningParser
 from jaxllm.server.service import Service
@@ -76,7 +82,7 @@ class AnswerForm:
         """What holds the output to calls."""
         use = self.use
         if use.mode == "named":
-            return StructuredOutputsParams(json=use.allowed[0].schema)
+            return StructuredOutputsParams(grammar=named_grammar(use.allowed[0]))
         if use.mode == "required":
             return StructuredOutputsParams(grammar=required_grammar(use.allowed, parallel=use.parallel))
         parser = self.tool_parser

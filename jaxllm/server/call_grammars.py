@@ -5,7 +5,8 @@ https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.server.reasoning_parsers import ReasoningParser
@@ -13,6 +14,7 @@ from jaxllm.server.tool_parsers import ToolParser
 from jaxllm.server.tools import Tool
 
 ANY = r"/(.|\n)*/"
+ANYTHING = {"type": "object"}
 
 
 class Literals:
@@ -35,6 +37,11 @@ class Literals:
 def quoted(text: str) -> str:
     """Text as a terminal."""
     return json.dumps(text)
+
+
+def named_grammar(tool: Tool) -> str:
+    """One tool's arguments, as `NamedCallParser` reads them."""
+    return f"start: {_json(tool.schema)}"
 
 
 def required_grammar(tools: Sequence[Tool], *, parallel: bool) -> str:
@@ -68,7 +75,7 @@ def auto_grammar(
     ]
     for i, tool in enumerate(tools):
         call = parser.call_rule(tool.name, f"arguments_{i}", literals.of)
-        schema = _arguments(i, tool) if tool.strict else f'arguments_{i}: %json {{"type": "object"}}'
+        schema = _arguments(i, tool) if tool.strict else f"arguments_{i}: {_json(ANYTHING)}"
         rules += [f"call_{i}: {call}", schema]
     return "\n".join(rules)
 
@@ -77,8 +84,8 @@ def reasoning_grammar(parser: ReasoningParser, literals: Literals) -> str | None
     """What may come before the answer proper: reasoning, and white space after it; None if nothing may."""
     if parser.beginning == "text":
         return None
-    opened = f"({literals.of(parser.begin)} thought space)?"
-    start = "thought space" if parser.beginning == "reasoning" else opened
+    opened = literals.of(parser.begin)
+    start = f"{opened}? thought space" if parser.beginning == "reasoning" else f"({opened} thought space)?"
     return f"start: {start}\n{literals.up_to('thought', parser.end)}\nspace: /[ \\n]{{0,4}}/"
 
 
@@ -87,4 +94,10 @@ def _either(tools: Sequence[Tool]) -> str:
 
 
 def _arguments(i: int, tool: Tool) -> str:
-    return f"arguments_{i}: %json {json.dumps(tool.schema)}"
+    return f"arguments_{i}: {_json(tool.schema)}"
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    """JSON that fits a schema, with white space as in the calls that templates write."""
+    form = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return f"%json {json.dumps({**schema, 'x-guidance': form})}"
