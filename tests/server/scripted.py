@@ -49,14 +49,16 @@ def tool_server(folder: Path) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def writes(text: str) -> Iterator[None]:
-    """Has the model write this where nothing else holds it to a form."""
-    shape = AnswerForm.shape
+def writes(*texts: str) -> Iterator[None]:
+    """Has the model write these, one a request and the last again and again, unless it must call."""
+    shape, rest = AnswerForm.shape, [*texts]
 
     def held(form: AnswerForm, prompt: Any, params: Any) -> Any:
         params = shape(form, prompt, params)
-        choice = params.structured_outputs or StructuredOutputsParams(choice=[text])
-        return replace(params, structured_outputs=choice, max_tokens=params.max_tokens or 300)
+        if form.use.mode not in ("required", "named"):
+            text = rest.pop(0) if len(rest) > 1 else rest[0]
+            params = replace(params, structured_outputs=StructuredOutputsParams(choice=[text]))
+        return replace(params, max_tokens=params.max_tokens or 300)
 
     with patch.object(AnswerForm, "shape", held):
         yield
