@@ -27,6 +27,8 @@ from jaxllm.server.tool_parsers import (
 from jaxllm.server.tools import ToolUse
 from jaxllm.structured import StructuredOutputsParams
 
+CONSTRAINT = "structured_outputs"
+
 
 @dataclass(frozen=True)
 class AnswerForm:
@@ -54,29 +56,30 @@ class AnswerForm:
         """The parameters with which such an answer to a prompt is made.
 
         Raises:
-            ApiError: 400, the output is to be held to two forms at once.
+            ValueError: the output is to be held to something that leaves no room for calls.
         """
         if self.tool_parser is not None and self.tool_parser.needs_special_tokens:
             params = replace(params, skip_special_tokens=False)
         held = params.structured_outputs
-        if (own := self._calls_alone()) is not None:
-            if held is not None:
-                text = (
-                    "tool_choice: calls have a form of their own; leave out what else the output is held to"
-                )
-                raise ApiError(400, text, param="tool_choice")
-            held = own
+        if held is not None and self.use.mode != "none":
+            raise ValueError(
+                "structured_outputs: an output that is held to a form has no calls; leave it out, or set "
+                "tool_choice to 'none'"
+            )
+        held = held or self._calls_alone()
         if held is not None and self.reasoning_parser is not None and self.literals is not None:
             text = prompt.get("prompt") if isinstance(prompt, Mapping) else None
             parser = self.reasoning_parser(text or "", self.continued)
             held = replace(held, prefix=reasoning_grammar(parser, self.literals))
         return replace(params, structured_outputs=held)
 
-    @property
-    def rename(self) -> dict[str, str]:
-        """The request's names of what the engine calls otherwise, for errors."""
-        strict = self.use.mode == "auto" and any(tool.strict for tool in self.use.allowed)
-        return {"structured_outputs": "tools"} if strict or self.use.mode in ("required", "named") else {}
+    def rename(self, params: Mapping[str, Any]) -> dict[str, str]:
+        """The request's names of what the engine calls otherwise, for errors.
+
+        Args:
+            params: what the request asks for by itself.
+        """
+        return {} if params.get(CONSTRAINT) or self.use.mode == "none" else {CONSTRAINT: "tools"}
 
     def _calls_alone(self) -> StructuredOutputsParams | None:
         """What holds the output to calls."""

@@ -74,8 +74,13 @@ def _job(body: ChatCompletionRequest, form: AnswerForm, service: Service) -> Job
             "truncate_prompt_tokens": body.truncate_prompt_tokens,
         },
         known=frozenset(ChatCompletionRequest.model_fields),
-        rename={"prompt": "messages", "prompt_token_ids": "messages", "logprobs": "top_logprobs"}
-        | form.rename,
+        rename={
+            "prompt": "messages",
+            "prompt_token_ids": "messages",
+            "logprobs": "top_logprobs",
+            "structured_outputs": body.constraint_name,
+        }
+        | form.rename(params),
         user=body.user or body.safety_identifier,
         shape=form.shape,
     )

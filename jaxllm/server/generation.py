@@ -88,11 +88,13 @@ class Generation:
         ticket: Ticket,
         deadline: float,
         service: Service,
+        job: Job,
     ) -> None:
         self.id = request_id
         self.inputs = inputs
         self._numbers = {name: number for number, name in enumerate(stream.request_ids)}
         self._stream, self._ticket, self._deadline, self._service = stream, ticket, deadline, service
+        self._job = job
         self._cached = [0] * len(inputs)
         self._generated = 0
         self._closed = self._cancelled = False
@@ -111,7 +113,8 @@ class Generation:
             patience: seconds after which it gives an empty list.
 
         Raises:
-            ApiError: 408 after the deadline, 503 if the engine stopped.
+            ApiError: 408 after the deadline, 503 if the engine stopped, 400 if what the output is held to
+                turned out to be too complex.
             RequestFailedError, EngineFailedError: as for `OutputStream.take`.
         """
         now = asyncio.get_running_loop().time()
@@ -123,6 +126,8 @@ class Generation:
             if asyncio.get_running_loop().time() >= self._deadline:
                 raise ApiError(408, "the request took longer than its time limit", code="timeout") from None
             return []
+        except ValueError as error:
+            raise bad_value(error, self._job.known, self._job.rename) from error
         return [(self._numbers[output.request_id], self._count(output)) for output in outputs]
 
     def _count(self, output: RequestOutput) -> RequestOutput:
@@ -193,7 +198,7 @@ async def start(service: Service, request: Request, job: Job, request_id: str | 
     if params.max_tokens is not None:
         service.asked["max_tokens"].observe(params.max_tokens)
     try:
-        inputs = await _make_inputs(engine, job, params)
+        inputs = await _make_inputs(service, engine, job, params)
         if service.config.access.cache_salt_per_key:
             key = request.state.key_hash
             inputs = [replace(input, cache_salt=f"{key}/{input.cache_salt or ''}") for input in inputs]
@@ -201,13 +206,23 @@ async def start(service: Service, request: Request, job: Job, request_id: str | 
         many = len(inputs) > 1
         named = {f"{request_id}-{i}" if many else request_id: input for i, input in enumerate(inputs)}
         stream = await _submit(service, engine, named, job)
-        return Generation(request_id, inputs, stream, ticket, deadline, service)
+        return Generation(request_id, inputs, stream, ticket, deadline, service, job)
     except BaseException:
         ticket.give_back()
         raise
 
 
-async def _make_inputs(engine: AsyncEngine, job: Job, params: SamplingParams) -> list[EngineInput]:
+def _check_size(service: Service, params: SamplingParams, job: Job) -> None:
+    structured, most = params.structured_outputs, service.config.limits.max_grammar_size
+    if structured is not None and structured.size > most:
+        name = f"structured_outputs.{structured.constraint}"
+        error = ValueError(f"{name}: {structured.size} bytes; this server takes at most {most}")
+        raise bad_value(error, job.known, job.rename)
+
+
+async def _make_inputs(
+    service: Service, engine: AsyncEngine, job: Job, params: SamplingParams
+) -> list[EngineInput]:
     try:
         prompts = await job.prompts(engine)
     except (TypeError, ValueError) as error:
@@ -215,7 +230,9 @@ async def _make_inputs(engine: AsyncEngine, job: Job, params: SamplingParams) ->
     inputs = []
     for i, prompt in enumerate(prompts):
         try:
-            inputs.append(await engine.make_input(prompt, job.shape(prompt, params), **job.input_options))
+            shaped = job.shape(prompt, params)
+            _check_size(service, shaped, job)
+            inputs.append(await engine.make_input(prompt, shaped, **job.input_options))
         except (TypeError, ValueError) as error:
             found = bad_value(error, job.known, job.rename)
             if len(prompts) > 1:

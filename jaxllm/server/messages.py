@@ -84,7 +84,7 @@ def _job(body: MessagesRequest, form: AnswerForm, service: Service) -> Job:
     async def render(engine: AsyncEngine) -> Sequence[Prompt]:
         return [await _render(engine, body, form, service)]
 
-    given = {
+    params: dict[str, Any] = {
         "max_tokens": body.max_tokens,
         "stop": body.stop_sequences,
         "temperature": body.temperature,
@@ -94,11 +94,12 @@ def _job(body: MessagesRequest, form: AnswerForm, service: Service) -> Job:
     return Job(
         prompts=render,
         num_prompts=1,
-        params={name: value for name, value in given.items() if value is not None},
+        params={name: value for name, value in params.items() if value is not None},
         stream=bool(body.stream),
         input_options={},
         known=frozenset(MessagesRequest.model_fields),
-        rename={"prompt": "messages", "prompt_token_ids": "messages", "stop": "stop_sequences"} | form.rename,
+        rename={"prompt": "messages", "prompt_token_ids": "messages", "stop": "stop_sequences"}
+        | form.rename(params),
         user=body.metadata.user_id if body.metadata else None,
         shape=form.shape,
     )

@@ -166,7 +166,7 @@ def new_response(
         "parallel_tool_calls": body.tool_use.parallel,
         "previous_response_id": body.previous_response_id,
         "store": body.store is not False,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": body.format},
         "tool_choice": body.tool_choice or "auto",
         "tools": [tool.model_dump() for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,

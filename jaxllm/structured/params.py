@@ -44,7 +44,8 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     """No whitespace between the tokens of JSON, with `json` and `json_object`."""
     whitespace_pattern: str | None = None
-    """A regular expression of the whitespace that may stand between tokens of JSON, likewise; None: any."""
+    """A regular expression of the whitespace that may stand between tokens of JSON, likewise. None: up to 4
+    spaces or tabs, or a new line and up to 40."""
     prefix: str | None = None
     """A grammar in Lark of what comes first and is held to nothing else, such as a model's reasoning."""
 

@@ -1,4 +1,4 @@
-"""instructor: answers of a form, by tools."""
+"""instructor: answers of a form, by tools and by schemas."""
 
 from typing import Literal
 
@@ -19,9 +19,10 @@ class Place(BaseModel):
     warm: bool
 
 
-def test_an_answer_of_a_form(url: str) -> None:
+@pytest.mark.parametrize("mode", [instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA])
+def test_an_answer_of_a_form(url: str, mode: instructor.Mode) -> None:
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as plain:
-        client = instructor.from_openai(plain, mode=instructor.Mode.TOOLS)
+        client = instructor.from_openai(plain, mode=mode)
         found = client.create(response_model=Place, max_retries=0, **ASK)
         assert found.city in ("Paris", "Rome")
         *_, last = client.create_partial(response_model=Place, max_retries=0, **ASK)

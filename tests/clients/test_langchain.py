@@ -49,8 +49,9 @@ def test_a_tool_that_must_be_called(model: ChatOpenAI) -> None:
         assert bound.invoke("hi").tool_calls[0]["args"]["city"] in ("Paris", "Rome")
 
 
-def test_an_answer_of_a_form(model: ChatOpenAI) -> None:
-    structured = model.with_structured_output(Place, method="function_calling")
+@pytest.mark.parametrize("method", ["function_calling", "json_schema"])
+def test_an_answer_of_a_form(model: ChatOpenAI, method: Literal["function_calling", "json_schema"]) -> None:
+    structured = model.with_structured_output(Place, method=method)
     assert structured.invoke("hi").city in ("Paris", "Rome")
     *_, last = structured.stream("hi")
     assert last.city in ("Paris", "Rome")

@@ -1,10 +1,11 @@
 """LiteLLM: tools, whole and streamed, and reasoning."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import litellm
 import pytest
+from pydantic import BaseModel
 from running import Running
 from scripted import CALL, TIME_CALL, TOOLS, configured, writes
 
@@ -36,6 +37,16 @@ def test_tools(ask: dict[str, Any]) -> None:
         assert found == [("weather", {"city": "Paris"}), ("time", {})]
     forced = litellm.completion(tools=TOOLS[:1], tool_choice="required", parallel_tool_calls=False, **ask)
     assert forced.choices[0].message.tool_calls[0].function.name == "weather"
+
+
+def test_an_answer_of_a_form(ask: dict[str, Any]) -> None:
+    class Place(BaseModel):
+        city: Literal["Paris", "Rome"]
+
+    whole = litellm.completion(response_format=Place, **ask).choices[0].message.content
+    chunks = list(litellm.completion(response_format=Place, stream=True, **ask))
+    assert Place.model_validate_json(whole)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
 
 
 def test_reasoning(server: Running, ask: dict[str, Any]) -> None:

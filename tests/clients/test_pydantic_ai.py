@@ -1,11 +1,11 @@
 """pydantic-ai: agents with tools, whole and streamed, in OpenAI's two interfaces."""
 
 import asyncio
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel
-from pydantic_ai import Agent, ThinkingPart, ToolOutput
+from pydantic_ai import Agent, NativeOutput, ThinkingPart, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 from running import Running
@@ -43,11 +43,12 @@ def test_an_agent_calls_its_tool(url: str, kind: type[OpenAIChatModel]) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("output", [ToolOutput(Place), NativeOutput(Place)])
 @pytest.mark.parametrize("kind", [OpenAIChatModel, OpenAIResponsesModel])
-def test_an_output_of_a_form(url: str, kind: type[OpenAIChatModel]) -> None:
+def test_an_output_of_a_form(url: str, kind: type[OpenAIChatModel], output: Any) -> None:
     async def main() -> None:
         async with OpenAIProvider(base_url=url, api_key="none") as provider:
-            agent = Agent(kind("tiny", provider=provider), output_type=ToolOutput(Place))
+            agent = Agent(kind("tiny", provider=provider), output_type=output)
             settings = {"parallel_tool_calls": False, "temperature": 0}
             found = await agent.run("hi", model_settings=settings)
             assert found.output.city in ("Paris", "Rome")

@@ -23,14 +23,15 @@ def server(tool_server: Running) -> Running:
     return tool_server
 
 
-def ask(server: Running, **fields: Any):
+def ask(server: Running, **fields: Any) -> Any:
     return server.openai.chat.completions.create(**(ASK | fields)).choices[0]
 
 
 def stream(server: Running, **fields: Any) -> dict[str, Any]:
     """A streamed answer, put together by hand."""
     answer: dict[str, Any] = {"content": "", "calls": [], "finish_reason": None}
-    for chunk in server.openai.chat.completions.create(stream=True, **(ASK | fields)):
+    chunks: Any = server.openai.chat.completions.create(stream=True, **(ASK | fields))
+    for chunk in chunks:
         [choice] = chunk.choices
         assert answer["finish_reason"] is None
         answer["finish_reason"] = choice.finish_reason
@@ -136,7 +137,8 @@ def test_several_answers_and_clients_at_once(server: Running) -> None:
             async def one() -> list[str]:
                 names = []
                 fields = ASK | {"tools": TOOLS, "n": 2, "temperature": 1}
-                async for chunk in await client.chat.completions.create(stream=True, **fields):
+                chunks: Any = await client.chat.completions.create(stream=True, **fields)
+                async for chunk in chunks:
                     for choice in chunk.choices:
                         calls = choice.delta.tool_calls or ()
                         names += [call.function.name for call in calls if call.id]
@@ -153,7 +155,7 @@ def test_the_clients_own_stream_helper(server: Running) -> None:
     tools = [function(strict=True)]
     with server.openai.chat.completions.stream(**ASK, tools=tools, tool_choice="required") as events:
         kinds = {event.type for event in events}
-        final = events.get_final_completion().choices[0]
+        final: Any = events.get_final_completion().choices[0]
     assert "tool_calls.function.arguments.delta" in kinds
     assert final.message.tool_calls[0].function.parsed_arguments["city"] in ("Paris", "Rome")
 
@@ -216,6 +218,9 @@ CALLS = [{"id": "a", "type": "function", "function": {"name": "weather", "argume
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": 3}]}]}, "messages", "function"),
         ({"messages": [{"role": "assistant", "tool_calls": [
             CALLS[0] | {"function": {"name": "f", "arguments": "[1]"}}]}]}, "messages", "JSON object"),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", "no calls"),
+        ({"tools": TOOLS, "tool_choice": "required", "structured_outputs": {"choice": ["a"]}},
+         "structured_outputs", "no calls"),
         ({"include_reasoning": False}, "include_reasoning", "--reasoning-parser"),
     ],
 )  # fmt: skip
