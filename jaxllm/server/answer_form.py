@@ -159,6 +159,11 @@ class AnswerReader:
         self.called = False
         """Whether the answer calls a tool."""
 
+    @property
+    def reasoning(self) -> ReasoningParser | None:
+        """What reads its reasoning."""
+        return self._reasoning
+
     def read(self, text: str, *, finished: bool) -> list[Part]:
         """Reads on.
 

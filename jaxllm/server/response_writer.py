@@ -15,6 +15,7 @@ from jaxllm.server.errors import ApiError
 from jaxllm.server.event_stream import event
 from jaxllm.server.generation import Generation
 from jaxllm.server.logprobs import TokenLogprob, TokenNames, chat_logprobs
+from jaxllm.server.reasoning_parsers import count_reasoning
 from jaxllm.server.response_fields import ResponsesRequest
 from jaxllm.server.response_items import ItemEvents
 from jaxllm.server.response_store import ResponseStore, StoredResponse
@@ -43,6 +44,7 @@ class ResponseWriter:
         self._reader = form.reader(generation.inputs[0].prompt)
         self._row = BlockRow()
         self._items = ItemEvents(generation.id)
+        self._token_ids: list[int] = []
         self._reason: str | None = None
         self._sequence = 0
         stored.cancel = self.cancel
@@ -63,6 +65,7 @@ class ResponseWriter:
             logprobs = chat_logprobs(sample.logprobs, self._names, self._body.top_logprobs or 0)["content"]
             parts = parts or [Text("")]
         self._reason = sample.finish_reason
+        self._token_ids += sample.token_ids
         return [event for found in self._blocks(parts) for event in self._items.of(found, logprobs)]
 
     def _blocks(self, parts: Iterable[Part]) -> Iterator[BlockEvent]:
@@ -130,6 +133,11 @@ class ResponseWriter:
         self._sequence += 1
         return event(data, type)
 
+    def _reasoning_tokens(self) -> int:
+        parser = self._reader.reasoning
+        written = (self._names.data(token) or b"" for token in self._token_ids)
+        return 0 if parser is None else count_reasoning(parser, written)
+
     def _usage(self) -> dict[str, Any]:
         usage = self._generation.usage()
         cached = usage["prompt_tokens_details"]["cached_tokens"]
@@ -137,7 +145,7 @@ class ResponseWriter:
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens()},
             "total_tokens": usage["total_tokens"],
         }
 

@@ -13,7 +13,10 @@ sys.path.append(str(Path(__file__).parent.parent / "server"))  # its servers
 import scripted
 from running import Running
 
-if any(find_spec(name) is None for name in ("instructor", "langchain_openai", "litellm", "pydantic_ai")):
+if any(
+    find_spec(name) is None
+    for name in ("anthropic", "instructor", "langchain_openai", "litellm", "pydantic_ai")
+):
     collect_ignore_glob = [
         "test_*"
     ]  # elsewhere than in .venv-clients; there, having no tests would be an error

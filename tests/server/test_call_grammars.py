@@ -24,9 +24,10 @@ TOOLS = [Tool("weather", None, CITY | {"additionalProperties": False}, strict=Tr
 GOOD, BAD = '{"city": "Paris"}', '{"city": "Rome"}'
 
 
-def make_vocabulary(*special: str) -> tuple[Vocabulary, TokenTable]:
+def make_vocabulary(*words: str, special: bool = True) -> tuple[Vocabulary, TokenTable]:
+    """A vocabulary in which these words are tokens, which are special or (as Qwen 3 has them) are not."""
     tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.add_tokens(list(words), special_tokens=special)
     vocabulary = Vocabulary(tokenizer)
     table = TokenTable(
         [vocabulary.token_bytes(id) or b"" for id in range(len(tokenizer))],
@@ -61,9 +62,12 @@ def test_known_forms() -> None:
     assert not fits(table, several, f"[{call('{}', 'other')}]")
 
 
-@pytest.mark.parametrize("special", [(), ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]")])
-def test_strict_tools_in_the_models_own_form(special: tuple[str, ...]) -> None:
-    vocabulary, table = make_vocabulary(*special)
+MARKS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]")
+
+
+@pytest.mark.parametrize(("marks", "special"), [((), True), (MARKS, True), (MARKS, False)])
+def test_strict_tools_in_the_models_own_form(marks: tuple[str, ...], special: bool) -> None:
+    vocabulary, table = make_vocabulary(*marks, special=special)
     literals = Literals(vocabulary)
 
     def grammar(parser, parallel: bool = True) -> StructuredOutputsParams:
@@ -86,7 +90,7 @@ def test_strict_tools_in_the_models_own_form(special: tuple[str, ...]) -> None:
         grammar(Llama3JsonToolParser)
 
 
-@pytest.mark.parametrize("special", [(), ("<think>", "</think>")])
+@pytest.mark.parametrize("special", [None, True, False])
 @pytest.mark.parametrize(
     "held",
     [
@@ -98,8 +102,9 @@ def test_strict_tools_in_the_models_own_form(special: tuple[str, ...]) -> None:
     ],
     ids=lambda held: held.constraint,
 )
-def test_reasoning_is_free(special: tuple[str, ...], held: StructuredOutputsParams) -> None:
-    vocabulary, table = make_vocabulary(*special)
+def test_reasoning_is_free(special: bool | None, held: StructuredOutputsParams) -> None:
+    marks = () if special is None else ("<think>", "</think>")
+    vocabulary, table = make_vocabulary(*marks, special=bool(special))
     literals = Literals(vocabulary)
 
     def accepted(parser) -> list[bool]:

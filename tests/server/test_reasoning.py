@@ -94,6 +94,7 @@ def test_responses(server: Running) -> None:
     [reasoning, _] = whole.output
     assert (reasoning.type, reasoning.content[0].text, reasoning.summary) == ("reasoning", "Hm, so.", [])
     assert whole.output_text == "Yes."
+    assert whole.usage.output_tokens_details.reasoning_tokens == len("<think>Hm,_so.</think>") - 1
     kinds = [event.type.removeprefix("response.") for event in events]
     first = kinds.index("reasoning_text.delta")
     assert kinds[2:4] == ["output_item.added", "content_part.added"]

@@ -10,6 +10,7 @@ from jaxllm.server.reasoning_parsers import (
     DeepSeekR1ReasoningParser,
     Qwen3ReasoningParser,
     ReasoningParser,
+    count_reasoning,
     register_reasoning_parser,
 )
 
@@ -70,6 +71,21 @@ def test_reasoning_arrives_as_it_is_written() -> None:
     parser = QWEN()
     assert list(parser.feed("<think>Let me")) == [Reasoning("Let me")]
     assert list(parser.feed(" see.</think>\nY")) == [Reasoning(" see."), Text("Y")]
+
+
+@pytest.mark.parametrize(
+    ("parser", "tokens", "count"),
+    [
+        (QWEN(), ["\n", "<thi", "nk>a", "b", "</th", "ink> c", "d</think>"], 6),
+        (QWEN(), ["a", "</think>"], 0),
+        (QWEN("<think>"), ["a", "b"], 2),
+        (QWEN(CLOSED), ["<think>", "</think>"], 0),
+        (R1(), ["a", "</think>", "b"], 2),
+        (R1(), [], 0),
+    ],
+)
+def test_tokens_of_reasoning_are_counted(parser: ReasoningParser, tokens: list[str], count: int) -> None:
+    assert count_reasoning(parser, (token.encode() for token in tokens)) == count
 
 
 def test_ones_own() -> None:

@@ -1,6 +1,8 @@
 """Calls of tools, read from text: each form, what only looks like one, and text that arrives in pieces."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,6 +191,18 @@ def test_ids_have_the_forms_that_templates_take() -> None:
     assert HermesToolParser.new_id().startswith("call_")
     assert len(MistralToolParser.new_id()) == 9
     assert MistralToolParser.new_id().isalnum()
+
+
+def test_the_one_on_the_page_does_what_is_said_there() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "operations.md").read_text()
+    [code] = [code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "ShellToolParser" in code]
+    [(asked, given)] = re.findall(r"`(ShellToolParser.*?)` gives\n`(.*?)`", page)
+    names: dict[str, Any] = {}
+    try:
+        exec(code, names)
+        assert repr(eval(asked, names)) == given
+    finally:
+        TOOL_PARSERS.unregister("shell")
 
 
 def test_ones_own() -> None:

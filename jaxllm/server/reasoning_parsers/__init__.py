@@ -4,7 +4,7 @@ parser = Qwen3ReasoningParser()
 parts = [*parser.feed("<think>It is a greeting.</think>Hello!"), *parser.finish()]
 """
 
-from jaxllm.server.reasoning_parsers.base import ReasoningParser, ThinkParser
+from jaxllm.server.reasoning_parsers.base import ReasoningParser, ThinkParser, count_reasoning
 from jaxllm.server.reasoning_parsers.deepseek_r1 import DeepSeekR1ReasoningParser
 from jaxllm.server.reasoning_parsers.qwen3 import Qwen3ReasoningParser
 from jaxllm.server.registry import Registry
@@ -15,6 +15,7 @@ __all__ = [
     "Qwen3ReasoningParser",
     "ReasoningParser",
     "ThinkParser",
+    "count_reasoning",
     "register_reasoning_parser",
 ]
 

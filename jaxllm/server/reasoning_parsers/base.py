@@ -41,6 +41,26 @@ class ReasoningParser(ABC):
         """Ends the text, and gives the rest."""
 
 
+def count_reasoning(parser: ReasoningParser, tokens: Iterable[bytes]) -> int:
+    """How many of an answer's tokens are reasoning, its marks included.
+
+    Args:
+        parser: one that the answer was, or could be, read with.
+        tokens: what each token writes.
+    """
+    begin, end = parser.begin.encode(), parser.end.encode()
+    head = tail = b""
+    count = 0
+    for token in tokens:
+        head += token if len(head.lstrip()) < len(begin) else b""
+        tail = (tail + token)[-len(token) - len(end) :]
+        count += 1
+        if end in tail:
+            break
+    opened = head.lstrip().startswith(begin)
+    return count if parser.beginning == "reasoning" or (parser.beginning == "either" and opened) else 0
+
+
 class ThinkParser(IncrementalParser, ReasoningParser):
     """Reads reasoning between `<think>` and `</think>`, at the beginning of the answer.
 
