@@ -148,24 +148,46 @@ def test_everything_really_happens(engines: Any) -> None:
             assert text in structured.choice
 
 
-def test_rows_without_a_grammar_run_ahead(engines: Any) -> None:
+def test_rows_without_a_grammar_run_ahead(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step with a grammar begins before the one before it has been read, too."""
     engine = engines("asynchronous")
-    begun: list[int] = []
+    in_flight: list[int] = []
     runner = engine._core.runner
-    begin = runner.begin
+    dispatch = runner.dispatch
 
     def spy(*arguments: Any, **options: Any) -> Any:
-        begun.append(len(engine._core._in_flight))
-        return begin(*arguments, **options)
+        in_flight.append(len(engine._core._in_flight))
+        return dispatch(*arguments, **options)
 
-    runner.begin = spy
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "dispatch", spy)
         engine.generate([[5, 6]] * 2, [case(2)[1], replace(case(1)[1], ignore_eos=True)])
-    finally:
-        runner.begin = begin
-    assert begun[0] == 0
-    assert set(begun[1:]) == {1}
+    assert in_flight[0] == 0
+    assert set(in_flight[1:]) == {1}
+
+
+def test_a_step_that_fails_between_forward_pass_and_sampler(
+    engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the step before it brought has been read by then, and is given out all the same."""
+    engine = engines("asynchronous")
+    runner, sample, calls = engine._core.runner, engine._core.runner.sample, iter(range(100))
+
+    def fail_once(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 3:
+            raise RuntimeError("the device is gone")
+        return sample(*arguments, **options)
+
+    structured = held(regex="[a-z]{30}")
+    engine.add_request("short", [5], SamplingParams(max_tokens=3, structured_outputs=structured))
+    engine.add_request("long", [6], SamplingParams(max_tokens=9, structured_outputs=structured))
+    found = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "sample", fail_once)
+        while engine.has_unfinished_requests():
+            found |= {output.request_id: output.outputs[0] for output in engine.step()}
+    assert (found["short"].finish_reason, len(found["short"].text)) == ("length", 3)
+    assert found["long"].finish_reason == "error"
 
 
 def test_samples_of_one_request(engines: Any) -> None:
