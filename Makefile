@@ -16,7 +16,7 @@ DEMO_WEIGHTS := $(shell sed -n 's/^demo = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test interpret spread asan aot run-aot parity run-parity goldens run-goldens lint format typecheck imports notebooks dev clean
+.PHONY: help demo test interpret spread asan aot run-aot parity run-parity clients run-clients goldens run-goldens lint format typecheck imports notebooks dev clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,13 @@ parity:  ## compare with transformers running live, in .venv-parity (installs to
 run-parity: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-torch
 	$(PYTEST) -m parity $(ARGS)
 
+# So do other people's clients: they ask for versions of their own, and -W leaves their warnings to them.
+clients:  ## ask a server with openai's, LiteLLM's, LangChain's, ... clients, in .venv-clients, and with Node's
+	$(MAKE) run-clients VENV=$(VENV)-clients
+
+run-clients: $(VENV)/.has-test $(VENV)/.has-clients
+	$(PYTEST) -m clients -W default tests/clients $(ARGS)
+
 goldens:  ## make the golden files again with transformers, in .venv-parity (installs torch)
 	$(MAKE) run-goldens VENV=$(VENV)-parity
 
@@ -84,7 +91,7 @@ dev: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-dev $(VENV)/.has-notebook 
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) $(VENV)-aot $(VENV)-parity .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-aot $(VENV)-parity $(VENV)-clients .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' || { \

@@ -97,6 +97,9 @@ def _read_message(message: Message, name: str) -> dict[str, Any]:
         read["tool_calls"] = [_read_tool_call(call, f"{name}.tool_calls") for call in message["tool_calls"]]
     if content is None:
         read["content"] = ""  # templates add strings to it; a message of tool calls alone has none
+    reasoning = message.get("reasoning") or message.get("reasoning_content")
+    if reasoning is not None:  # clients call it the one or the other, and so do templates
+        read["reasoning"] = read["reasoning_content"] = reasoning
     return read
 
 
@@ -128,4 +131,6 @@ def _read_tool_call(call: Any, name: str) -> dict[str, Any]:
             raise ValueError(
                 f"{name}: arguments of {function.get('name')!r} are not JSON: {error}"
             ) from error
+        if not isinstance(function["arguments"], Mapping):
+            raise ValueError(f"{name}: arguments of {function.get('name')!r} must be a JSON object")
     return {**call, "function": function}

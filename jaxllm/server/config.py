@@ -71,6 +71,34 @@ class AccessConfig:
 
 
 @dataclass(frozen=True)
+class AnswerConfig:
+    """How calls of tools and reasoning are found in what the model writes."""
+
+    enable_auto_tool_choice: bool = option(
+        False, "let the model decide itself whether it calls a tool; needs --tool-call-parser"
+    )
+    tool_call_parser: str | None = option(
+        None, "form in which the model writes calls: hermes (also Qwen), llama3_json, mistral, pythonic"
+    )
+    tool_parser_plugin: Path | None = option(
+        None, "Python file that registers more of them (jaxllm.server.tool_parsers)"
+    )
+    exclude_tools_when_tool_choice_none: bool = option(
+        False, "do not show the model its tools when tool_choice is none"
+    )
+    reasoning_parser: str | None = option(
+        None, "form in which the model writes its reasoning: deepseek_r1, qwen3"
+    )
+    reasoning_parser_plugin: Path | None = option(
+        None, "Python file that registers more of them (jaxllm.server.reasoning_parsers)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ValueError("enable_auto_tool_choice: needs tool_call_parser")
+
+
+@dataclass(frozen=True)
 class LimitConfig:
     """How much the server takes on."""
 
@@ -113,6 +141,7 @@ class ServerConfig:
 
     listen: ListenConfig = ListenConfig()
     access: AccessConfig = AccessConfig()
+    answer: AnswerConfig = AnswerConfig()
     limits: LimitConfig = LimitConfig()
     log: LogConfig = LogConfig()
 

@@ -23,7 +23,6 @@ Constraint = dict[str, Any]
 Refusals = dict[str, tuple[tuple[Any, ...], str]]
 """Parameters that are not served: values that ask for nothing besides `NOT_THERE`, and what to do instead."""
 
-TOOLS = "calls of tools are not read from the output; describe tools in the prompt"
 REFUSED: Refusals = {
     "guided_decoding_backend": (("auto", "guidance"), "there is one way to compile grammars"),
     "structural_tag": ((), "write a Lark grammar: structured_outputs={'grammar': ...}"),

@@ -57,6 +57,7 @@ class Job:
         known: the request's parameters, for errors.
         rename: the engine's names of parameters that the request calls otherwise.
         user: who asks, for the log.
+        shape: changes the parameters of a prompt, once it is made.
     """
 
     prompts: Callable[[AsyncEngine], Awaitable[Sequence[Prompt]]]
@@ -67,6 +68,7 @@ class Job:
     known: frozenset[str]
     rename: Mapping[str, str]
     user: str | None = None
+    shape: Callable[[Prompt, SamplingParams], SamplingParams] = lambda prompt, params: params
 
 
 class Generation:
@@ -190,14 +192,13 @@ async def start(service: Service, request: Request, job: Job, request_id: str | 
         params = replace(engine.default_params, **{**job.params, "output_kind": kind})
     except (TypeError, ValueError) as error:
         raise bad_value(error, job.known, job.rename) from error
-    _check_size(service, params, job)
     request.state.user = job.user
     ticket = service.admit(params.n * job.num_prompts)
     service.asked["n"].observe(params.n)
     if params.max_tokens is not None:
         service.asked["max_tokens"].observe(params.max_tokens)
     try:
-        inputs = await _make_inputs(engine, job, params)
+        inputs = await _make_inputs(service, engine, job, params)
         if service.config.access.cache_salt_per_key:
             key = request.state.key_hash
             inputs = [replace(input, cache_salt=f"{key}/{input.cache_salt or ''}") for input in inputs]
@@ -219,7 +220,9 @@ def _check_size(service: Service, params: SamplingParams, job: Job) -> None:
         raise bad_value(error, job.known, job.rename)
 
 
-async def _make_inputs(engine: AsyncEngine, job: Job, params: SamplingParams) -> list[EngineInput]:
+async def _make_inputs(
+    service: Service, engine: AsyncEngine, job: Job, params: SamplingParams
+) -> list[EngineInput]:
     try:
         prompts = await job.prompts(engine)
     except (TypeError, ValueError) as error:
@@ -227,7 +230,9 @@ async def _make_inputs(engine: AsyncEngine, job: Job, params: SamplingParams) ->
     inputs = []
     for i, prompt in enumerate(prompts):
         try:
-            inputs.append(await engine.make_input(prompt, params, **job.input_options))
+            shaped = job.shape(prompt, params)
+            _check_size(service, shaped, job)
+            inputs.append(await engine.make_input(prompt, shaped, **job.input_options))
         except (TypeError, ValueError) as error:
             found = bad_value(error, job.known, job.rename)
             if len(prompts) > 1:

@@ -1,36 +1,23 @@
 """What `/v1/responses` is asked with: https://platform.openai.com/docs/api-reference/responses/create"""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxllm.server.fields import TOOLS, ApiModel, Finite, Refusals, StreamOptions, refuse
+from jaxllm.server.fields import ApiModel, Finite, Refusals, StreamOptions, refuse
+from jaxllm.server.response_input import InputItem, conversation
+from jaxllm.server.tools import FunctionDefinition, Tool, ToolUse, read_choice
 
 
-class TextPart(ApiModel):
-    """A part of a message. Others than text are refused."""
+class ResponseTool(FunctionDefinition):
+    """A tool, as `/v1/responses` has it: functions only."""
 
-    type: Literal["input_text", "output_text", "text"]
-    text: str
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: list[Any] | None = None
-    """An earlier answer's, which may come back with it; nothing is made of them."""
+    type: Literal["function"]
 
-
-class InputMessage(ApiModel):
-    """One message of the input; an answer's `output` can be given back as it is."""
-
-    type: Literal["message"] | None = None
-    role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[TextPart]
-    id: str | None = None
-    status: str | None = None
-
-    def message(self) -> dict[str, Any]:
-        """The message as templates expect it."""
-        content = self.content
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-        return {"role": self.role, "content": text}
+    def tool(self) -> Tool:
+        """The tool, whatever the interface."""
+        return Tool(self.name, self.description, self.parameters, bool(self.strict))
 
 
 class TextFormat(ApiModel):
@@ -66,10 +53,7 @@ class ResponsesRequest(ApiModel):
     """What is to be answered, and how."""
 
     refused: ClassVar[Refusals] = {
-        "tools": ((), TOOLS),
-        "tool_choice": (("none", "auto"), TOOLS),
-        "parallel_tool_calls": ((True,), TOOLS),
-        "max_tool_calls": ((), TOOLS),
+        "max_tool_calls": ((), "it counts calls of tools that run on the server, and none do"),
         "reasoning": (({"effort": None}, {"effort": "none"}), "reasoning is a part of the text"),
         "prompt": ((), "prompts are not kept here; send the text"),
         "conversation": ((), "go on with previous_response_id"),
@@ -84,7 +68,7 @@ class ResponsesRequest(ApiModel):
     }
 
     model: str | None = None
-    input: str | list[InputMessage]
+    input: str | list[InputItem]
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: int | None = None
@@ -93,6 +77,9 @@ class ResponsesRequest(ApiModel):
     top_logprobs: int | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
     text: TextOptions | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = None
@@ -116,7 +103,19 @@ class ResponsesRequest(ApiModel):
             raise ValueError("top_logprobs: only with include=['message.output_text.logprobs']")
         if self.input == [] and self.previous_response_id is None:
             raise ValueError("input: there is none; give a text or at least one message")
+        _ = self.tool_use
         return self
+
+    @cached_property
+    def tool_use(self) -> ToolUse:
+        """What the answer may do with tools.
+
+        Raises:
+            ValueError: tools or a choice that make no sense.
+        """
+        mode, names = read_choice(self.tool_choice, lambda mention: mention.get("name"))
+        tools = [tool.tool() for tool in self.tools or ()]
+        return ToolUse.make(tools, mode, names=names, parallel=self.parallel_tool_calls)
 
     @property
     def wants_logprobs(self) -> bool:
@@ -133,4 +132,4 @@ class ResponsesRequest(ApiModel):
         """The input as messages."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
-        return [message.message() for message in self.input]
+        return conversation(self.input)

@@ -4,15 +4,20 @@ https://platform.openai.com/docs/api-reference/responses/object and .../response
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxllm.engine.outputs import CompletionOutput, RequestOutput
+from jaxllm.server.answer_blocks import BlockEvent, BlockRow
+from jaxllm.server.answer_form import AnswerForm
+from jaxllm.server.answer_parts import Part, Text
 from jaxllm.server.errors import ApiError
 from jaxllm.server.event_stream import event
 from jaxllm.server.generation import Generation
 from jaxllm.server.logprobs import TokenLogprob, TokenNames, chat_logprobs
+from jaxllm.server.reasoning_parsers import count_reasoning
 from jaxllm.server.response_fields import ResponsesRequest
+from jaxllm.server.response_items import ItemEvents
 from jaxllm.server.response_store import ResponseStore, StoredResponse
 
 
@@ -20,6 +25,7 @@ class ResponseWriter:
     """Writes one answer, and keeps it; an `Encoder` for one that is streamed.
 
     Args:
+        form: how the answer is read.
         names: of tokens, for logprobs.
         stored: what is kept of it.
         store: where it is kept; None: nowhere.
@@ -28,15 +34,17 @@ class ResponseWriter:
     def __init__(
         self,
         body: ResponsesRequest,
+        form: AnswerForm,
         generation: Generation,
         names: TokenNames,
         stored: StoredResponse,
         store: ResponseStore | None,
     ) -> None:
         self._body, self._generation, self._names, self._stored = body, generation, names, stored
-        self._item_id = f"msg_{generation.id}"
-        self._text: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
+        self._reader = form.reader(generation.inputs[0].prompt)
+        self._row = BlockRow()
+        self._items = ItemEvents(generation.id)
+        self._token_ids: list[int] = []
         self._reason: str | None = None
         self._sequence = 0
         stored.cancel = self.cancel
@@ -49,23 +57,34 @@ class ResponseWriter:
         """The answer as far as it is known."""
         return self._stored.body
 
-    def add(self, sample: CompletionOutput) -> list[TokenLogprob]:
-        """Takes what is new, and gives its logprobs."""
-        self._text.append(sample.text)
-        self._reason = sample.finish_reason
-        new: list[TokenLogprob] = []
+    def add(self, sample: CompletionOutput) -> list[dict[str, Any]]:
+        """Takes what is new, and gives the events of it."""
+        parts = self._reader.read(sample.text, finished=sample.finish_reason is not None)
+        logprobs: list[TokenLogprob] = []
         if sample.logprobs and self._body.wants_logprobs:
-            new = chat_logprobs(sample.logprobs, self._names, self._body.top_logprobs or 0)["content"]
-            self._logprobs += new
-        return new
+            logprobs = chat_logprobs(sample.logprobs, self._names, self._body.top_logprobs or 0)["content"]
+            parts = parts or [Text("")]
+        self._reason = sample.finish_reason
+        self._token_ids += sample.token_ids
+        return [event for found in self._blocks(parts) for event in self._items.of(found, logprobs)]
+
+    def _blocks(self, parts: Iterable[Part]) -> Iterator[BlockEvent]:
+        for part in parts:
+            yield from self._row.add(part)
+        if self._reason is not None:
+            yield from self._row.finish("incomplete" if self._incomplete else "completed")
+
+    @property
+    def _incomplete(self) -> bool:
+        return self._reason == "length"
 
     def finish(self) -> dict[str, Any]:
         """The answer, done."""
-        incomplete = self._reason == "length"
-        status = "incomplete" if incomplete else "completed"
-        details = {"reason": "max_output_tokens"} if incomplete else None
-        self._set(status, incomplete_details=details, output=[self._item(status)], usage=self._usage())
-        self._stored.messages.append({"role": "assistant", "content": "".join(self._text)})
+        status = "incomplete" if self._incomplete else "completed"
+        details = {"reason": "max_output_tokens"} if self._incomplete else None
+        output = [self._items.item(block) for block in self._row.blocks]
+        self._set(status, incomplete_details=details, output=output, usage=self._usage())
+        self._stored.messages.append(self._row.message())
         return self.response
 
     def fail(self, error: ApiError) -> dict[str, Any]:
@@ -84,29 +103,19 @@ class ResponseWriter:
             self._set("cancelled")
 
     def begin(self) -> Iterable[bytes]:
-        """The empty answer with its empty message."""
+        """The empty answer."""
         yield self._event("response.created", response=self.response)
         yield self._event("response.in_progress", response=self.response)
-        item = {**self._item("in_progress"), "content": []}
-        yield self._event("response.output_item.added", output_index=0, item=item)
-        yield self._event("response.content_part.added", **self._place(), part=self._part())
 
     def encode(self, prompt: int, output: RequestOutput) -> Iterable[bytes]:
-        """What is new of the text."""
+        """What is new of its items."""
         for sample in output.outputs:
-            logprobs = self.add(sample)
-            if sample.text or logprobs:
-                place = self._place()
-                yield self._event("response.output_text.delta", **place, delta=sample.text, logprobs=logprobs)
+            for found in self.add(sample):
+                yield self._event(**found)
 
     def end(self) -> Iterable[bytes]:
-        """The whole text and the whole answer."""
+        """The whole answer."""
         response = self.finish()
-        text = "".join(self._text)
-        place = self._place()
-        yield self._event("response.output_text.done", **place, text=text, logprobs=self._logprobs)
-        yield self._event("response.content_part.done", **place, part=self._part())
-        yield self._event("response.output_item.done", output_index=0, item=response["output"][0])
         yield self._event(f"response.{response['status']}", response=response)
 
     def error(self, error: ApiError) -> Iterable[bytes]:
@@ -119,26 +128,15 @@ class ResponseWriter:
         self._stored.body = {**self._stored.body, "status": status, **fields}
         self._stored.cancel = None
 
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        data = {"type": kind, "sequence_number": self._sequence, **fields}
+    def _event(self, type: str, **fields: Any) -> bytes:
+        data = {"type": type, "sequence_number": self._sequence, **fields}
         self._sequence += 1
-        return event(data, kind)
+        return event(data, type)
 
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-
-    def _part(self) -> dict[str, Any]:
-        text = "".join(self._text)
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs}
-
-    def _item(self, status: str) -> dict[str, Any]:
-        return {
-            "id": self._item_id,
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": [self._part()],
-        }
+    def _reasoning_tokens(self) -> int:
+        parser = self._reader.reasoning
+        written = (self._names.data(token) or b"" for token in self._token_ids)
+        return 0 if parser is None else count_reasoning(parser, written)
 
     def _usage(self) -> dict[str, Any]:
         usage = self._generation.usage()
@@ -147,7 +145,7 @@ class ResponseWriter:
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens()},
             "total_tokens": usage["total_tokens"],
         }
 
@@ -173,12 +171,12 @@ def new_response(
         "metadata": body.metadata or {},
         "model": model,
         "output": [],
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": body.tool_use.parallel,
         "previous_response_id": body.previous_response_id,
         "store": body.store is not False,
         "text": {"format": body.format},
-        "tool_choice": "auto",
-        "tools": [],
+        "tool_choice": body.tool_choice or "auto",
+        "tools": [tool.model_dump() for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "truncation": "disabled",
         "usage": None,

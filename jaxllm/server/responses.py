@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from jaxllm.engine.async_engine import AsyncEngine
 from jaxllm.engine.inputs import Prompt
+from jaxllm.server.answer_form import AnswerForm, answer_form
 from jaxllm.server.errors import ApiError, ErrorResponse, of_exception
 from jaxllm.server.event_stream import EventStream
 from jaxllm.server.fields import format_constraint, structured_outputs
@@ -19,6 +20,7 @@ from jaxllm.server.response_fields import ResponsesRequest
 from jaxllm.server.response_store import StoredResponse
 from jaxllm.server.response_writer import ResponseWriter, new_response
 from jaxllm.server.service import Served, Service
+from jaxllm.server.tools import check_results
 
 router = APIRouter()
 
@@ -35,13 +37,14 @@ async def create_response(body: ResponsesRequest, request: Request, service: Ser
             raise ApiError(400, text, param="previous_response_id")
         earlier = before.messages
     messages = [*earlier, *body.messages()]
-    work = start(service, request, _job(body, messages, service), None)
+    form = _form(body, service)
+    work = start(service, request, _job(body, form, messages, service), None)
     generation = await while_connected(request.receive, work)
     params = generation.inputs[0].params
     shown = {"temperature": params.temperature, "top_p": params.top_p}
     stored = StoredResponse(new_response(body, generation, model, shown), messages)
     store = None if body.store is False else service.responses
-    writer = ResponseWriter(body, generation, TokenNames(service.vocabulary), stored, store)
+    writer = ResponseWriter(body, form, generation, TokenNames(service.vocabulary), stored, store)
     if body.background:
         service.keep(asyncio.create_task(_finish(generation, writer)))
         return JSONResponse(writer.response)
@@ -88,13 +91,23 @@ async def _finish(generation: Generation, writer: ResponseWriter) -> None:
                 writer.fail(of_exception(error, generation.id))
 
 
-def _job(body: ResponsesRequest, messages: list[dict[str, Any]], service: Service) -> Job:
+def _form(body: ResponsesRequest, service: Service) -> AnswerForm:
+    form = answer_form(body.tool_use, service)
+    if body.wants_logprobs and (form.tool_parser or form.reasoning_parser):
+        text = "include: logprobs are those of text alone; leave them out where there are tools or reasoning"
+        raise ApiError(400, text, param="include", code="unsupported_parameter")
+    return form
+
+
+def _job(body: ResponsesRequest, form: AnswerForm, messages: list[dict[str, Any]], service: Service) -> Job:
     rendered = messages
     if body.instructions is not None:
         rendered = [{"role": "system", "content": body.instructions}, *messages]
 
     async def render(engine: AsyncEngine) -> Sequence[Prompt]:
-        return [await engine.render_chat(rendered, chat_template=service.chat_template)]
+        check_results(rendered)
+        tools = form.shown_tools(service)
+        return [await engine.render_chat(rendered, chat_template=service.chat_template, tools=tools)]
 
     params: dict[str, Any] = {"max_tokens": body.max_output_tokens}
     if body.wants_logprobs:
@@ -117,6 +130,8 @@ def _job(body: ResponsesRequest, messages: list[dict[str, Any]], service: Servic
             "max_tokens": "max_output_tokens",
             "logprobs": "top_logprobs",
             "structured_outputs": "text",
-        },
+        }
+        | form.rename(params),
         user=body.user or body.safety_identifier,
+        shape=form.shape,
     )

@@ -16,10 +16,13 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine.async_engine import AsyncEngine
 from jaxllm.engine.metrics import Histogram
 from jaxllm.engine.vocabulary import Vocabulary
-from jaxllm.server.config import ServerConfig
+from jaxllm.server.config import AnswerConfig, ServerConfig
 from jaxllm.server.errors import ApiError, unavailable
+from jaxllm.server.reasoning_parsers import REASONING_PARSERS
+from jaxllm.server.registry import load_plugin
 from jaxllm.server.response_store import ResponseStore
 from jaxllm.server.startup import Startup
+from jaxllm.server.tool_parsers import TOOL_PARSERS
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class Service:
         self.engine_config = engine_config
         self.names = tuple(config.access.served_model_name) or (engine_config.model.model,)
         self.chat_template = read_template(config.access.chat_template)
+        find_parsers(config.answer)
         self.started = int(time.time())
         self.active = 0
         self.requests = 0
@@ -234,6 +238,22 @@ def read_template(source: str | None) -> str | None:
         raise ValueError(
             f"chat_template={source!r}: neither a template nor a readable file: {error}"
         ) from error
+
+
+def find_parsers(config: AnswerConfig) -> None:
+    """Loads the plugins, and looks whether the parsers that were asked for are there.
+
+    Raises:
+        ValueError: a plugin that cannot be loaded, or a parser that is not there.
+    """
+    if config.tool_parser_plugin is not None:
+        load_plugin("tool_parser_plugin", config.tool_parser_plugin)
+    if config.reasoning_parser_plugin is not None:
+        load_plugin("reasoning_parser_plugin", config.reasoning_parser_plugin)
+    if config.tool_call_parser is not None:
+        TOOL_PARSERS.get(config.tool_call_parser)
+    if config.reasoning_parser is not None:
+        REASONING_PARSERS.get(config.reasoning_parser)
 
 
 def get_service(request: Request) -> Service:

@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 from jaxllm.server.errors import ApiError, bad_value
 from jaxllm.server.fields import ApiModel, Tokens
 from jaxllm.server.service import Served, Service
+from jaxllm.server.tools import ChatTool
 
 router = APIRouter()
 
@@ -25,6 +26,7 @@ class TokenizeRequest(ApiModel):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[ChatTool] | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
@@ -96,6 +98,7 @@ async def _tokens(body: TokenizeRequest, service: Service, tokenizer: PreTrained
             chat_template=service.chat_template,
             add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
             continue_final_message=body.continue_final_message,
+            tools=[tool.tool().shown() for tool in body.tools or ()] or None,
             chat_template_kwargs=body.chat_template_kwargs,
         )
     except (TypeError, ValueError) as error:

@@ -50,6 +50,8 @@ class Grammar:
         self._name = f"structured_outputs.{params.constraint}"
         self._lock = threading.Lock()
         self._source = self._read()
+        if params.prefix is not None:
+            self._source = _after(params.prefix, self._source)
         self._compiled = self._compile()
         begin = time.perf_counter()
         try:
@@ -133,6 +135,14 @@ def _closed(schema: Any) -> Any:
     if "properties" in schema and not schema.keys() & {"additionalProperties", "patternProperties"}:
         closed["additionalProperties"] = False
     return closed
+
+
+def _after(prefix: str, source: str) -> str:
+    """A grammar that begins with another one's text."""
+    rest = json.loads(source)["grammars"] if source.startswith("{") else [{"lark_grammar": source}]
+    rest[0]["name"] = "rest"
+    begin = [{"lark_grammar": "start: @prefix @rest"}, {"name": "prefix", "lark_grammar": prefix}]
+    return json.dumps({"grammars": [*begin, *rest]})
 
 
 def _num_states(multiple: str) -> Decimal:

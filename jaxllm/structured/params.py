@@ -49,11 +49,13 @@ class StructuredOutputsParams:
     whitespace_pattern: str | None = None
     """A regular expression of the whitespace that may stand between tokens of JSON, likewise. None: up to 4
     spaces or tabs, or a new line and up to 40."""
+    prefix: str | None = None
+    """A grammar in Lark of what comes first and is held to nothing else, such as a model's reasoning."""
 
     def __post_init__(self) -> None:
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
-        for name in ("regex", "grammar", "whitespace_pattern"):
+        for name in ("regex", "grammar", "whitespace_pattern", "prefix"):
             _check_text(name, getattr(self, name))
         if self.choice is not None:
             object.__setattr__(self, "choice", _choices(self.choice))

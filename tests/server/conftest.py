@@ -8,6 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "engine"))  # its small checkpoints
 
+import scripted
 from running import Running, running
 from small_text import text_checkpoint
 
@@ -23,4 +24,11 @@ def server(model: Path) -> Iterator[Running]:
     """The server."""
     options = {"served_model_name": ("tiny", "small"), "admin": True, "vllm_metrics": True}
     with running(model, **options, max_num_queued_reqs=58, max_body_bytes=100_000, max_outputs=16) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def tool_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server for calls of tools and reasoning, whose answers tests can write."""
+    with scripted.tool_server(tmp_path_factory.mktemp("tools") / "model") as found:
         yield found
