@@ -88,7 +88,8 @@ class Writer {
     const copy = () => navigator.clipboard.writeText(this.text.slice(body.start, body.end));
     const button = make("button", { type: "button", class: "quiet", "aria-label": "Copy code" }, "Copy");
     button.addEventListener("click", () => copied(button, copy()));
-    return make("div", { class: "fence" }, make("div", { class: "fence-head" }, language || "code", button), make("pre", { tabindex: 0 }, code));
+    const head = make("div", { class: "fence-head" }, language || "code", button);
+    return make("div", { class: "fence" }, head, make("pre", { tabindex: 0 }, code));
   }
 
   /** @param {Range} range @returns {Node[]} */
@@ -98,8 +99,7 @@ class Writer {
 
   /** @param {import("./markdown.js").Inline} node @returns {Node[]} */
   node(node) {
-    if (node.kind === "text") return this.leaf(node);
-    if (node.kind === "code") return [make("code", {}, ...this.leaf(node))];
+    if (!("children" in node)) return node.kind === "text" ? this.leaf(node) : [make("code", {}, ...this.leaf(node))];
     const children = node.children.flatMap((child) => this.node(child));
     if (node.kind !== "link") return [make(node.kind, {}, ...children)];
     return [make("a", { href: node.href, title: node.href, rel: "noopener noreferrer", target: "_blank" }, ...children)];

@@ -15,7 +15,7 @@ function bestColumns(count, width) {
   const wanted = Math.max(least, Math.min(most, Math.round(Math.sqrt(count * 2))));
   let best = wanted;
   let lowest = Infinity;
-  for (let columns = least; columns <= Math.min(most, wanted * 1.5); columns += 1) {
+  for (let columns = least; columns <= Math.min(most, wanted * 1.6); columns += 1) {
     const missing = (columns - (count % columns)) % columns;
     const cost = missing / columns + Math.abs(Math.log(columns / wanted));
     if (cost < lowest) [best, lowest] = [columns, cost];

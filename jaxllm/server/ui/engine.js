@@ -28,7 +28,7 @@ export class EnginePanel {
     this.note = make("p", { class: "note" });
     this.bar = /** @type {HTMLProgressElement} */ (make("progress", { "aria-label": "Programs compiled", hidden: true }));
     this.rows = picture("Rows", "rows-picture");
-    this.pages = picture("Pages of the cache", "pages-picture");
+    this.pages = picture("Cache", "pages-picture");
     this.tokens = new Series("Tokens/s", ["written", "computed"], rate);
     this.steps = new Series("Time of a step", [""], milliseconds);
     this.hits = new Series("Found in the prefix cache", [""], percent, 1);
@@ -78,6 +78,7 @@ export class EnginePanel {
   /** @param {Record<string, number>} now */
   #push(now) {
     const before = this.#before;
+    const hitRate = this.#hitRate(now);
     this.#before = now;
     if (before === null || now.uptime_seconds <= before.uptime_seconds) return; // it was started again
     const grown = (/** @type {string} */ name) => now[name] - before[name];
@@ -85,7 +86,7 @@ export class EnginePanel {
     this.tokens.push([grown("generation_tokens_total") / seconds, grown("scheduled_tokens_total") / seconds]);
     const steps = grown("steps_total");
     this.steps.push([steps > 0 ? (grown("step_seconds_total") / steps) * 1000 : null]);
-    this.hits.push([this.#hitRate(now)]);
+    this.hits.push([hitRate]);
   }
 
   /** @param {Record<string, number>} now @returns {number | null} of the prompts of the last minute */
@@ -100,13 +101,14 @@ export class EnginePanel {
   /** @param {EngineState} engine */
   #describe({ figures, max_num_seqs: rows, page_size: size, pages }) {
     const { requests_running: running, requests_waiting: waiting } = figures;
-    this.rows.say(`${count(running)} of ${count(rows)} run`, `${count(waiting)} wait`, [
-      ["used", "running"],
-      ["waiting", "waiting"],
+    this.rows.say(`${count(running)} of ${count(rows)}`, [
+      ["used", `${count(running)} running`],
+      ["free", `${count(rows - running)} free`],
+      ["waiting", `${count(waiting)} waiting for one`],
     ]);
     const [used, cached] = [sum(pages.used), sum(pages.cached)];
     const free = figures.num_pages - used - cached;
-    this.pages.say(`${count(figures.num_pages)} × ${size} tokens`, "", [
+    this.pages.say(`${count(figures.num_pages)} pages of ${size} tokens`, [
       ["used", `${count(used)} used`],
       ["cached", `${count(cached)} cached`],
       ["free", `${count(free)} free`],
@@ -155,10 +157,10 @@ function picture(title, name) {
   const now = make("p", { class: "now" });
   const key = make("ul", { class: "key" });
   const head = make("div", { class: "series-head" }, make("h3", {}, title), now);
-  const say = (/** @type {string} */ first, /** @type {string} */ second, /** @type {string[][]} */ legend) => {
-    now.replaceChildren(make("b", {}, first), ...(second ? [` · ${second}`] : []));
+  const say = (/** @type {string} */ size, /** @type {string[][]} */ legend) => {
+    now.replaceChildren(make("b", {}, size));
     key.replaceChildren(...legend.map(([kind, text]) => make("li", { class: kind }, text)));
-    canvas.setAttribute("aria-label", `${title}: ${[first, second, ...legend.map(([, text]) => text)].filter(Boolean).join(", ")}`);
+    canvas.setAttribute("aria-label", `${title}: ${[size, ...legend.map(([, text]) => text)].join(", ")}`);
   };
   return { element: make("section", { class: "series" }, head, canvas, key), canvas, say };
 }

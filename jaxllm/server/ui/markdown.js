@@ -13,7 +13,7 @@
  *   | {kind: "quote", lines: Range[]})} Block
  */
 
-const FENCE = /^[ \t]*(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*$/;
+const FENCE = /^[ \t]*(`{3,}|~{3,})[ \t]*([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})[ \t]+/;
 const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
 const ITEM = /^([ \t]*)(?:[-*+]|(\d{1,9})[.)])[ \t]+(?=\S)/;
@@ -81,7 +81,7 @@ function fence(source, lines, i, blocks) {
   const body =
     last > first ? { start: lines[first].start, end: lines[last - 1].end } : { start: lines[i].end, end: lines[i].end };
   const end = lines[Math.min(last, lines.length - 1)].end; // one that is not closed goes to the end
-  blocks.push({ kind: "fence", language, start: lines[i].start, end, body });
+  blocks.push({ kind: "fence", language: language.trim(), start: lines[i].start, end, body });
   return last + 1;
 }
 
@@ -145,7 +145,7 @@ export function parseInline(source, { start, end }, nesting = 0) {
     }
     if (plain < i) found.push({ kind: "text", start: plain, end: i });
     if (next.node) found.push(next.node);
-    plain = next.node ? next.end : i + 1; // a backslash is left out, what it stands before is text
+    plain = next.plain;
     i = next.end;
   }
   if (plain < end) found.push({ kind: "text", start: plain, end });
@@ -154,11 +154,11 @@ export function parseInline(source, { start, end }, nesting = 0) {
 
 /**
  * @param {string} source @param {number} i @param {number} end @param {number} nesting @param {Set<string>} absent
- * @returns {{node: Inline | null, end: number} | null}
+ * @returns {{node: Inline | null, end: number, plain: number} | null} where to look on, and where text goes on
  */
 function special(source, i, end, nesting, absent) {
   const rest = source.slice(i, Math.min(i + 2, end));
-  if (/^\\[!-/:-@[-`{-~]/.test(rest)) return { node: null, end: i + 2 };
+  if (/^\\[!-/:-@[-`{-~]/.test(rest)) return { node: null, end: i + 2, plain: i + 1 }; // without the backslash
   if (rest[0] === "`") return codeSpan(source, i, end, absent);
   if (rest[0] === "[") return link(source, i, end, nesting);
   const mark = rest === "**" || rest === "__" ? rest : rest[0] === "*" || rest[0] === "_" ? rest[0] : "";
@@ -170,7 +170,8 @@ function special(source, i, end, nesting, absent) {
     const after = source[at + mark.length] ?? "";
     if (/\s/.test(source[at - 1]) || (mark[0] === "_" && /\w/.test(after)) || (mark === "*" && after === "*")) continue;
     const children = parseInline(source, { start: inner, end: at }, nesting + 1);
-    return { node: { kind: mark.length === 2 ? "strong" : "em", children }, end: at + mark.length };
+    const outer = at + mark.length;
+    return { node: { kind: mark.length === 2 ? "strong" : "em", children }, end: outer, plain: outer };
   }
   absent.add(mark);
   return null;
@@ -178,20 +179,21 @@ function special(source, i, end, nesting, absent) {
 
 /** @param {string} source @param {number} i @param {number} end @param {Set<string>} absent */
 function codeSpan(source, i, end, absent) {
-  const marks = /** @type {RegExpExecArray} */ (/^`+/.exec(source.slice(i, end)))[0];
-  if (absent.has(marks)) return null;
-  for (let at = i + marks.length; at < end; ) {
+  let inner = i + 1;
+  while (inner < end && source[inner] === "`") inner += 1;
+  const marks = source.slice(i, inner);
+  for (let at = inner; at < end && !absent.has(marks); ) {
     at = source.indexOf(marks, at);
     if (at < 0 || at + marks.length > end) break;
     let after = at + marks.length;
     while (source[after] === "`") after += 1;
     if (after === at + marks.length) {
-      return { node: /** @type {Leaf} */ ({ kind: "code", start: i + marks.length, end: at }), end: after };
+      return { node: /** @type {Leaf} */ ({ kind: "code", start: inner, end: at }), end: after, plain: after };
     }
     at = after;
   }
   absent.add(marks);
-  return null;
+  return { node: null, end: inner, plain: i };
 }
 
 /** @param {string} source @param {number} i @param {number} end @param {number} nesting */
@@ -201,5 +203,6 @@ function link(source, i, end, nesting) {
   const text = { start: i + 1, end: i + 1 + found[1].length };
   /** @type {Link} */
   const node = { kind: "link", href: found[2], children: parseInline(source, text, nesting + 1) };
-  return { node, end: i + found[0].length };
+  const after = i + found[0].length;
+  return { node, end: after, plain: after };
 }

@@ -22,6 +22,7 @@ const panel = new EnginePanel(find("engine", HTMLElement));
 const question = find("question", HTMLTextAreaElement);
 const send = find("send", HTMLButtonElement);
 const stop = find("stop-answer", HTMLButtonElement);
+const wide = matchMedia(`(min-width: ${WIDE}px)`);
 const models = find("model", HTMLSelectElement);
 
 const transcript = new Transcript(find("transcript", HTMLElement), {
@@ -103,7 +104,7 @@ function showStatus(status, more) {
 function open(name, shown) {
   find(name, HTMLElement).hidden = !shown;
   find(`${name}-toggle`, HTMLElement).setAttribute("aria-expanded", String(shown));
-  if (shown && innerWidth < WIDE) open(name === "settings" ? "engine" : "settings", false);
+  if (shown && !wide.matches) open(name === "settings" ? "engine" : "settings", false);
   panel.paint();
 }
 
@@ -144,8 +145,6 @@ document.addEventListener("keydown", (event) => {
 settings.keyInput.addEventListener("change", () => watch.begin());
 
 transcript.show([]);
-if (innerWidth >= WIDE) {
-  open("settings", true);
-  open("engine", true);
-}
+for (const name of /** @type {("settings" | "engine")[]} */ (["settings", "engine"])) open(name, wide.matches);
+wide.addEventListener("change", () => open("settings", wide.matches));
 watch.begin();

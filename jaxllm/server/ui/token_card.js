@@ -44,8 +44,9 @@ export class TokenCard {
   /** @param {KeyboardEvent} event */
   #move(event) {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    const answer = event.target instanceof HTMLElement ? event.target.closest(".answer") : null;
-    if (!step || answer !== event.target || event.altKey || event.ctrlKey || event.metaKey) return;
+    const answer = event.target;
+    if (!step || event.altKey || event.ctrlKey || event.metaKey) return;
+    if (!(answer instanceof HTMLElement && answer.classList.contains("answer"))) return;
     const tokens = /** @type {HTMLElement[]} */ ([...answer.querySelectorAll(".token")]);
     if (!tokens.length) return;
     event.preventDefault();
