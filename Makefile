@@ -71,7 +71,7 @@ format: $(VENV)/.has-dev  ## ruff: mend what can be mended
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-typecheck: $(VENV)/.has-demo $(VENV)/.has-dev $(VENV)/.has-test  ## pyright
+typecheck: $(VENV)/.has-demo $(VENV)/.has-dev $(VENV)/.has-test $(VENV)/.has-ui  ## pyright
 	$(VENV)/bin/pyright
 
 imports: $(VENV)/.has-dev  ## import-linter: the floors
@@ -80,7 +80,7 @@ imports: $(VENV)/.has-dev  ## import-linter: the floors
 notebooks: $(VENV)/.has-demo $(VENV)/.has-notebook  ## run every notebook from top to bottom
 	$(VENV)/bin/jupyter execute notebooks/*.ipynb
 
-dev: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-dev $(VENV)/.has-notebook  ## install everything, and the commit hooks
+dev: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-ui $(VENV)/.has-dev $(VENV)/.has-notebook  ## install everything, and the commit hooks
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove the environment and all caches

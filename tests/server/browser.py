@@ -99,16 +99,17 @@ class Screen:
         self.page.evaluate(
             """(milliseconds) => {
                 const real = fetch;
-                const late = async (chunk, to) => {
+                const late = (signal) => async (chunk, to) => {
                     for (const event of new TextDecoder().decode(chunk).split(/(?<=\\n\\n)/)) {
                         await new Promise((done) => setTimeout(done, milliseconds));
+                        signal.throwIfAborted();
                         to.enqueue(new TextEncoder().encode(event));
                     }
                 };
                 window.fetch = async (path, options) => {
                     const answer = await real(path, options);
                     if (!String(path).includes("chat") || !answer.ok) return answer;
-                    const slow = new TransformStream({ transform: late });
+                    const slow = new TransformStream({ transform: late(options.signal) });
                     return new Response(answer.body.pipeThrough(slow), answer);
                 };
             }""",
