@@ -16,7 +16,7 @@ DEMO_WEIGHTS := $(shell sed -n 's/^demo = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test interpret spread asan aot run-aot parity run-parity clients run-clients goldens run-goldens lint format typecheck imports notebooks dev clean
+.PHONY: help demo test interpret spread asan aot run-aot parity run-parity clients run-clients goldens run-goldens lint format typecheck imports notebooks dev clean ui
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ interpret: $(VENV)/.has-demo $(VENV)/.has-test  ## run the kernels' cases that t
 
 spread: $(VENV)/.has-demo $(VENV)/.has-test  ## hold outputs of the demo model to 300 schemas and 100 regexes
 	$(PYTEST) -m spread tests/structured $(ARGS)
+
+ui: $(VENV)/.has-jaxllm $(VENV)/.has-test $(VENV)/.has-ui  ## drive the server's page in the Chromium of the system
+	$(PYTEST) -m ui tests/server $(ARGS)
 
 asan: $(VENV)/.has-jaxllm $(VENV)/.has-test  ## run the CPU kernel on all cases under AddressSanitizer
 	$(VENV)/bin/python tests/kernels/asan/run_cases.py
@@ -78,7 +81,7 @@ format: $(VENV)/.has-dev  ## ruff: mend what can be mended
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-typecheck: $(VENV)/.has-demo $(VENV)/.has-dev $(VENV)/.has-test  ## pyright
+typecheck: $(VENV)/.has-demo $(VENV)/.has-dev $(VENV)/.has-test $(VENV)/.has-ui  ## pyright
 	$(VENV)/bin/pyright
 
 imports: $(VENV)/.has-dev  ## import-linter: the floors
@@ -87,7 +90,7 @@ imports: $(VENV)/.has-dev  ## import-linter: the floors
 notebooks: $(VENV)/.has-demo $(VENV)/.has-notebook  ## run every notebook from top to bottom
 	$(VENV)/bin/jupyter execute notebooks/*.ipynb
 
-dev: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-dev $(VENV)/.has-notebook  ## install everything, and the commit hooks
+dev: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-ui $(VENV)/.has-dev $(VENV)/.has-notebook  ## install everything, and the commit hooks
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove the environment and all caches

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from jax.sharding import Mesh
 
+from jaxllm.cache.pages import Occupancy
 from jaxllm.config import EngineConfig
 from jaxllm.engine.chat import Conversation
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
@@ -206,6 +207,10 @@ class AsyncEngine:
     def get_metrics(self) -> dict[str, float]:
         """See `Engine.get_metrics`."""
         return self._engine.get_metrics()
+
+    def page_occupancy(self, most_runs: int) -> Occupancy:
+        """See `Engine.page_occupancy`."""
+        return self._engine.page_occupancy(most_runs)
 
     async def wait_for_programs(self, timeout: float | None = None) -> bool:
         """See `Engine.wait_for_programs`."""

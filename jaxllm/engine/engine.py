@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from converters.tokenizer import full_tokenizer
+from jaxllm.cache.pages import Occupancy
 from jaxllm.config import EngineConfig
 from jaxllm.engine.beam_search import BeamSearch, BeamSearchOutput
 from jaxllm.engine.chat import Conversation
@@ -352,6 +353,14 @@ class Engine:
             | choice_metrics("attention_backend_info", self._parts.attention)
             | {f"matmul_backend_info{metric_labels(backend=products.name, reason=products.reason)}": 1.0}
         )
+
+    def page_occupancy(self, most_runs: int) -> Occupancy:
+        """How many of the cache's pages are used and cached, by where they lie; any thread may ask.
+
+        Args:
+            most_runs: runs of neighbouring pages to tell apart.
+        """
+        return self._core.scheduler.cache.pool.occupancy(most_runs)
 
     def wait_for_programs(self, timeout: float | None = None) -> bool:
         """Waits until no program is being compiled any more; False if that takes more than `timeout` seconds.

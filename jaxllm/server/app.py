@@ -12,15 +12,17 @@ from jaxllm.server import (
     chat,
     completions,
     errors,
+    live,
     messages,
     metrics,
+    page,
     responses,
     status,
     tokenization,
     unserved,
 )
 from jaxllm.server.http_metrics import HttpMetrics
-from jaxllm.server.keys import KeyMiddleware, Keys
+from jaxllm.server.keys import METRICS, KeyMiddleware, Keys
 from jaxllm.server.middleware import RequestMiddleware, SizeMiddleware
 from jaxllm.server.service import Service
 
@@ -54,6 +56,9 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
         app.include_router(part.router)
     if config.access.admin:
         app.include_router(admin.router)
+    if config.access.ui:
+        app.include_router(live.router)  # before the page's files, which are in the same folder
+        app.include_router(page.router)
     # the last one added is the first to see a request
     app.add_middleware(
         SizeMiddleware,
@@ -65,7 +70,10 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
             KeyMiddleware,
             keys=keys,
             root_path=config.listen.root_path,
-            metrics_exempt=config.access.metrics_without_key,
+            exempt=(
+                *((METRICS,) if config.access.metrics_without_key else ()),
+                *(page.page_files() if config.access.ui else ()),
+            ),
         )
     if config.listen.allowed_origins:
         app.add_middleware(

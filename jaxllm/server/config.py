@@ -67,6 +67,7 @@ class AccessConfig:
     )
     trust_request_chat_template: bool = option(False, "let requests bring their own chat template")
     admin: bool = option(False, "serve /sleep, /wake_up and /reset_prefix_cache")
+    ui: bool = option(True, "serve a page at / to chat with the model and to watch the engine")
     vllm_metrics: bool = option(False, "give every metric under the prefix vllm: as well")
 
 

@@ -57,14 +57,14 @@ class KeyMiddleware:
     """Answers 401 to requests without a key: `Authorization: Bearer KEY`, or `X-Api-Key: KEY`.
 
     The key's hash goes on with the request, as `key_hash` in its state.
+
+    Args:
+        exempt: paths that need no key besides `EXEMPT`, each spelled out.
     """
 
-    def __init__(
-        self, app: ASGIApp, keys: Keys, *, root_path: str = "", metrics_exempt: bool = False
-    ) -> None:
-        exempt = EXEMPT | ({METRICS} if metrics_exempt else frozenset())
+    def __init__(self, app: ASGIApp, keys: Keys, *, root_path: str = "", exempt: Iterable[str] = ()) -> None:
         self._app, self._keys = app, keys
-        self._exempt = frozenset((root_path + path).encode() for path in exempt)
+        self._exempt = frozenset((root_path + path).encode() for path in (*EXEMPT, *exempt))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application."""

@@ -16,7 +16,7 @@ from jaxllm.server.http_metrics import HttpMetrics
 logger = logging.getLogger("jaxllm.server.requests")
 
 REQUEST_ID = b"x-request-id"
-PROBES = ("/health", "/ready", "/ping", "/metrics")
+PROBES = ("/health", "/ready", "/ping", "/metrics", "/ui/state")
 """Paths that are asked all the time: their lines in the log are of the level debug."""
 GONE = 499
 """The status in the log of requests whose clients left; nginx writes the same."""

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.cache.pages import NULL_PAGE, PagePool
+from jaxllm.cache.pages import NULL_PAGE, Occupancy, PagePool
 
 
 def key(number: int) -> tuple[int, bytes]:
@@ -24,6 +24,26 @@ def test_hands_out_all_pages_but_the_null_page() -> None:
     pool = PagePool(5)
     assert sorted(pool.allocate(4)) == [1, 2, 3, 4]
     assert (pool.num_pages, pool.num_free, pool.num_cached, pool.num_used) == (4, 0, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("most_runs", "run", "used", "cached"),
+    [
+        (100, 1, (0, 0, 1, 1, 1, 0, 0), (1, 1, 0, 0, 0, 0, 0)),
+        (3, 3, (1, 2, 0), (2, 0, 0)),
+        (1, 7, (3,), (2,)),
+    ],
+)
+def test_occupancy_counts_runs_of_pages(
+    most_runs: int, run: int, used: tuple[int, ...], cached: tuple[int, ...]
+) -> None:
+    pool = PagePool(8)
+    for page in pool.allocate(5):  # 1 to 5, of which 1 and 2 become cached, and 3 has a key, too
+        if page <= 3:
+            pool.register(page, key(page))
+        if page <= 2:
+            pool.release(page)
+    assert pool.occupancy(most_runs) == Occupancy(run, used, cached)
 
 
 def test_too_many_pages_wanted_takes_none() -> None:

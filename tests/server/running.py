@@ -92,8 +92,9 @@ def running(model: Path, **options: Any) -> Iterator[Running]:
         while not server.started or service.status == "loading":
             assert time.monotonic() < end, "the server does not start"
             time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        found = Running(f"http://127.0.0.1:{port}", service, server.config.app)
+        where = server.servers[0].sockets[0].getsockname()
+        url = f"http://127.0.0.1:{where[1]}" if isinstance(where, tuple) else f"unix:{where}"
+        found = Running(url, service, server.config.app)
         yield found
         for client in found.opened:
             client.close()

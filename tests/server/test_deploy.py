@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 from running import Running
 
 from jaxllm.cli.main import command_parser
@@ -30,8 +31,16 @@ def test_files_can_be_read(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=names)
 def test_flags_are_there(path: Path) -> None:
     known = {flag for action in command_parser("serve")._actions for flag in action.option_strings}
-    others = {"--target", "--yes", "--no-install-recommends", "--create-home", "--start-period", "--fail"}
-    others |= {"--silent", "--no-cache-dir", "--from-file", "--help"}
+    others = {
+        "--target",
+        "--yes",
+        "--no-install-recommends",
+        "--create-home",
+        "--uid",
+        "--start-period",
+        "--fail",
+    }
+    others |= {"--uid", "--silent", "--no-cache-dir", "--from-file", "--help"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", path.read_text())) <= known | others
 
 
@@ -45,6 +54,36 @@ def test_metrics_are_there(path: Path, server: Running) -> None:
         "jaxllm:cuda",
     }
     assert spoken <= families | samples
+
+
+def test_queries_of_the_dashboard(server: Running) -> None:
+    server.post("/v1/completions", prompt="abc", max_tokens=3)
+    labels: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(server.http.get("/metrics").text):
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    board = json.loads((ROOT / "deploy" / "grafana" / "dashboard.json").read_text())
+    sources = yaml.safe_load((ROOT / "deploy" / "grafana" / "datasources.yaml").read_text())["datasources"]
+    uids = {source["uid"] for source in sources}
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    for panel in board["panels"]:
+        assert panel["datasource"]["uid"] in uids
+        for target in panel["targets"]:
+            query = target["expr"]
+            names = re.findall(r"\b(?:jaxllm:|http_)\w+", query)
+            assert names, query
+            assert set(names) <= set(labels), query
+            chosen = re.findall(r"(\w+)\s*[=!]~?\s*\"", query)
+            grouped = [name for list in re.findall(r"by \(([^)]*)\)", query) for name in list.split(",")]
+            shown = re.findall(r"{{(\w+)}}", target["legendFormat"])
+            asked = {name.strip() for name in (*chosen, *grouped, *shown)}
+            assert all(asked <= labels[name] for name in names), query
+            assert ("_bucket" in query) == ("histogram_quantile" in query)
+            counted = [name for name in names if name.endswith(("_total", "_bucket"))]
+            assert all(f"rate({name}" in query for name in counted), query
+    [variable] = board["templating"]["list"]
+    [(metric, label)] = re.findall(r"label_values\((\S+), (\w+)\)", variable["query"])
+    assert label in labels[metric]
 
 
 def test_probes_ask_paths_that_are_there(server: Running) -> None:

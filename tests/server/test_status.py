@@ -136,7 +136,8 @@ def test_keys() -> None:
         async with client:
 
             async def status(path: str, **headers: str) -> int:
-                return (await client.get(path, headers=headers)).status_code
+                url = f"http://server{path}"  # whole, or "//health" would be a host
+                return (await client.get(url, headers=headers)).status_code
 
             for path in ("/health", "/ready", "/ping"):
                 assert await status(path) in (200, 503)
