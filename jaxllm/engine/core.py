@@ -4,18 +4,15 @@ import logging
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import jax
-import numpy as np
-
-from jaxllm.engine.assembler import OutputAssembler, TokenLogprobs
+from jaxllm.engine.assembler import OutputAssembler
+from jaxllm.engine.in_flight import InFlight, Sample, StepLogprobs
 from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.metrics import EngineState, Metrics
 from jaxllm.engine.outputs import FinishReason, RequestOutput
 from jaxllm.engine.step_clock import StepClock
 from jaxllm.engine.vocabulary import Vocabulary
-from jaxllm.runner.runner import Admission, DispatchedStep, Runner
+from jaxllm.runner.runner import Admission, Runner
 from jaxllm.sampling.settings import row_settings
 from jaxllm.sampling.state import RowSettings
 from jaxllm.scheduler.plan import RowPlan, StepPlan
@@ -42,29 +39,6 @@ class EngineFailedError(RuntimeError):
 
 class RequestFailedError(RuntimeError):
     """A request ended with an error that was not the caller's."""
-
-
-@dataclass(slots=True, eq=False)
-class Sample:
-    """One of a request's outputs, as it is scheduled: `n` of them share an assembler."""
-
-    request: Request
-    index: int
-    seed: int
-    assembler: OutputAssembler
-    next_scored: int = 1
-    """First position of the prompt whose logprobs no dispatched step computes."""
-
-
-@dataclass(frozen=True, slots=True)
-class InFlight:
-    """A step that the device works on, and what is to be read from it."""
-
-    step: DispatchedStep
-    logprobs: tuple[jax.Array, ...] | None
-    scores: tuple[jax.Array, ...] | None
-    scored: tuple[tuple[Sample, int, int], ...]
-    """For each prompt in `scores`: where its tokens begin in the flat batch, and how many there are."""
 
 
 class EngineCore:
@@ -144,11 +118,16 @@ class EngineCore:
             for index in range(params.n)
         ]
         self._settings(samples[0])  # refuses what a row has no room for
-        for sample in samples:  # they are alike, so only the first can be refused
-            self.scheduler.add(sample.request)
-            self._samples[sample.request.request_id] = sample
-        assembler.metrics = self.metrics.request_arrived(len(input.prompt_token_ids))
+        try:
+            for sample in samples:
+                self.scheduler.add(sample.request)
+        except Exception:
+            for sample in samples:
+                self.scheduler.finish(sample.request.request_id, RequestStatus.FINISHED_ERROR)
+            raise
+        self._samples.update((sample.request.request_id, sample) for sample in samples)
         self._requests[request_id] = samples
+        assembler.metrics = self.metrics.request_arrived(len(input.prompt_token_ids))
         if input.num_prompt_logprobs is not None:
             self._scoring.add(request_id)
 
@@ -182,7 +161,7 @@ class EngineCore:
             EngineFailedError: several steps in a row have failed; nothing can run any more.
         """
         if self.failure is not None:
-            raise EngineFailedError("the engine has failed; make another") from self.failure
+            raise EngineFailedError("the engine has failed; call restart()") from self.failure
         self._clock.begin(busy=self._is_busy())
         plan = self.scheduler.schedule()
         self._clock.scheduled(len(plan.rows), plan.num_tokens)
@@ -222,6 +201,24 @@ class EngineCore:
         outputs = [self.abort(request_id, "error") for request_id in failed]
         self.runner.reset()
         return [output for output in outputs if output is not None]
+
+    def restart(self) -> None:
+        """Starts over after a failure: no requests, empty pages and rows, and the programs that there are.
+
+        Requests are forgotten without a last output; they count as failed.
+
+        Raises:
+            Exception: pages and rows cannot be made. It may be tried again.
+        """
+        for samples in self._requests.values():
+            if samples[0].assembler.metrics is not None:
+                self.metrics.request_finished(samples[0].assembler.metrics, "error")
+        for forgotten in (self._requests, self._samples, self._scoring, self._in_flight):
+            forgotten.clear()
+        self.scheduler.clear()
+        self._clock = StepClock()
+        self.runner.reset()
+        self._failures_in_a_row, self.failure = 0, None
 
     def drain(self) -> None:
         """Waits for the steps in flight, which work for requests that have all ended."""
@@ -300,13 +297,17 @@ class EngineCore:
     def _collect(self, done: InFlight) -> list[RequestOutput]:
         tokens = done.step.read()
         self._clock.read(done.step.packed_at)
-        logprobs = _Logprobs(done.logprobs)
-        scores = _Logprobs(done.scores)
+        logprobs = StepLogprobs(done.logprobs)
+        scores = StepLogprobs(done.scores)
         touched: dict[str, OutputAssembler] = {}
         for sample, begin, count in done.scored:
             if sample.assembler.finished:
                 continue
-            sample.assembler.add_prompt_logprobs([scores[begin + i] for i in range(count)])
+            try:
+                sample.assembler.add_prompt_logprobs([scores[begin + i] for i in range(count)])
+            except Exception as error:
+                self._fail(sample.assembler, error)
+                touched[sample.assembler.request_id] = sample.assembler
         rows = done.step.plan.rows if done.logprobs else ()
         row_of = {row.request_id: i for i, row in enumerate(rows)}
         for request, new in self.scheduler.complete(done.step.plan, tokens):
@@ -318,7 +319,7 @@ class EngineCore:
         return [output for output in outputs if output is not None]
 
     def _add_tokens(
-        self, sample: Sample, tokens: Sequence[int], logprobs: "_Logprobs", row: int | None
+        self, sample: Sample, tokens: Sequence[int], logprobs: StepLogprobs, row: int | None
     ) -> None:
         """Gives a sample its tokens and ends it if they do. A failure ends this request and no other.
 
@@ -337,16 +338,21 @@ class EngineCore:
                 stop_reason=stop,
             )
         except Exception as error:
-            logger.exception("request %r failed while its tokens were turned into text", assembler.request_id)
-            self.last_error = error
-            assembler.abort("error")
-            for other in self._requests[assembler.request_id]:
-                self.scheduler.finish(other.request.request_id, RequestStatus.FINISHED_ERROR)
+            self._fail(assembler, error)
             return
         if assembler.metrics is not None:
             self.metrics.tokens_generated(assembler.metrics, len(tokens), index=sample.index)
         if found is not None or reason is not None:
             self.scheduler.finish(request.request_id, _STATUS[reason or "stop"])
+
+    def _fail(self, assembler: OutputAssembler, error: Exception) -> None:
+        """Ends a request with an error that is its own."""
+        text = "request %r failed while its tokens were turned into text"
+        logger.error(text, assembler.request_id, exc_info=error)
+        self.last_error = error
+        assembler.abort("error")
+        for sample in self._requests[assembler.request_id]:
+            self.scheduler.finish(sample.request.request_id, RequestStatus.FINISHED_ERROR)
 
     @staticmethod
     def _end(request: Request, input: EngineInput, token: int) -> tuple[FinishReason | None, int | None]:
@@ -370,18 +376,3 @@ class EngineCore:
             if assembler.metrics is not None and output is not None:
                 self.metrics.request_finished(assembler.metrics, output.outputs[0].finish_reason or "abort")
         return output
-
-
-class _Logprobs:
-    """What `token_logprobs` left on the device, read when the first position of it is asked for."""
-
-    def __init__(self, arrays: tuple[jax.Array, ...] | None) -> None:
-        self._arrays = arrays
-        self._read: list[np.ndarray] = []
-
-    def __getitem__(self, position: int) -> TokenLogprobs:
-        if not self._read:
-            assert self._arrays is not None
-            self._read = [np.asarray(array) for array in self._arrays]
-        logprob, rank, ids, top = (array[position] for array in self._read)
-        return TokenLogprobs(float(logprob), int(rank), ids.tolist(), top.tolist())

@@ -394,6 +394,20 @@ class Engine:
         self._check_open()
         self._sleep.end()
 
+    def restart(self) -> None:
+        """Starts over after `step` or `generate` has failed for a reason that was no request's own.
+
+        Unfinished requests are forgotten, pages are empty, and nothing is compiled again.
+
+        Raises:
+            RuntimeError: the engine is closed.
+            Exception: the device cannot hold the pages. It may be tried again.
+        """
+        self._check_open()
+        self._mail.clear()
+        self._core.restart()
+        self.metrics.engine_restarted()
+
     @property
     def is_sleeping(self) -> bool:
         """Whether it sleeps."""
@@ -436,7 +450,7 @@ class Engine:
     def _check_awake(self) -> None:
         self._check_open()
         if self.failure is not None:
-            raise EngineFailedError("the engine has failed; make another") from self.failure
+            raise EngineFailedError("the engine has failed; call restart()") from self.failure
         if self._sleep.active:
             raise RuntimeError("the engine sleeps; call wake_up() first")
 

@@ -17,6 +17,15 @@ from pallas_kernels.registry import Choice
 _TIME_BOUNDS = tuple(base * 10.0**power for power in range(-4, 3) for base in (1.0, 2.0, 5.0))
 _TOKEN_BOUNDS = tuple(base * 10.0**power for power in range(6) for base in (1.0, 2.0, 5.0))
 _STEP_TOKEN_BOUNDS = (1.0, *(2.0**power for power in range(3, 15)))
+_COUNTED = (
+    "requests",
+    "prompt_tokens",
+    "generation_tokens",
+    "preemptions",
+    "steps",
+    "scheduled_tokens",
+    "engine_restarts",
+)
 FINISH_REASONS: tuple[str, ...] = ("stop", "length", "abort", "error")
 
 
@@ -117,9 +126,7 @@ class Metrics:
         self._clock = clock
         self._start = clock()
         self._finished = dict.fromkeys(FINISH_REASONS, 0)
-        self._totals = dict.fromkeys(
-            ("requests", "prompt_tokens", "generation_tokens", "preemptions", "steps", "scheduled_tokens"), 0
-        )
+        self._totals = dict.fromkeys(_COUNTED, 0)
         self.time_in_queue = Histogram()
         self.time_to_first_token = Histogram()
         self.inter_token_latency = Histogram()
@@ -195,6 +202,10 @@ class Metrics:
             if request.num_generation_tokens > 1:
                 self.time_per_output_token.observe((last - first) / (request.num_generation_tokens - 1))
 
+    def engine_restarted(self) -> None:
+        """The engine has started over after a failure."""
+        self._totals["engine_restarts"] += 1
+
     def step_done(self, times: StepTimes) -> None:
         """Counts a turn of the step loop; one that dispatched nothing only adds to the parts."""
         for part, histogram in self.step_parts.items():
@@ -217,7 +228,7 @@ class Metrics:
         - `prompt_tokens_total`, `generation_tokens_total`.
         - `scheduled_tokens_total`: tokens that steps computed, again after preemption included, prefix hits
           not.
-        - `preemptions_total`, `steps_total`.
+        - `preemptions_total`, `steps_total`, `engine_restarts_total`.
         - `pages_used`, `num_pages`, `pages_used_ratio`.
         - `prefix_cache_queries_total`, `prefix_cache_hits_total` (tokens), `prefix_cache_hit_ratio`.
         - `{name}_seconds_{mean,p50,p90,p99}` and `{name}_count` for each name of `time_in_queue`,

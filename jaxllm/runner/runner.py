@@ -130,7 +130,14 @@ class Runner:
         return saved
 
     def reset(self) -> None:
-        """Starts over with empty pages and rows, after a step has failed that may have taken the old ones."""
+        """Starts over with empty pages and rows, after a step has failed that may have taken the old ones.
+
+        What is left of those goes first: the device has no room for both. Does nothing while it sleeps.
+        """
+        if self._params is None:
+            return
+        self._drop((self._cache, self._rows))
+        self._cache = self._rows = None
         self._cache, self._rows = allocate(self.programs)
 
     def wake(self, params: tuple[Array, ...]) -> None:

@@ -82,7 +82,12 @@ class LimitConfig:
     max_stored_responses: int = option(1000, "answers of /v1/responses that are kept; the oldest go first")
     max_outputs: int = option(128, "most outputs of one request: n times its prompts")
 
+    max_engine_restarts: int = option(3, "how often a failed engine may start over; then /health stays 503")
+    engine_restart_window: float = option(300.0, "seconds in which --max-engine-restarts are counted")
+
     def __post_init__(self) -> None:
+        _at_least(0, max_engine_restarts=self.max_engine_restarts)
+        _at_least(1, engine_restart_window=self.engine_restart_window)
         _at_least(0, max_num_queued_reqs=self.max_num_queued_reqs, shutdown_timeout=self.shutdown_timeout)
         _at_least(0, max_stored_responses=self.max_stored_responses)
         _at_least(0.001, request_timeout=self.request_timeout, sse_keep_alive=self.sse_keep_alive)

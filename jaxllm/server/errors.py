@@ -132,7 +132,7 @@ def of_exception(error: BaseException, request_id: str) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineFailedError):
-        return unavailable("the engine has failed; the server has to be started again", retry_after=30)
+        return unavailable("the engine failed before the request was done; try again", retry_after=5)
     if not isinstance(error, RequestFailedError):
         logger.error("request %s failed", request_id, exc_info=error)
     return ApiError(500, f"the request failed on the server; its log has the cause beside {request_id}")

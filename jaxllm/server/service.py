@@ -23,7 +23,7 @@ from jaxllm.server.startup import Startup
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["loading", "ready", "sleeping", "draining", "failed"]
+Status = Literal["loading", "ready", "sleeping", "restarting", "draining", "failed"]
 
 
 POLL_SECONDS = 0.02
@@ -84,7 +84,7 @@ class Service:
         def done(result: AsyncEngine | Exception) -> None:
             loop.call_soon_threadsafe(self.loaded, result)
 
-        self._startup = Startup(self.engine_config, done)
+        self._startup = Startup(self.engine_config, self.config.limits, done)
         self._startup.begin()
 
     async def wait_loaded(self) -> None:
@@ -124,7 +124,8 @@ class Service:
             return "draining"
         if self._engine is None:
             return "loading"
-        return "sleeping" if self._engine.health == "sleeping" else "ready"
+        health = self._engine.health
+        return health if health in ("sleeping", "restarting") else "ready"
 
     def progress(self) -> dict[str, Any]:
         """How far loading is; empty when it is done."""
@@ -145,6 +146,7 @@ class Service:
         reasons = {
             "loading": "the model is being loaded; /ready says how far it is",
             "sleeping": "the engine sleeps; an administrator can wake it with /wake_up",
+            "restarting": "the engine has failed and starts over; try again",
             "draining": "the server is about to stop",
             "failed": "the engine has failed; the server has to be started again",
         }

@@ -9,6 +9,7 @@ from small import golden, greedy, small_engine
 
 from jaxllm import AsyncEngine, RequestOutput, RequestOutputKind, SamplingParams
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
+from jaxllm.engine.restarts import RestartBudget
 
 PROMPTS = [np.random.default_rng(i).integers(3, 125, 5 + 3 * i).tolist() for i in range(8)]
 
@@ -28,8 +29,8 @@ def engine() -> Iterator[AsyncEngine]:
 
 @pytest.fixture
 def doomed() -> Iterator[AsyncEngine]:
-    """One that the test may break."""
-    engine = AsyncEngine(small_engine(max_model_len=96, num_pages=60))
+    """One that the test may break, and that does not start over."""
+    engine = AsyncEngine(small_engine(max_model_len=96, num_pages=60), max_restarts=0)
     yield engine
     engine.close()
 
@@ -157,6 +158,8 @@ def test_steps_that_always_fail_fail_the_engine(doomed: AsyncEngine, monkeypatch
             return_exceptions=True,
         )
         assert all(isinstance(r, RequestFailedError | EngineFailedError) for r in results)
+        while doomed.health == "restarting":
+            await asyncio.sleep(0.001)
         assert doomed.health == "failed"
         with pytest.raises(EngineFailedError):
             await last(doomed.generate(PROMPTS[0], greedy(4)))
@@ -178,9 +181,38 @@ def test_a_step_loop_that_breaks_tells_everybody(
         for task in running:
             with pytest.raises(EngineFailedError, match="no plan"):
                 await task
+        while doomed.health == "restarting":
+            await asyncio.sleep(0.001)
         assert doomed.health == "failed"
         with pytest.raises(EngineFailedError):
             await last(doomed.generate(PROMPTS[0], greedy(4)))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_too_many_restarts_are_the_end(
+    doomed: AsyncEngine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(doomed, "_restarts", RestartBudget(2, 60, lambda: now[0]))
+    scheduler = doomed._engine._core.scheduler
+    schedule = scheduler.schedule
+
+    def fail() -> None:
+        monkeypatch.setattr(scheduler, "schedule", schedule)
+        raise RuntimeError("no plan")
+
+    async def main() -> None:
+        for now[0], health in ((0, "running"), (50, "running"), (61, "running"), (70, "failed")):
+            monkeypatch.setattr(scheduler, "schedule", fail)
+            with pytest.raises(EngineFailedError, match="no plan"):
+                await last(doomed.generate(PROMPTS[0], greedy(4)))
+            while doomed.health == "restarting":
+                await asyncio.sleep(0.001)
+            assert doomed.health == health
+            if health == "running":
+                output = await last(doomed.generate(PROMPTS[1], greedy(12)))
+                assert list(output.outputs[0].token_ids) == expected[1]
 
     asyncio.run(asyncio.wait_for(main(), 60))
 
