@@ -14,6 +14,7 @@ from jaxllm.server import (
     errors,
     messages,
     metrics,
+    openapi,
     responses,
     status,
     tokenization,
@@ -54,6 +55,7 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
         app.include_router(part.router)
     if config.access.admin:
         app.include_router(admin.router)
+    openapi.install(app)
     # the last one added is the first to see a request
     app.add_middleware(
         SizeMiddleware,

@@ -154,6 +154,10 @@ def install(app: FastAPI) -> None:
         message = {404: f"no such path: {request.url.path}", 405: f"{request.method} is not served here"}
         text = message.get(error.status_code, str(error.detail))
         found = ApiError(error.status_code, text, headers=error.headers)
+        route = getattr(request.scope.get("route"), "path", "")
+        if error.status_code == 405 and (served := app.openapi()["paths"].get(route)):
+            # the router knows those of one endpoint, but a path may have several
+            found.headers["allow"] = ", ".join(method.upper() for method in served)
         return found.response(request.scope["path"])
 
 
@@ -166,8 +170,9 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
     if first["type"] == "extra_forbidden":
-        text = f"{name}: this server does not know this parameter; leave it out"
-        return ApiError(400, text, param=names[0], code="unknown_parameter")
+        unknown = str(first["loc"][-1])  # which may look like anything
+        text = f"{name or unknown[:200]}: this server does not know this parameter; leave it out"
+        return ApiError(400, text, param=names[0] if names else unknown[:200], code="unknown_parameter")
     if first["type"] == "missing":
         text = f"{name or 'the body'}: is required"
         return ApiError(400, text, param=name or None, code="missing_required_parameter")

@@ -39,7 +39,8 @@ async def health(service: Served) -> Response:
     return JSONResponse({"status": status}, 503 if status in ("failed", "restarting") else 200)
 
 
-@router.api_route("/ping", methods=["GET", "POST"])
+@router.get("/ping")
+@router.post("/ping")
 async def ping(service: Served) -> Response:
     """As `/health`; some platforms ask here."""
     return await health(service)
