@@ -23,6 +23,7 @@ from jaxllm.server import (
 from jaxllm.server.http_metrics import HttpMetrics
 from jaxllm.server.keys import KeyMiddleware, Keys
 from jaxllm.server.middleware import RequestMiddleware, SizeMiddleware
+from jaxllm.server.rate_limits import RATE_LIMIT_HEADERS, RateLimitMiddleware
 from jaxllm.server.service import Service
 
 
@@ -62,6 +63,13 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
         max_header_bytes=config.listen.h11_max_incomplete_event_size,
         max_body_bytes=config.limits.max_body_bytes,
     )
+    if config.limits.is_rate_limited:
+        app.add_middleware(
+            RateLimitMiddleware,
+            requests=config.limits.rate_limit_requests,
+            tokens=config.limits.rate_limit_tokens,
+            root_path=config.listen.root_path,
+        )
     if keys:
         app.add_middleware(
             KeyMiddleware,
@@ -75,7 +83,7 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
             allow_origins=config.listen.allowed_origins,
             allow_methods=["GET", "POST", "OPTIONS"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", "retry-after", *RATE_LIMIT_HEADERS],
         )
     log = not config.log.disable_log_requests
     app.add_middleware(RequestMiddleware, metrics=HttpMetrics(service.registry), log=log)

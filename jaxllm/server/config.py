@@ -82,6 +82,12 @@ class LimitConfig:
     max_stored_responses: int = option(1000, "answers of /v1/responses that are kept; the oldest go first")
     max_outputs: int = option(128, "most outputs of one request: n times its prompts")
 
+    rate_limit_requests: int | None = option(
+        None, "most requests of a key in a minute, of all together where there are no keys; beyond it 429"
+    )
+    rate_limit_tokens: int | None = option(
+        None, "the same for tokens, of prompts and outputs; while they are used up 429"
+    )
     max_engine_restarts: int = option(3, "how often a failed engine may start over; then /health stays 503")
     engine_restart_window: float = option(300.0, "seconds in which --max-engine-restarts are counted")
 
@@ -90,8 +96,14 @@ class LimitConfig:
         _at_least(1, engine_restart_window=self.engine_restart_window)
         _at_least(0, max_num_queued_reqs=self.max_num_queued_reqs, shutdown_timeout=self.shutdown_timeout)
         _at_least(0, max_stored_responses=self.max_stored_responses)
+        _at_least(1, rate_limit_requests=self.rate_limit_requests, rate_limit_tokens=self.rate_limit_tokens)
         _at_least(0.001, request_timeout=self.request_timeout, sse_keep_alive=self.sse_keep_alive)
         _at_least(1, max_body_bytes=self.max_body_bytes, max_outputs=self.max_outputs)
+
+    @property
+    def is_rate_limited(self) -> bool:
+        """Whether keys have limits."""
+        return self.rate_limit_requests is not None or self.rate_limit_tokens is not None
 
 
 @dataclass(frozen=True)

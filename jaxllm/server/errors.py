@@ -72,7 +72,7 @@ class ErrorResponse(TypedDict):
 
 
 class ApiError(Exception):
-    """An answer with an error's status. The message is for the client."""
+    """An answer with an error's status. The message is for the client; `kind` is its `type` for OpenAI's."""
 
     def __init__(
         self,
@@ -81,16 +81,17 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
+        kind: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        self.kind = kind or TYPES.get(status, "server_error")
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
 
     def body(self) -> ErrorResponse:
         """The error as JSON."""
-        kind = TYPES.get(self.status, "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def anthropic_body(self) -> dict[str, Any]:
         """The error as JSON in Anthropic's form: https://docs.anthropic.com/en/api/errors"""

@@ -19,6 +19,7 @@ from jaxllm.engine.output_stream import OutputStream
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.sampling import RequestOutputKind, SamplingParams
 from jaxllm.server.errors import ApiError, bad_value, unavailable
+from jaxllm.server.rate_limits import Account
 from jaxllm.server.service import Service, Ticket
 
 TIMEOUT_HEADER = "x-request-timeout"
@@ -75,6 +76,7 @@ class Generation:
     Attributes:
         id: of the request, without the prefix of its kind.
         inputs: one for each prompt.
+        deadline: when the time limit is over, on the event loop's clock.
         on_close: called when it is closed, whether it was answered to the end or not.
     """
 
@@ -86,11 +88,13 @@ class Generation:
         ticket: Ticket,
         deadline: float,
         service: Service,
+        account: Account | None = None,
     ) -> None:
         self.id = request_id
+        self._account = account
         self.inputs = inputs
         self._numbers = {name: number for number, name in enumerate(stream.request_ids)}
-        self._stream, self._ticket, self._deadline, self._service = stream, ticket, deadline, service
+        self._stream, self._ticket, self.deadline, self._service = stream, ticket, deadline, service
         self._cached = [0] * len(inputs)
         self._generated = 0
         self._closed = self._cancelled = False
@@ -113,12 +117,12 @@ class Generation:
             RequestFailedError, EngineFailedError: as for `OutputStream.take`.
         """
         now = asyncio.get_running_loop().time()
-        limit = self._deadline if patience is None else min(self._deadline, now + patience)
+        limit = self.deadline if patience is None else min(self.deadline, now + patience)
         try:
             async with asyncio.timeout_at(limit):
                 outputs = await self._stream.take()
         except TimeoutError:
-            if asyncio.get_running_loop().time() >= self._deadline:
+            if asyncio.get_running_loop().time() >= self.deadline:
                 raise ApiError(408, "the request took longer than its time limit", code="timeout") from None
             return []
         return [(self._numbers[output.request_id], self._count(output)) for output in outputs]
@@ -129,7 +133,10 @@ class Generation:
                 raise ApiError(400, "the request was cancelled", code="cancelled")
             raise unavailable("the engine stopped before the request was done")
         self._cached[self._numbers[output.request_id]] = output.num_cached_tokens or 0
-        self._generated += sum(len(sample.token_ids) for sample in output.outputs)
+        generated = sum(len(sample.token_ids) for sample in output.outputs)
+        self._generated += generated
+        if self._account is not None:
+            self._account.write(generated)
         return output
 
     async def collect(self) -> list[RequestOutput]:
@@ -195,11 +202,14 @@ async def start(service: Service, request: Request, job: Job, request_id: str | 
         if service.config.access.cache_salt_per_key:
             key = request.state.key_hash
             inputs = [replace(input, cache_salt=f"{key}/{input.cache_salt or ''}") for input in inputs]
+        account: Account | None = getattr(request.state, "account", None)
+        if account is not None:
+            account.read(sum(len(input.prompt_token_ids) for input in inputs))
         request_id = request_id or uuid.uuid4().hex
         many = len(inputs) > 1
         named = {f"{request_id}-{i}" if many else request_id: input for i, input in enumerate(inputs)}
         stream = await _submit(service, engine, named, job)
-        return Generation(request_id, inputs, stream, ticket, deadline, service)
+        return Generation(request_id, inputs, stream, ticket, deadline, service, account)
     except BaseException:
         ticket.give_back()
         raise

@@ -117,6 +117,33 @@ def test_a_reader_that_stops_reading_holds_nobody_up(clean: Running) -> None:
     assert len(sent) <= 4  # all that came meanwhile is one event
 
 
+def test_a_reader_that_never_reads_is_given_up(clean: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxllm.server.event_stream.LINGER_SECONDS", 0.05)
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions",
+        "query_string": b"", "root_path": "",
+        "headers": [(b"content-type", b"application/json"), (b"x-request-timeout", b"0.1")],
+    }  # fmt: skip
+
+    async def main() -> None:
+        asked = asyncio.Event()
+
+        async def receive():
+            if asked.is_set():
+                await asyncio.Event().wait()
+            asked.set()
+            return {"type": "http.request", "body": json.dumps({**LONG, "stream": True}).encode()}
+
+        async def send(message) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        async with asyncio.timeout(10):
+            await clean.app(scope, receive, send)
+
+    asyncio.run(main())
+
+
 def test_a_silent_stream_gets_comments(clean: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     config = clean.service.config
     limits = dataclasses.replace(config.limits, sse_keep_alive=0.001)
