@@ -27,6 +27,7 @@ _HOMES = {
     "RequestOutput": "jaxllm.engine.outputs",
     "RequestOutputKind": "jaxllm.sampling",
     "SamplingParams": "jaxllm.sampling",
+    "StructuredOutputsParams": "jaxllm.structured",
     "register_logits_processor": "jaxllm.sampling",
 }
 
@@ -44,6 +45,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "register_logits_processor",
 ]
 
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
         SamplingParams,
         register_logits_processor,
     )
+    from jaxllm.structured import StructuredOutputsParams
 
 
 def __getattr__(name: str) -> Any:

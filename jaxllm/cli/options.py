@@ -13,8 +13,9 @@ from jaxllm.sampling.params import SamplingParams
 if TYPE_CHECKING:
     from jaxllm.engine.engine import Engine
 
-DECIDED_BY_COMMANDS = frozenset({"output_kind", "detokenize"})
-"""Sampling parameters without a flag: a command shows text, and streams it where it can."""
+DECIDED_BY_COMMANDS = frozenset({"output_kind", "detokenize", "structured_outputs"})
+"""Sampling parameters without a flag of their name: a command shows text, and streams it where it can; what
+an output is held to has a flag for each way to say it."""
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, *, model_may_lack: bool = False) -> None:

@@ -54,6 +54,8 @@ class OutputAssembler:
         self.request_id = request_id
         self.input = input
         self.metrics = metrics
+        self.error: Exception | None = None
+        """Set by whoever ends the request because of it."""
         self.num_cached_tokens: int | None = None
         """Set by whoever schedules the request."""
         self._vocabulary = vocabulary if input.params.detokenize else None
@@ -84,6 +86,7 @@ class OutputAssembler:
         logprobs: Sequence[TokenLogprobs] | None = None,
         finish_reason: FinishReason | None = None,
         stop_reason: int | str | None = None,
+        stop_token: bool | None = None,
     ) -> str | None:
         """Adds a sample's next tokens.
 
@@ -93,6 +96,8 @@ class OutputAssembler:
             logprobs: one for each token, if the request asked for logprobs.
             finish_reason: given if the sample ends with these tokens.
             stop_reason: the stop token's id, unless it is the end of sequence.
+            stop_token: whether the last token ended the sample and is no part of its text; by default if the
+                finish reason is "stop".
 
         Returns:
             The stop string that these tokens complete, or None. The sample has then finished (tokens after
@@ -106,7 +111,9 @@ class OutputAssembler:
             raise RuntimeError(
                 f"request {self.request_id!r}: sample {index} gets tokens after it has finished"
             )
-        stop = sample.add(token_ids, logprobs, stop_token=finish_reason == "stop")
+        if stop_token is None:
+            stop_token = finish_reason == "stop"
+        stop = sample.add(token_ids, logprobs, stop_token=stop_token)
         if stop is not None:
             finish_reason, stop_reason = "stop", stop
         if finish_reason is not None:
@@ -154,6 +161,7 @@ class OutputAssembler:
             finished=finished,
             metrics=self.metrics,
             num_cached_tokens=self.num_cached_tokens,
+            error=self.error,
         )
 
     def _take_prompt_logprobs(self) -> PromptLogprobs | None:

@@ -26,6 +26,7 @@ from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.restarts import RestartBudget
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.sampling import SamplingParams
+from jaxllm.structured.compiler import COMPILE_SECONDS, LATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +120,16 @@ class AsyncEngine:
     async def make_input(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
     ) -> EngineInput:
-        """Tokenizes and checks a request in a thread; see `InputProcessor.make`."""
+        """Tokenizes and checks a request in a thread; see `InputProcessor.make`.
+
+        A grammar that takes long to compile is waited for here, so that it keeps no thread from others.
+        """
+        if (grammar := self._engine.begin_grammar(params)) is not None:
+            compiled = asyncio.wrap_future(grammar)
+            compiled.add_done_callback(lambda done: done.cancelled() or done.exception())  # `make` raises it
+            await asyncio.wait([compiled], timeout=COMPILE_SECONDS)
+            if not compiled.done() and params is not None and params.structured_outputs is not None:
+                raise ValueError(LATE.format(params.structured_outputs.constraint))
         return await asyncio.to_thread(self._engine.make_input, prompt, params, **options)
 
     async def render_chat(self, messages: Conversation, **template_options: Any) -> TokensPrompt:
@@ -333,15 +343,17 @@ class AsyncEngine:
                 finished.append(output.request_id)
             if stream is not None:
                 failed = any(sample.finish_reason == "error" for sample in output.outputs)
-                item = self._error(output.request_id) if failed else output
+                item = self._error(output) if failed else output
                 letters.append((stream, output.request_id, item))
         post(letters)
         for request_id in finished:  # not before: if it fails, they are still to be told
             self._streams.pop(request_id, None)
 
-    def _error(self, request_id: str) -> Exception:
+    def _error(self, output: RequestOutput) -> Exception:
+        if isinstance(output.error, ValueError):  # what was asked for cannot be served
+            return output.error
         kind = RequestFailedError if self._engine.failure is None else EngineFailedError
-        error = kind(f"{request_id} failed: {self._engine.last_error}")
+        error = kind(f"{output.request_id} failed: {self._engine.last_error}")
         error.__cause__ = self._engine.last_error
         return error
 

@@ -6,13 +6,16 @@ from collections import deque
 from collections.abc import Sequence
 
 from jaxllm.engine.assembler import OutputAssembler
-from jaxllm.engine.in_flight import InFlight, Sample, StepLogprobs
+from jaxllm.engine.constraint import Constraint, Masks
+from jaxllm.engine.in_flight import InFlight, NewTokens
 from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.metrics import EngineState, Metrics
 from jaxllm.engine.outputs import FinishReason, RequestOutput
+from jaxllm.engine.sample import Sample, prompts_to_score
 from jaxllm.engine.step_clock import StepClock
+from jaxllm.engine.step_logprobs import StepLogprobs
 from jaxllm.engine.vocabulary import Vocabulary
-from jaxllm.runner.runner import Admission, Runner
+from jaxllm.runner.runner import Admission, RowMasks, Runner
 from jaxllm.sampling.settings import row_settings
 from jaxllm.sampling.state import RowSettings
 from jaxllm.scheduler.plan import RowPlan, StepPlan
@@ -27,8 +30,6 @@ _STATUS: dict[FinishReason, RequestStatus] = {
     "abort": RequestStatus.FINISHED_ABORTED,
     "error": RequestStatus.FINISHED_ERROR,
 }
-
-
 MOST_FAILURES = 3
 """Steps that may fail in a row: the first may have been a request's fault, so many are the engine's."""
 
@@ -67,7 +68,10 @@ class EngineCore:
         self._requests: dict[str, list[Sample]] = {}
         self._scoring: set[str] = set()
         """Requests that want their prompts' logprobs."""
+        self._constrained: set[str] = set()
+        """Requests that are held to a grammar."""
         self._in_flight: deque[InFlight] = deque()
+        self._masks = Masks(runner.lowering.sampler.vocab_size)
         self._clock = StepClock()
         self._failures_in_a_row = 0
         self.last_error: Exception | None = None
@@ -121,6 +125,8 @@ class EngineCore:
         try:
             for sample in samples:
                 self.scheduler.add(sample.request)
+                if input.grammar is not None:
+                    sample.constraint = Constraint(input, self.runner.lowering.sampler.vocab_size)
         except Exception:
             for sample in samples:
                 self.scheduler.finish(sample.request.request_id, RequestStatus.FINISHED_ERROR)
@@ -130,6 +136,8 @@ class EngineCore:
         assembler.metrics = self.metrics.request_arrived(len(input.prompt_token_ids))
         if input.num_prompt_logprobs is not None:
             self._scoring.add(request_id)
+        if input.grammar is not None:
+            self._constrained.add(request_id)
 
     def _request(self, request_id: str, index: int, input: EngineInput) -> Request:
         wants_scores = index == 0 and input.num_prompt_logprobs is not None
@@ -169,11 +177,12 @@ class EngineCore:
             record = self._samples[request_id].assembler.metrics
             assert record is not None
             self.metrics.request_preempted(record)
+        outputs: list[RequestOutput] = []
         try:
-            outputs = self._run(plan)
+            self._run(plan, outputs)
             self._failures_in_a_row = 0
         except Exception as error:
-            outputs = self._recover(error)
+            outputs += self._recover(error)
         self.metrics.step_done(self._clock.end(idle=not self._requests))
         return outputs
 
@@ -181,12 +190,11 @@ class EngineCore:
         """Whether the device still works on the step that it was given last."""
         return bool(self._in_flight) and not self._in_flight[-1].step.is_done()
 
-    def _run(self, plan: StepPlan) -> list[RequestOutput]:
+    def _run(self, plan: StepPlan, outputs: list[RequestOutput]) -> None:
         if plan.rows:
-            self._in_flight.append(self._dispatch(plan))
+            self._dispatch(plan, outputs)
         if self._in_flight and (not plan.rows or len(self._in_flight) > self._depth):
-            return self._collect(self._in_flight.popleft())
-        return []
+            self._give_out(*self._read(self._in_flight.popleft()), outputs)
 
     def _recover(self, error: Exception) -> list[RequestOutput]:
         """Ends the requests that were running, and starts over with empty pages: theirs may hold anything."""
@@ -203,9 +211,7 @@ class EngineCore:
         return [output for output in outputs if output is not None]
 
     def restart(self) -> None:
-        """Starts over after a failure: no requests, empty pages and rows, and the programs that there are.
-
-        Requests are forgotten without a last output; they count as failed.
+        """Starts over after a failure, with the programs that there are; requests get no last output.
 
         Raises:
             Exception: pages and rows cannot be made. It may be tried again.
@@ -213,8 +219,8 @@ class EngineCore:
         for samples in self._requests.values():
             if samples[0].assembler.metrics is not None:
                 self.metrics.request_finished(samples[0].assembler.metrics, "error")
-        for forgotten in (self._requests, self._samples, self._scoring, self._in_flight):
-            forgotten.clear()
+        for kept in (self._requests, self._samples, self._scoring, self._constrained, self._in_flight):
+            kept.clear()
         self.scheduler.clear()
         self._clock = StepClock()
         self.runner.reset()
@@ -223,7 +229,7 @@ class EngineCore:
     def drain(self) -> None:
         """Waits for the steps in flight, which work for requests that have all ended."""
         while self._in_flight:
-            self._collect(self._in_flight.popleft())
+            self._give_out(*self._read(self._in_flight.popleft()), [])
 
     def abort_all(self, reason: FinishReason = "abort") -> list[RequestOutput]:
         """Ends every request, and gives their last outputs."""
@@ -234,18 +240,49 @@ class EngineCore:
 
     # To the device
 
-    def _dispatch(self, plan: StepPlan) -> InFlight:
+    def _dispatch(self, plan: StepPlan, outputs: list[RequestOutput]) -> None:
+        """Gives the device a step.
+
+        What a row may choose that is held to a grammar depends on its token before, which may be in flight.
+        So the steps before are read, and the masks computed, while the device works on the forward pass.
+        """
+        scored, targets = prompts_to_score(plan, self._samples) if self._scoring else ((), {})
+        begun = self.runner.begin(plan, self._admissions(plan), scores=bool(targets))
+        self._clock.dispatched(begun.packed_at, busy=self._is_busy())
+        held = self._held_rows(plan)
+        before = self._read(self._in_flight.popleft()) if held and self._in_flight else None
+        try:
+            step = self.runner.sample(begun, self._compute_masks(held))
+            logprobs = self.runner.logprobs(step) if any(map(self._wants_logprobs, plan.rows)) else None
+            scores = self.runner.score(step, targets) if targets else None
+            for array in (*(logprobs or ()), *(scores or ())):
+                array.copy_to_host_async()
+            self._in_flight.append(InFlight(step, logprobs, scores, scored))
+        finally:
+            if before is not None:
+                self._give_out(*before, outputs)
+        for _, sample, constraint in held:
+            if constraint.error is not None and not sample.assembler.finished:
+                self._fail(sample.assembler, constraint.error)
+                outputs += filter(None, [self._take(sample.assembler)])
+
+    def _held_rows(self, plan: StepPlan) -> list[tuple[int, Sample, Constraint]]:
+        """Rows of the step that choose a token under a grammar."""
+        rows = [(row, self._samples[row.request_id]) for row in plan.rows if self._constrained]
+        return [(r.row, s, s.constraint) for r, s in rows if r.samples and s.constraint is not None]
+
+    def _compute_masks(self, held: Sequence[tuple[int, Sample, Constraint]]) -> RowMasks | None:
+        """Masks of those rows whose outputs go on. All that is known of them has been read."""
+        going_on = [(row, constraint) for row, _, constraint in held if constraint.goes_on]
+        if not going_on:
+            return None
+        rows, constraints = zip(*going_on, strict=True)
+        return rows, self._masks.compute(constraints)
+
+    def _admissions(self, plan: StepPlan) -> dict[int, Admission]:
         admitted = set(plan.admitted)
         newcomers = [row for row in plan.rows if row.request_id in admitted] if admitted else []
-        admissions = {row.row: self._admission(self._samples[row.request_id]) for row in newcomers}
-        scored, targets = self._prompts_to_score(plan)
-        step = self.runner.dispatch(plan, admissions, scores=bool(targets))
-        self._clock.dispatched(step.packed_at, busy=self._is_busy())
-        logprobs = self.runner.logprobs(step) if any(map(self._wants_logprobs, plan.rows)) else None
-        scores = self.runner.score(step, targets) if targets else None
-        for array in (*(logprobs or ()), *(scores or ())):
-            array.copy_to_host_async()
-        return InFlight(step, logprobs, scores, scored)
+        return {row.row: self._admission(self._samples[row.request_id]) for row in newcomers}
 
     def _admission(self, sample: Sample) -> Admission:
         request, assembler = sample.request, sample.assembler
@@ -263,42 +300,30 @@ class EngineCore:
             seed=sample.seed,
             prompt_token_ids=input.prompt_token_ids,
             output_token_ids=sample.request.output_token_ids,
-            stop_token_ids=input.eos_token_ids | input.stop_token_ids,
+            # a grammar holds them back by itself
+            stop_token_ids=() if input.grammar else input.eos_token_ids | input.stop_token_ids,
             bad_word_ids=input.bad_word_ids,
         )
 
     def _wants_logprobs(self, row: RowPlan) -> bool:
         return row.samples and self._samples[row.request_id].assembler.input.num_logprobs is not None
 
-    def _prompts_to_score(self, plan: StepPlan) -> tuple[tuple[tuple[Sample, int, int], ...], dict[int, int]]:
-        """Which of the step's tokens stand before prompt tokens whose logprobs are wanted, and the latter."""
-        scored: list[tuple[Sample, int, int]] = []
-        targets: dict[int, int] = {}
-        if not self._scoring:
-            return (), targets
-        first = 0
-        for row in plan.rows:
-            sample = self._samples[row.request_id]
-            if sample.index == 0 and sample.assembler.input.num_prompt_logprobs is not None:
-                prompt = sample.request.prompt_token_ids
-                # after a preemption the first positions come again
-                end = min(row.start + row.num_tokens + 1, len(prompt))
-                positions = range(max(row.start + 1, sample.next_scored), end)
-                if positions:
-                    begin = first + positions.start - 1 - row.start
-                    scored.append((sample, begin, len(positions)))
-                    targets.update((begin + i, prompt[position]) for i, position in enumerate(positions))
-                    sample.next_scored = positions.stop
-            first += row.num_tokens
-        return tuple(scored), targets
-
     # From the device
 
-    def _collect(self, done: InFlight) -> list[RequestOutput]:
+    def _read(self, done: InFlight) -> tuple[InFlight, NewTokens]:
+        """Waits for a step's tokens, and takes them as far as later steps need them."""
         tokens = done.step.read()
         self._clock.read(done.step.packed_at)
-        logprobs = StepLogprobs(done.logprobs)
-        scores = StepLogprobs(done.scores)
+        new_tokens = self.scheduler.complete(done.step.plan, tokens)
+        for request, new in new_tokens if self._constrained else ():
+            constraint = self._samples[request.request_id].constraint
+            if constraint is not None:
+                constraint.accept(new)
+        return done, new_tokens
+
+    def _give_out(self, done: InFlight, new_tokens: NewTokens, outputs: list[RequestOutput]) -> None:
+        """Adds what a step has brought to the outputs of its requests."""
+        logprobs, scores = StepLogprobs(done.logprobs), StepLogprobs(done.scores)
         touched: dict[str, OutputAssembler] = {}
         for sample, begin, count in done.scored:
             if sample.assembler.finished:
@@ -306,17 +331,17 @@ class EngineCore:
             try:
                 sample.assembler.add_prompt_logprobs([scores[begin + i] for i in range(count)])
             except Exception as error:
-                self._fail(sample.assembler, error)
+                self._fail_in_text(sample.assembler, error)
                 touched[sample.assembler.request_id] = sample.assembler
         rows = done.step.plan.rows if done.logprobs else ()
         row_of = {row.request_id: i for i, row in enumerate(rows)}
-        for request, new in self.scheduler.complete(done.step.plan, tokens):
-            if new:
-                sample = self._samples[request.request_id]
+        for request, new in new_tokens:
+            sample = self._samples[request.request_id]
+            if new and not sample.assembler.finished:
                 self._add_tokens(sample, new, logprobs, row_of.get(request.request_id))
                 touched[sample.assembler.request_id] = sample.assembler
-        outputs = [self._take(assembler) for assembler in touched.values()]
-        return [output for output in outputs if output is not None]
+        taken = [self._take(assembler) for assembler in touched.values()]
+        outputs += [output for output in taken if output is not None]
 
     def _add_tokens(
         self, sample: Sample, tokens: Sequence[int], logprobs: StepLogprobs, row: int | None
@@ -326,51 +351,46 @@ class EngineCore:
         Args:
             row: where the step's logprobs have the sample's, if there are any.
         """
-        request, assembler = sample.request, sample.assembler
-        reason, stop = self._end(request, assembler.input, tokens[-1])
+        assembler = sample.assembler
+        if sample.constraint is not None and sample.constraint.error is not None:
+            self._fail(assembler, sample.constraint.error)
+            return
+        end = sample.end(tokens[-1])
         wanted = assembler.input.num_logprobs is not None
         try:
             found = assembler.add_tokens(
                 sample.index,
                 tokens,
                 logprobs=[logprobs[row]] if wanted and row is not None else None,
-                finish_reason=reason,
-                stop_reason=stop,
+                finish_reason=end.reason,
+                stop_reason=end.stop_reason,
+                stop_token=not end.is_text,
             )
         except Exception as error:
-            self._fail(assembler, error)
+            self._fail_in_text(assembler, error)
             return
         if assembler.metrics is not None:
             self.metrics.tokens_generated(assembler.metrics, len(tokens), index=sample.index)
-        if found is not None or reason is not None:
-            self.scheduler.finish(request.request_id, _STATUS[reason or "stop"])
+        if found is not None or end.reason is not None:
+            self.scheduler.finish(sample.request.request_id, _STATUS[end.reason or "stop"])
+
+    def _fail_in_text(self, assembler: OutputAssembler, error: Exception) -> None:
+        logger.error("request %r: its tokens cannot be text", assembler.request_id, exc_info=error)
+        self._fail(assembler, error)
 
     def _fail(self, assembler: OutputAssembler, error: Exception) -> None:
-        """Ends a request with an error that is its own."""
-        text = "request %r failed while its tokens were turned into text"
-        logger.error(text, assembler.request_id, exc_info=error)
-        self.last_error = error
+        """Ends a request, all of its samples, with an error."""
+        self.last_error = assembler.error = error
         assembler.abort("error")
         for sample in self._requests[assembler.request_id]:
             self.scheduler.finish(sample.request.request_id, RequestStatus.FINISHED_ERROR)
-
-    @staticmethod
-    def _end(request: Request, input: EngineInput, token: int) -> tuple[FinishReason | None, int | None]:
-        """Whether a request ends with its newest token, and the stop token if that is why."""
-        if len(request.output_token_ids) >= input.params.min_tokens:
-            if token in input.eos_token_ids:
-                return "stop", None
-            if token in input.stop_token_ids:
-                return "stop", token
-        if len(request.output_token_ids) >= input.max_tokens:
-            return "length", None
-        return None, None
 
     def _take(self, assembler: OutputAssembler) -> RequestOutput | None:
         """The request's next output; forgets the request with the last one."""
         output = assembler.take()
         if assembler.finished:
             self._scoring.discard(assembler.request_id)
+            self._constrained.discard(assembler.request_id)
             for sample in self._requests.pop(assembler.request_id):
                 del self._samples[sample.request.request_id]
             if assembler.metrics is not None and output is not None:

@@ -29,7 +29,11 @@ from pallas_kernels.paged_attention import Backend
 from pallas_kernels.registry import Choice
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from transformers import PreTrainedTokenizerBase
+
+    from jaxllm.structured.grammar import Grammar
 
 
 class Engine:
@@ -176,6 +180,8 @@ class Engine:
     def _checked(self, output: RequestOutput) -> RequestOutput:
         """The output, unless the request failed."""
         if any(sample.finish_reason == "error" for sample in output.outputs):
+            if isinstance(output.error, ValueError):
+                raise output.error
             raise RequestFailedError(f"{output.request_id} failed") from self._core.last_error
         return output
 
@@ -233,6 +239,10 @@ class Engine:
     def make_input(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> EngineInput:
         """Tokenizes and checks a request; see `InputProcessor.make`. May be called from any thread."""
         return self._inputs.make(prompt, params, **options)
+
+    def begin_grammar(self, params: SamplingParams | None) -> "Future[Grammar] | None":
+        """See `InputProcessor.begin_grammar`. May be called from any thread."""
+        return self._inputs.begin_grammar(params)
 
     def render_chat(self, messages: Conversation, **template_options: Any) -> TokensPrompt:
         """A conversation as a prompt; see `InputProcessor.render_chat`. May be called from any thread."""

@@ -1,25 +1,15 @@
-"""What a step in flight brings, and for whom."""
+"""A step between its start on the device and the outputs that it brings."""
 
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 
-from jaxllm.engine.assembler import OutputAssembler, TokenLogprobs
+from jaxllm.engine.sample import Scored
 from jaxllm.runner.runner import DispatchedStep
 from jaxllm.scheduler.request import Request
 
-
-@dataclass(slots=True, eq=False)
-class Sample:
-    """One of a request's outputs, as it is scheduled: `n` of them share an assembler."""
-
-    request: Request
-    index: int
-    seed: int
-    assembler: OutputAssembler
-    next_scored: int = 1
-    """First position of the prompt whose logprobs no dispatched step computes."""
+NewTokens = list[tuple[Request, list[int]]]
+"""What a step has brought to requests; none where it did not sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +19,5 @@ class InFlight:
     step: DispatchedStep
     logprobs: tuple[jax.Array, ...] | None
     scores: tuple[jax.Array, ...] | None
-    scored: tuple[tuple[Sample, int, int], ...]
-    """For each prompt in `scores`: where its tokens begin in the flat batch, and how many there are."""
-
-
-class StepLogprobs:
-    """What `token_logprobs` left on the device, read when the first position of it is asked for."""
-
-    def __init__(self, arrays: tuple[jax.Array, ...] | None) -> None:
-        self._arrays = arrays
-        self._read: list[np.ndarray] = []
-
-    def __getitem__(self, position: int) -> TokenLogprobs:
-        if not self._read:
-            assert self._arrays is not None
-            self._read = [np.asarray(array) for array in self._arrays]
-        logprob, rank, ids, top = (array[position] for array in self._read)
-        return TokenLogprobs(float(logprob), int(rank), ids.tolist(), top.tolist())
+    scored: tuple[Scored, ...]
+    """The prompts in `scores`."""

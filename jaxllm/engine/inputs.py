@@ -3,12 +3,18 @@
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.tokenizer import TextTokenizer
 from jaxllm.engine.chat import ChatTemplate, Conversation
 from jaxllm.engine.prompts import Prompt, PromptParts, TokensPrompt, is_list, split_prompts, take_apart
 from jaxllm.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from jaxllm.structured.compiler import GrammarCompiler
+    from jaxllm.structured.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class EngineInput:
     """Likeliest tokens whose logprobs each output token brings along; None: no logprobs at all."""
     num_prompt_logprobs: int | None = None
     """The same for each prompt token."""
+    grammar: "Grammar | None" = None
+    """What outputs are held to."""
     cache_salt: str | None = None
     priority: int = 0
     """Lower values are served first, where the scheduler's policy is priority."""
@@ -47,6 +55,7 @@ class InputProcessor:
         max_logprobs: most logprobs per position; -1: the whole vocabulary.
         eos_token_ids: the model's end-of-sequence tokens (see `find_eos_token_ids`).
         default_params: what requests without parameters get (see `default_sampling_params`).
+        grammars: compiles what outputs are to be held to; None if there is no tokenizer.
     """
 
     def __init__(
@@ -58,6 +67,7 @@ class InputProcessor:
         max_logprobs: int = 20,
         eos_token_ids: Collection[int] = (),
         default_params: SamplingParams | None = None,
+        grammars: "GrammarCompiler | None" = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -68,6 +78,7 @@ class InputProcessor:
         without_text = tokenizer is None and default_params.detokenize
         self.default_params = replace(default_params, detokenize=False) if without_text else default_params
         self._chat = ChatTemplate(tokenizer)
+        self._grammars = grammars
 
     def make(
         self,
@@ -111,6 +122,7 @@ class InputProcessor:
             bad_word_ids=self._bad_word_ids(params.bad_words or ()),
             num_logprobs=self._num_logprobs("logprobs", params.logprobs),
             num_prompt_logprobs=self._num_logprobs("prompt_logprobs", params.prompt_logprobs),
+            grammar=self._grammar(params),
             cache_salt=parts.cache_salt,
             priority=_integer("priority", priority),
         )
@@ -131,6 +143,8 @@ class InputProcessor:
         """
         prompts = split_prompts(prompts)
         all_params = _for_each("sampling_params", params, len(prompts))
+        for own_params in all_params:
+            self.begin_grammar(own_params)  # so that they are compiled at the same time
         priorities = _for_each("priority", priority, len(prompts))
         made = []
         for i, (prompt, own_params, own_priority) in enumerate(
@@ -185,6 +199,20 @@ class InputProcessor:
             chat_template_kwargs=chat_template_kwargs,
         )
         return TokensPrompt(prompt=text, prompt_token_ids=self._encode(text, add_special_tokens=False))
+
+    def begin_grammar(self, params: object) -> "Future[Grammar] | None":
+        """Starts to compile what outputs are to be held to, which `make` waits for; None for anything."""
+        structured = params.structured_outputs if isinstance(params, SamplingParams) else None
+        if structured is None or self._grammars is None:
+            return None
+        return self._grammars.begin(structured)
+
+    def _grammar(self, params: SamplingParams) -> "Grammar | None":
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            raise ValueError("structured_outputs: needs a tokenizer, and there is none; leave it out")
+        return self._grammars.compile(params.structured_outputs)
 
     def _token_ids(self, parts: PromptParts, *, add_special_tokens: bool) -> tuple[int, ...]:
         if parts.token_ids is None:

@@ -36,6 +36,8 @@ from jaxllm.runner.lowering import Lowering
 from jaxllm.runner.products import Products, check_products, choose_products, prepare_products
 from jaxllm.runner.programs import Programs, use_compilation_cache
 from jaxllm.runner.runner import Runner, allocate
+from jaxllm.structured.compiler import GrammarCompiler
+from jaxllm.structured.tokens import TokenTable
 from pallas_kernels.paged_attention import Backend
 from pallas_kernels.registry import Choice
 
@@ -169,24 +171,43 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
         programs.serve_beside()
         laps.end("programs")
         failed.pop_all()
+    vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
     core = EngineCore(
         runner,
         make_scheduler(config, lowering, num_pages),
-        None if tokenizer is None else Vocabulary(tokenizer),
+        vocabulary,
         depth=int(config.scheduler.async_scheduling),
         seed=config.model.seed,
     )
+    eos_token_ids = find_eos_token_ids(tokenizer, generation, eos_config)
+    grammars = None
+    if tokenizer is not None and vocabulary is not None:
+        make_tokens = partial(_token_table, tokenizer, vocabulary, model.vocab_size, eos_token_ids)
+        grammars = GrammarCompiler(make_tokens)
     inputs = InputProcessor(
         tokenizer,
         vocab_size=model.vocab_size,
         max_model_len=lowering.sizes.max_model_len,
         max_logprobs=config.model.max_logprobs,
-        eos_token_ids=find_eos_token_ids(tokenizer, generation, eos_config),
+        eos_token_ids=eos_token_ids,
         default_params=default_sampling_params(generation),
+        grammars=grammars,
     )
     laps.end("rest")
     return EngineParts(
         config, model, mesh, attention, products, core, inputs, tokenizer, source, laps.seconds
+    )
+
+
+def _token_table(
+    tokenizer: TextTokenizer, vocabulary: Vocabulary, vocab_size: int, eos_token_ids: frozenset[int]
+) -> TokenTable:
+    """The tokens that the model knows; those that the tokenizer does not know write nothing."""
+    return TokenTable(
+        [vocabulary.token_bytes(token) or b"" for token in range(vocab_size)],
+        special_ids=[token for token in vocabulary.special_ids if token < vocab_size],
+        eos_ids=[token for token in eos_token_ids if token < vocab_size],
+        encode=partial(tokenizer.encode, add_special_tokens=False),
     )
 
 

@@ -75,6 +75,8 @@ class RequestOutput:
     """When it arrived, was first scheduled, had its first token, ..."""
     num_cached_tokens: int | None = None
     """Prompt tokens that were found in the prefix cache; None before the request first ran."""
+    error: Exception | None = None
+    """Why it failed, where that was the request's own fault or is known."""
 
 
 def join(first: RequestOutput, second: RequestOutput) -> RequestOutput:

@@ -17,7 +17,15 @@ from jaxllm.cache.groups import CacheLayout
 from jaxllm.layers.attention import pages_spec
 from jaxllm.models.base import DecoderConfig
 from jaxllm.runner.buckets import Bucket, Buckets
-from jaxllm.runner.step import DeviceRows, Merge, admit_row, run_forward, run_sampler, score_tokens
+from jaxllm.runner.step import (
+    DeviceRows,
+    Merge,
+    admit_row,
+    load_masks,
+    run_forward,
+    run_sampler,
+    score_tokens,
+)
 from jaxllm.runner.step_input import StepLayout
 from jaxllm.sampling.logprobs import token_logprobs
 from jaxllm.sampling.params import SamplingParams
@@ -48,7 +56,8 @@ class Sizes:
 
 def step_programs(bucket: Bucket) -> tuple[Hashable, ...]:
     """Keys of the programs that a step of this bucket may run, besides those that serve all."""
-    return ("forward", bucket.tokens), ("sample", bucket.sampled), ("logprobs", bucket.sampled)
+    sampled = bucket.sampled
+    return ("forward", bucket.tokens), ("sample", sampled), ("masks", sampled), ("logprobs", sampled)
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,7 @@ class Lowering:
         for bucket in (*self._first_buckets, *reversed(self.buckets.sizes)):
             found["forward", bucket.tokens] = partial(self.forward, bucket, num_pages)
             found["sample", bucket.sampled] = partial(self.sample, bucket.sampled)
+            found["masks", bucket.sampled] = partial(self.masks, bucket.sampled)
             found["logprobs", bucket.sampled] = partial(self.logprobs, bucket.sampled)
         return {key: found[key] for key in dict.fromkeys([*self.first_programs, *found])}
 
@@ -175,6 +185,16 @@ class Lowering:
         return self._lower(
             function, (0, 1), self.replicated, rows.tokens, rows.sampler, self._logits(sampled), ids, ids
         )
+
+    def masks(self, sampled: int) -> Lowered:
+        """Takes the masks of rows that are held to a grammar, between forward pass and sampler.
+
+        So steps without such rows run the same programs as ever, and the sampler knows nothing of grammars.
+        """
+        allowed = self.rows_shapes.sampler.tables.allowed
+        ids = self._on_all(jax.ShapeDtypeStruct((sampled,), jnp.int32))
+        masks = self._on_all(jax.ShapeDtypeStruct((sampled, allowed.shape[1]), jnp.uint32))
+        return self._lower(load_masks, (0,), self.replicated, allowed, ids, masks)
 
     def admit(self, with_tables: bool) -> Lowered:
         """Loads a row; most requests need none of the sampler's tables."""

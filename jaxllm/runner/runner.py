@@ -2,21 +2,24 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, UInt32
 
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.lowering import Lowering, step_programs
 from jaxllm.runner.programs import Programs
 from jaxllm.runner.step import DeviceRows, Forward, Logprobs
-from jaxllm.sampling.state import RowSettings
+from jaxllm.sampling.state import RowSettings, SamplerState
 from jaxllm.scheduler.plan import PageUpdate, StepPlan
 
 DeviceState = tuple[tuple[Array, ...] | None, DeviceRows | None]
 """Pages and rows; None while the engine sleeps."""
+
+RowMasks = tuple[Sequence[int], UInt32[np.ndarray, "rows words"]]
+"""Rows, and for each of them a bit for every token that it may choose next, the lowest first."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,10 @@ class Runner:
         self._exact = exact
         self._cache, self._rows = state
 
-    def dispatch(
+    def begin(
         self, plan: StepPlan, admissions: Mapping[int, Admission], *, scores: bool = False
-    ) -> "DispatchedStep":
-        """Starts a step.
+    ) -> "BegunStep":
+        """Starts a step's forward pass. `sample` has to follow before another step begins.
 
         Args:
             plan: with at least one row.
@@ -84,11 +87,36 @@ class Runner:
         assert rows is not None
         forward = self.programs["forward", bucket.tokens]
         self._cache, tables, output = forward(self._params, self._cache, rows.tables, rows.tokens, packed)
-        sample = self.programs["sample", bucket.sampled]
-        tokens, state, sampled = sample(rows.tokens, rows.sampler, output.logits, output.rows, output.lengths)
-        self._rows = DeviceRows(tokens, tables, state)
-        sampled.copy_to_host_async()
-        return DispatchedStep(plan, output, sampled, packed_at)
+        self._rows = rows._replace(tables=tables)
+        return BegunStep(plan, output, bucket, packed_at)
+
+    def sample(self, step: "BegunStep", masks: RowMasks | None = None) -> "DispatchedStep":
+        """Starts to choose the step's tokens.
+
+        Args:
+            masks: for rows that are held to a grammar, what their tokens may be; the others' are not read.
+        """
+        rows = self._rows
+        assert rows is not None
+        state, sampled = rows.sampler, step.bucket.sampled
+        if masks is not None:
+            state = self._load_masks(state, masks, sampled)
+        sample = self.programs["sample", sampled]
+        forward = step.forward
+        tokens, state, chosen = sample(rows.tokens, state, forward.logits, forward.rows, forward.lengths)
+        self._rows = DeviceRows(tokens, rows.tables, state)
+        chosen.copy_to_host_async()
+        return DispatchedStep(step.plan, forward, chosen, step.packed_at)
+
+    def _load_masks(self, state: SamplerState, masks: RowMasks, sampled: int) -> SamplerState:
+        """Puts masks into their rows; padded to one upload of each size that steps have."""
+        ids, words = masks
+        padded_ids = np.full(sampled, self.lowering.table_shape[1], np.int32)
+        padded_ids[: len(ids)] = ids
+        padded = np.zeros((sampled, words.shape[1]), np.uint32)
+        padded[: len(ids)] = words
+        allowed = self.programs["masks", sampled](state.tables.allowed, padded_ids, padded)
+        return replace(state, tables=replace(state.tables, allowed=allowed))
 
     def _choose_bucket(self, num_tokens: int, *, scores: bool) -> Bucket:
         """The smallest bucket whose programs are there and that holds so many tokens."""
@@ -155,6 +183,17 @@ class Runner:
         """Deletes arrays at once, whoever else still refers to them."""
         for array in jax.tree.leaves(arrays):
             array.delete()
+
+
+@dataclass(frozen=True)
+class BegunStep:
+    """A step whose forward pass the device has been given."""
+
+    plan: StepPlan
+    forward: Forward
+    bucket: Bucket
+    packed_at: float
+    """When the host had made all ready that the forward pass takes, on the clock of `time.perf_counter`."""
 
 
 @dataclass(frozen=True)

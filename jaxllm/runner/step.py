@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt32
 
 from jaxllm.layers.batch import Batch, Cache
 from jaxllm.models.base import CausalLM
@@ -107,6 +107,15 @@ def _recent(tokens: Array, rows: Array, lengths: Array, count: int) -> Int32[Arr
     """The last `count` known tokens of each row, -1 where there are fewer."""
     position = lengths[:, None] - count + jnp.arange(count)
     return jnp.where(position >= 0, tokens[rows[:, None], position], -1)
+
+
+def load_masks(
+    allowed: UInt32[Array, "rows words"],
+    rows: Int32[Array, " sampled"],
+    masks: UInt32[Array, "sampled words"],
+) -> UInt32[Array, "rows words"]:
+    """Replaces what some rows allow their next tokens to be; rows past the end are left out."""
+    return allowed.at[rows].set(masks, mode="drop")
 
 
 def admit_row(

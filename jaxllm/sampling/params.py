@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from jaxllm.structured.params import StructuredOutputsParams
+
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this take the likeliest token."""
 MAX_SEQUENCES = 16384
@@ -98,6 +100,8 @@ class SamplingParams:
     """Names of registered logits processors to apply, in the order of their registration."""
     extra_args: Mapping[str, Mapping[str, float]] | None = None
     """Parameters of the chosen logits processors: {name: {parameter: value}}."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the output must be, such as JSON of a schema."""
 
     def __post_init__(self) -> None:
         for name, kind in _NUMBERS.items():
@@ -106,6 +110,9 @@ class SamplingParams:
             _flag(name, getattr(self, name))
         if not isinstance(self.output_kind, RequestOutputKind):
             raise TypeError(f"output_kind={self.output_kind!r}: must be a RequestOutputKind")
+        structured = self.structured_outputs
+        if not isinstance(structured, StructuredOutputsParams | None):
+            raise TypeError(f"structured_outputs={structured!r}: must be a StructuredOutputsParams")
         self._read_lists()
         self._check_ranges()
         self._check_together()

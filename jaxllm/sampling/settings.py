@@ -67,7 +67,7 @@ def _features(params: SamplingParams, processors: bool, stop_ids: bool, bad_word
         params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
     )
     wanted = {
-        Feature.ALLOWED: params.allowed_token_ids is not None,
+        Feature.ALLOWED: params.allowed_token_ids is not None or params.structured_outputs is not None,
         Feature.BAD_WORDS: bad_words,
         Feature.MIN_TOKENS: params.min_tokens > 0 and stop_ids,
         Feature.BIAS: bool(params.logit_bias),

@@ -1,0 +1,76 @@
+"""One of a request's outputs, as it is scheduled."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxllm.engine.assembler import OutputAssembler
+from jaxllm.engine.constraint import Constraint
+from jaxllm.engine.outputs import FinishReason
+from jaxllm.scheduler.plan import StepPlan
+from jaxllm.scheduler.request import Request
+
+
+class End(NamedTuple):
+    """How an output ends, if it does."""
+
+    reason: FinishReason | None = None
+    stop_reason: int | None = None
+    """The stop token, unless it is the end of sequence."""
+    is_text: bool = True
+    """Whether the last token is a part of the text, and not what ended it."""
+
+
+@dataclass(slots=True, eq=False)
+class Sample:
+    """One of a request's outputs: `n` of them share an assembler."""
+
+    request: Request
+    index: int
+    seed: int
+    assembler: OutputAssembler
+    constraint: Constraint | None = None
+    """What holds the output to a grammar."""
+    next_scored: int = 1
+    """First position of the prompt whose logprobs no dispatched step computes."""
+
+    def end(self, token: int) -> End:
+        """Whether the output ends with its newest token."""
+        input, length = self.assembler.input, len(self.request.output_token_ids)
+        # a grammar holds these tokens back by itself, and lets them come where nothing else can
+        if length >= input.params.min_tokens or self.constraint is not None:
+            if token in input.eos_token_ids:
+                return End("stop", is_text=False)
+            if token in input.stop_token_ids:
+                return End("stop", token, is_text=False)
+        if self.constraint is not None and self.constraint.is_complete:
+            return End("stop", is_text=not self.constraint.ends_with(token))
+        return End("length") if length >= input.max_tokens else End()
+
+
+Scored = tuple[Sample, int, int]
+"""A sample whose prompt's logprobs a step computes: where the tokens before them begin in the flat batch, and
+how many there are."""
+
+
+def prompts_to_score(
+    plan: StepPlan, samples: Mapping[str, Sample]
+) -> tuple[tuple[Scored, ...], dict[int, int]]:
+    """Which of the step's tokens stand before prompt tokens whose logprobs are wanted, and the latter."""
+    scored: list[Scored] = []
+    targets: dict[int, int] = {}
+    first = 0
+    for row in plan.rows:
+        sample = samples[row.request_id]
+        if sample.index == 0 and sample.assembler.input.num_prompt_logprobs is not None:
+            prompt = sample.request.prompt_token_ids
+            # after a preemption the first positions come again
+            end = min(row.start + row.num_tokens + 1, len(prompt))
+            positions = range(max(row.start + 1, sample.next_scored), end)
+            if positions:
+                begin = first + positions.start - 1 - row.start
+                scored.append((sample, begin, len(positions)))
+                targets.update((begin + i, prompt[position]) for i, position in enumerate(positions))
+                sample.next_scored = positions.stop
+        first += row.num_tokens
+    return tuple(scored), targets

@@ -1,0 +1,123 @@
+"""Compiled grammars: what a constraint allows, whatever has been written so far."""
+
+import json
+import re
+import threading
+import time
+
+from llguidance import LLMatcher, LLParserLimits
+from llguidance.gbnf_to_lark import any_to_lark
+
+from jaxllm.structured.matcher import Matcher
+from jaxllm.structured.params import StructuredOutputsParams
+from jaxllm.structured.tokens import TokenTable
+
+WHITESPACE = r"[ \t\n\r]{1,64}"
+"""Between tokens of JSON. Without a limit a model may write blank lines until it has no tokens left."""
+MOST_BYTES = 1 << 18
+"""Of a constraint's text. Rules that lead from one to the next are followed by recursion, and so the bytes
+limit what a thread's stack needs: see `STACK_BYTES` of the compiler."""
+LARGEST_MULTIPLE = 10_000
+"""The automaton of `multipleOf` has as many states: a million take 7 s and 300 MB."""
+LONGEST_FIRST_STEP = 0.5
+"""Seconds. A step takes microseconds to a few milliseconds, and all requests wait for it."""
+_LIMITS = LLParserLimits(
+    max_lexer_states=50_000,  # of 0.4 kB: 20 MB for each compiled grammar
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.\deE]+)')
+
+
+class Grammar:
+    """A constraint that has been compiled. May be shared between requests and threads.
+
+    Args:
+        tokens: the vocabulary.
+        params: the constraint.
+
+    Raises:
+        ValueError: it cannot be compiled, nothing fits it, or that would take too long; the message begins
+            with structured_outputs and the constraint's name.
+    """
+
+    def __init__(self, tokens: TokenTable, params: StructuredOutputsParams) -> None:
+        self.tokens = tokens
+        self.params = params
+        self._name = f"structured_outputs.{params.constraint}"
+        self._lock = threading.Lock()
+        self._source = self._read()
+        self._compiled = self._compile()
+        begin = time.perf_counter()
+        try:
+            self.matcher().compute_mask()
+        except ValueError as error:
+            raise self.error("there is no text that fits, or none that can be found") from error
+        if (seconds := time.perf_counter() - begin) > LONGEST_FIRST_STEP:
+            raise self.error(f"too complex, its first step takes {seconds:.1f} s; make it simpler")
+
+    def matcher(self) -> Matcher:
+        """Begins an output."""
+        return Matcher(self, self._compiled)
+
+    def renew(self, exhausted: LLMatcher) -> LLMatcher:
+        """The grammar without what has been computed of it so far.
+
+        States of the lexer are kept for all outputs, and when there are too many of them none goes on.
+
+        Args:
+            exhausted: what the caller has a copy of; another one may have renewed it already.
+        """
+        with self._lock:
+            if self._compiled is exhausted:
+                self._compiled = self._compile()
+            return self._compiled
+
+    def error(self, what: str) -> ValueError:
+        """An error that names the constraint."""
+        return ValueError(f"{self._name}: {what}")
+
+    def _read(self) -> str:
+        """The constraint in the form that is compiled."""
+        params = self.params
+        if params.size > MOST_BYTES:
+            raise self.error(f"{params.size} bytes; at most {MOST_BYTES} can be compiled")
+        text = getattr(params, params.constraint)
+        if isinstance(text, str):
+            for multiple in _MULTIPLE.findall(text):
+                digits = multiple.lower().partition("e")[0].replace(".", "").strip("0+-")
+                if len(digits) > 18 or int(digits or 0) > LARGEST_MULTIPLE:
+                    raise self.error(f"multipleOf {multiple}: at most {LARGEST_MULTIPLE} is supported")
+        try:
+            match params.constraint:
+                case "json":
+                    return self._schema(str(params.json))
+                case "json_object":
+                    return self._schema('{"type": "object"}')
+                case "regex":
+                    return LLMatcher.grammar_from_regex(text)
+                case "choice":
+                    return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, text)))
+                case "grammar":
+                    return LLMatcher.grammar_from_lark(any_to_lark(text))
+        except RecursionError:
+            raise self.error("nested too deeply") from None
+        except Exception as error:  # the converter from EBNF raises plain ones
+            raise self.error(_short(str(error))) from error
+
+    def _schema(self, schema: str) -> str:
+        flexible = not self.params.disable_any_whitespace
+        pattern = self.params.whitespace_pattern or WHITESPACE
+        options = {"whitespace_pattern": pattern} if flexible else {"whitespace_flexible": False}
+        return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # pyright: ignore[reportArgumentType]
+
+    def _compile(self) -> LLMatcher:
+        compiled = LLMatcher(self.tokens.compiled, self._source, log_level=0, limits=_LIMITS)
+        if compiled.is_error():
+            raise self.error(_short(compiled.get_error()))
+        return compiled
+
+
+def _short(message: str) -> str:
+    """A message without what is only for the library's own authors, in one line."""
+    return " ".join(message.replace("<non-verbose/>", "").split())[:300]

@@ -1,0 +1,139 @@
+"""What an output is held to: vLLM's names and meanings.
+
+https://docs.vllm.ai/en/stable/features/structured_outputs.html
+
+What can be checked without a tokenizer is checked here, when the parameters are made. Whether a schema, a
+regex or a grammar can be compiled shows when the request is added.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Constraint = Literal["json", "regex", "choice", "grammar", "json_object"]
+"""The ways to say what an output may be."""
+
+CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What the output must be: exactly one of `json`, `regex`, `choice`, `grammar` and `json_object`.
+
+    Immutable and hashable: schemas are kept as JSON text, lists as tuples.
+
+    Raises:
+        ValueError: no constraint or several, or a value that cannot be one; the message names the field.
+        TypeError: a value of the wrong type.
+    """
+
+    json: str | dict[str, Any] | type | None = None
+    """A JSON schema: as a dict, as JSON text, or a pydantic model's class."""
+    regex: str | None = None
+    """A regular expression that the whole output matches, without look-around and back-references."""
+    choice: Sequence[str] | None = None
+    """Strings of which the output is one."""
+    grammar: str | None = None
+    """A context-free grammar: EBNF as llama.cpp's (rules `name ::= ...`, from `root`), or Lark (rules
+    `name: ...`, from `start`), in which `%json {...}` is a JSON schema and `<|name|>` a special token.
+    Sources: https://github.com/ggml-org/llama.cpp/blob/master/grammars/README.md and
+    https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md."""
+    json_object: bool = False
+    """Any JSON object."""
+    disable_any_whitespace: bool = False
+    """No whitespace between the tokens of JSON, with `json` and `json_object`."""
+    whitespace_pattern: str | None = None
+    """A regular expression of the whitespace that may stand between tokens of JSON, likewise; None: any."""
+
+    def __post_init__(self) -> None:
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json))
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            _check_text(name, getattr(self, name))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _choices(self.choice))
+        for name in ("json_object", "disable_any_whitespace"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
+        self._check_together()
+
+    @property
+    def constraint(self) -> Constraint:
+        """Which of the constraints is given."""
+        return self._given()[0]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the constraint's text."""
+        value = getattr(self, self.constraint)
+        texts = value if self.constraint == "choice" else (str(value),)
+        return sum(len(text.encode()) for text in texts)
+
+    def _given(self) -> list[Constraint]:
+        return [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
+
+    def _check_together(self) -> None:
+        given = self._given()
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs: give exactly one of {', '.join(CONSTRAINTS)}; "
+                f"given: {', '.join(given) or 'none'}"
+            )
+        for name in ("disable_any_whitespace", "whitespace_pattern"):
+            if getattr(self, name) and given[0] not in ("json", "json_object"):
+                raise ValueError(f"{name}: only with json or json_object, not with {given[0]}")
+        if self.disable_any_whitespace and self.whitespace_pattern is not None:
+            raise ValueError("whitespace_pattern: must be left out with disable_any_whitespace=True")
+
+
+def _schema_text(schema: Any) -> str:
+    """A schema as JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or no object.
+        TypeError: it is neither a dict, nor text, nor a class with `model_json_schema`.
+    """
+    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
+        schema = schema.model_json_schema()  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(schema, str):
+        _check_text("json", schema)
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"json: not a JSON schema in JSON text: {error}") from error
+        if not isinstance(schema, dict):
+            raise ValueError(f"json: a schema must be an object, not {type(schema).__name__}")
+    if not isinstance(schema, dict):
+        raise TypeError(f"json: must be a dict, JSON text or a pydantic model's class, not {schema!r}")
+    try:
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"json: the schema cannot be written as JSON: {error}") from error
+    _check_text("json", text)
+    return text
+
+
+def _check_text(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={value!r}: must be a string")
+    if not value:
+        raise ValueError(f"{name}: must not be empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: not valid Unicode text: {error}") from error
+
+
+def _choices(values: Any) -> tuple[str, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"choice={values!r}: must be a list of strings")
+    for value in values:
+        _check_text("choice", value)
+        if value is None:
+            raise TypeError("choice has None: must hold strings only")
+    if not values:
+        raise ValueError("choice: must hold at least one string")
+    return tuple(dict.fromkeys(values))
