@@ -381,7 +381,7 @@ def test_an_engine_that_always_fails_says_so_and_can_start_over(monkeypatch: pyt
             engine.generate([PROMPT], greedy(4))
         monkeypatch.undo()
         engine.restart()
-        assert tokens(engine.generate([PROMPT], GREEDY)) == [EXPECTED[:12]]
+        assert tokens(engine.generate([PROMPT], greedy(12))) == [EXPECTED[:12]]
         assert engine.get_metrics()["engine_restarts_total"] == 1
 
 
