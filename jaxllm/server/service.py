@@ -5,6 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -12,6 +13,7 @@ from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry
 
 from converters.errors import CheckpointError
+from converters.tokenizer import longest_token
 from jaxllm.config import EngineConfig
 from jaxllm.engine.async_engine import AsyncEngine
 from jaxllm.engine.metrics import Histogram
@@ -165,6 +167,11 @@ class Service:
         if self._engine is None or self._vocabulary is None:
             return ""
         return str(self._engine.get_tokenizer().chat_template or "")
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token. Asked for only while there is a tokenizer."""
+        return longest_token(self.engine.get_tokenizer())
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Token ids as text, special tokens included; empty without a tokenizer."""
