@@ -337,7 +337,7 @@ class Engine:
         `compile_seconds` is how long it took until the last one was there.
         `attention_backend_info{...}`, with labels as Prometheus writes them, is 1 for the kernel that runs,
         and 0, with the reason, for each that would have been tried before it. `matmul_backend_info{...}` says
-        what multiplies with weights.
+        what multiplies with weights, `bucket_steps_total{tokens=...}` how often programs of which size ran.
         """
         programs, products = self._core.runner.programs, self._parts.products
         return (
@@ -350,6 +350,10 @@ class Engine:
                 "compile_seconds": programs.seconds,
             }
             | choice_metrics("attention_backend_info", self._parts.attention)
+            | {
+                f"bucket_steps_total{metric_labels(tokens=str(tokens))}": float(count)
+                for tokens, count in sorted(self._core.runner.bucket_steps.copy().items())
+            }
             | {f"matmul_backend_info{metric_labels(backend=products.name, reason=products.reason)}": 1.0}
         )
 

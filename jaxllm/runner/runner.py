@@ -1,6 +1,7 @@
 """Runs the scheduler's plans on the devices: weights, pages, rows, and the programs that bind them."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -64,6 +65,8 @@ class Runner:
         self.num_pages = num_pages
         self.programs = programs
         self._params: tuple[Array, ...] | None = params
+        self.bucket_steps: Counter[int] = Counter()
+        """Steps so far, by the tokens that their programs are made for."""
         self._exact = exact
         self._cache, self._rows = state
 
@@ -81,6 +84,7 @@ class Runner:
         for row, admission in admissions.items():
             self._admit(row, admission, whole[row])
         bucket = self._choose_bucket(plan.num_tokens, scores=scores)
+        self.bucket_steps[bucket.tokens] += 1
         packed = self.lowering.step_layout(bucket).pack(plan, grown)
         packed_at = time.perf_counter()
         rows = self._rows

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from prometheus_client import GCCollector, ProcessCollector
 from starlette.middleware.cors import CORSMiddleware
 
 import jaxllm
@@ -51,6 +52,8 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
     )
     app.state.service = service
     service.registry.register(metrics.EngineCollector(service))
+    ProcessCollector(registry=service.registry)
+    GCCollector(registry=service.registry)
     errors.install(app)
     for part in (status, completions, chat, responses, messages, tokenization, metrics, unserved):
         app.include_router(part.router)

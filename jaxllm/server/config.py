@@ -66,7 +66,7 @@ class AccessConfig:
         None, "Jinja template for chats, or a file with one, instead of the model's"
     )
     trust_request_chat_template: bool = option(False, "let requests bring their own chat template")
-    admin: bool = option(False, "serve /sleep, /wake_up and /reset_prefix_cache")
+    admin: bool = option(False, "serve /sleep, /wake_up, /reset_prefix_cache, /start_profile, /stop_profile")
     vllm_metrics: bool = option(False, "give every metric under the prefix vllm: as well")
 
 
@@ -123,6 +123,21 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ObserveConfig:
+    """How one can look on."""
+
+    profile_dir: Path | None = option(None, "folder for what /start_profile and /stop_profile record")
+    otlp_traces_endpoint: str | None = option(
+        None, "OpenTelemetry collector for traces, OTLP over HTTP, such as http://localhost:4318/v1/traces"
+    )
+
+    def __post_init__(self) -> None:
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_traces_endpoint={endpoint!r}: must begin with http:// or https://")
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """All that the server is told, in parts."""
 
@@ -130,6 +145,7 @@ class ServerConfig:
     access: AccessConfig = AccessConfig()
     limits: LimitConfig = LimitConfig()
     log: LogConfig = LogConfig()
+    observe: ObserveConfig = ObserveConfig()
 
 
 PARTS: dict[str, type] = get_type_hints(ServerConfig)

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from jaxllm.sampling import RequestOutputKind, SamplingParams
 from jaxllm.server.errors import ApiError, bad_value, unavailable
 from jaxllm.server.rate_limits import Account
 from jaxllm.server.service import Service, Ticket
+from jaxllm.server.tracing import RequestSpan
 
 TIMEOUT_HEADER = "x-request-timeout"
 T = TypeVar("T")
@@ -89,9 +91,10 @@ class Generation:
         deadline: float,
         service: Service,
         account: Account | None = None,
+        span: RequestSpan | None = None,
     ) -> None:
         self.id = request_id
-        self._account = account
+        self._account, self._span = account, span
         self.inputs = inputs
         self._numbers = {name: number for number, name in enumerate(stream.request_ids)}
         self._stream, self._ticket, self.deadline, self._service = stream, ticket, deadline, service
@@ -116,6 +119,14 @@ class Generation:
             ApiError: 408 after the deadline, 503 if the engine stopped.
             RequestFailedError, EngineFailedError: as for `OutputStream.take`.
         """
+        try:
+            return await self._take(patience)
+        except Exception as error:
+            if self._span is not None:
+                self._span.fail(error)
+            raise
+
+    async def _take(self, patience: float | None) -> list[tuple[int, RequestOutput]]:
         now = asyncio.get_running_loop().time()
         limit = self.deadline if patience is None else min(self.deadline, now + patience)
         try:
@@ -135,6 +146,8 @@ class Generation:
         self._cached[self._numbers[output.request_id]] = output.num_cached_tokens or 0
         generated = sum(len(sample.token_ids) for sample in output.outputs)
         self._generated += generated
+        if self._span is not None:
+            self._span.see(output)
         if self._account is not None:
             self._account.write(generated)
         return output
@@ -168,6 +181,8 @@ class Generation:
             self._service.requests -= 1
             self._stream.close()
             self._ticket.give_back()
+            if self._span is not None:
+                self._span.end(sum(len(input.prompt_token_ids) for input in self.inputs), self._generated)
             self.on_close()
 
     async def __aenter__(self) -> Self:
@@ -176,6 +191,8 @@ class Generation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self._span is not None:
+            self._span.fail(error)
         self.close()
 
 
@@ -185,7 +202,7 @@ async def start(service: Service, request: Request, job: Job, request_id: str | 
     Raises:
         ApiError: 400 for what cannot be served, 503 if too many wait or the engine cannot serve.
     """
-    engine = service.engine
+    engine, arrived = service.engine, time.time_ns()
     deadline = asyncio.get_running_loop().time() + time_limit(request, service.config.limits.request_timeout)
     kind = RequestOutputKind.DELTA if job.stream else RequestOutputKind.FINAL_ONLY
     try:
@@ -209,7 +226,10 @@ async def start(service: Service, request: Request, job: Job, request_id: str | 
         many = len(inputs) > 1
         named = {f"{request_id}-{i}" if many else request_id: input for i, input in enumerate(inputs)}
         stream = await _submit(service, engine, named, job)
-        return Generation(request_id, inputs, stream, ticket, deadline, service, account)
+        span = None
+        if service.tracing is not None:
+            span = service.tracing.begin(request, service.names[0], request_id, params, arrived)
+        return Generation(request_id, inputs, stream, ticket, deadline, service, account, span)
     except BaseException:
         ticket.give_back()
         raise

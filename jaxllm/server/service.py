@@ -20,8 +20,11 @@ from jaxllm.engine.metrics import Histogram
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.server.config import ServerConfig
 from jaxllm.server.errors import ApiError, unavailable
+from jaxllm.server.infilling import Infilling
+from jaxllm.server.profiling import Profiler
 from jaxllm.server.response_store import ResponseStore
 from jaxllm.server.startup import Startup
+from jaxllm.server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,8 @@ class Service:
         on_failure: called then.
         asked: what requests gave as n and max_tokens.
         responses: answers that are kept.
+        profiler: records profiles.
+        tracing: makes traces of requests, if anybody wants them.
         registry: what `/metrics` shows; the server's own, so that two in a process do not share counts.
     """
 
@@ -74,10 +79,14 @@ class Service:
         self.registry = CollectorRegistry()
         self.asked = {name: Histogram(ASKED_BOUNDS) for name in ("n", "max_tokens")}
         self.responses = ResponseStore(config.limits.max_stored_responses)
+        self.profiler = Profiler(config.observe.profile_dir)
+        endpoint = config.observe.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else Tracing.to(endpoint)
         self._tasks: set[asyncio.Task[None]] = set()
         self._engine: AsyncEngine | None = None
         self._vocabulary: Vocabulary | None = None
         self._startup: Startup | None = None
+        self._infilling: Infilling | None = None
 
     def load(self) -> None:
         """Begins to load the model. Called in the event loop, which learns of the end."""
@@ -173,6 +182,19 @@ class Service:
         """Characters of the longest token. Asked for only while there is a tokenizer."""
         return longest_token(self.engine.get_tokenizer())
 
+    def infilling(self) -> Infilling:
+        """What makes prompts with a suffix. May be called from any thread.
+
+        Raises:
+            ApiError: 400, the model cannot fill in the middle, or there is no tokenizer.
+        """
+        if self._infilling is None:
+            engine = self.engine
+            if self._vocabulary is None:
+                raise ApiError(400, "suffix: the server was started without a tokenizer", param="suffix")
+            self._infilling = Infilling(engine.get_tokenizer())
+        return self._infilling
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Token ids as text, special tokens included; empty without a tokenizer."""
         if self._engine is None or self._vocabulary is None:
@@ -225,8 +247,11 @@ class Service:
         self.draining = True
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self.config.limits.shutdown_timeout)
+        await self.profiler.close()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
 
 def read_template(source: str | None) -> str | None:
