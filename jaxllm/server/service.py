@@ -58,6 +58,7 @@ class Service:
         draining: whether the server is about to stop.
         failure: why the model could not be loaded.
         on_failure: called then.
+        on_loaded: called with the engine in the thread that has loaded it, before it is used.
         asked: what requests gave as n and max_tokens.
         responses: answers that are kept.
         profiler: records profiles.
@@ -76,6 +77,7 @@ class Service:
         self.draining = False
         self.failure: Exception | None = None
         self.on_failure: Callable[[], object] = lambda: None
+        self.on_loaded: Callable[[AsyncEngine], object] = lambda engine: None
         self.registry = CollectorRegistry()
         self.asked = {name: Histogram(ASKED_BOUNDS) for name in ("n", "max_tokens")}
         self.responses = ResponseStore(config.limits.max_stored_responses)
@@ -93,6 +95,8 @@ class Service:
         loop = asyncio.get_running_loop()
 
         def done(result: AsyncEngine | Exception) -> None:
+            if isinstance(result, AsyncEngine):
+                self.on_loaded(result)
             loop.call_soon_threadsafe(self.loaded, result)
 
         self._startup = Startup(self.engine_config, self.config.limits, done)
