@@ -96,6 +96,18 @@ def test_who_stops_listening_ends_only_their_own(engine: AsyncEngine, expected: 
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_a_closed_stream_ends_its_request_within_a_step(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        async with await engine.submit({"left": await engine.make_input(PROMPTS[0], greedy(80))}) as stream:
+            await stream.take()
+            before = engine.get_metrics()["steps_total"]
+        await engine.reset_prefix_cache()  # comes after what closing has sent
+        assert engine.get_metrics()["requests_running"] == 0
+        assert engine.get_metrics()["steps_total"] <= before + 2  # one that ran, and one that had begun
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_abort(engine: AsyncEngine) -> None:
     async def main() -> None:
         task = asyncio.create_task(last(engine.generate(PROMPTS[0], greedy(80), request_id="long")))
