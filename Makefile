@@ -2,6 +2,7 @@
 
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+FUZZER ?= schemathesis>=4.32,<5
 PYTEST ?= $(VENV)/bin/python -m pytest
 
 # The first Python that is new enough, unless one is given: make demo PYTHON=/path/to/python
@@ -16,7 +17,7 @@ DEMO_WEIGHTS := $(shell sed -n 's/^demo = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test interpret spread asan aot run-aot parity run-parity clients run-clients goldens run-goldens lint format typecheck imports notebooks dev clean ui
+.PHONY: help demo test interpret spread asan aot run-aot parity run-parity clients run-clients goldens run-goldens lint format typecheck imports notebooks dev clean ui fuzz
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +40,11 @@ ui: $(VENV)/.has-jaxllm $(VENV)/.has-test $(VENV)/.has-ui  ## drive the server's
 
 asan: $(VENV)/.has-jaxllm $(VENV)/.has-test  ## run the CPU kernel on all cases under AddressSanitizer
 	$(VENV)/bin/python tests/kernels/asan/run_cases.py
+
+# The fuzzer goes into an environment of its own: it is a plugin of every pytest beside it.
+fuzz: export SCHEMATHESIS = $(VENV)-fuzz/bin/schemathesis
+fuzz: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)-fuzz/.has-fuzzer  ## send a server whatever its OpenAPI document allows, and does not
+	$(PYTEST) -m fuzz tests/server $(ARGS)
 
 # The compilers of accelerators go into an environment of their own: every plain `import jax` beside them tries to
 # reach a TPU and a GPU. JAX_PLATFORMS and TPU_SKIP_MDS_QUERY keep them from looking for one, and
@@ -94,7 +100,7 @@ dev: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-ui $(VENV)/.has-dev $(VENV
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) $(VENV)-aot $(VENV)-parity $(VENV)-clients .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-aot $(VENV)-parity $(VENV)-clients $(VENV)-fuzz .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' || { \
@@ -114,6 +120,11 @@ $(VENV)/.has-demo: pyproject.toml | $(VENV)/.has-jaxllm
 
 $(VENV)/.has-torch: | $(VENV)/.made
 	$(VENV)/bin/python -m pip install --quiet $(TORCH)
+	@touch $@
+
+$(VENV)-fuzz/.has-fuzzer: | $(VENV)/.made
+	$(VENV)/bin/python -m venv $(VENV)-fuzz
+	$(VENV)-fuzz/bin/python -m pip install --quiet '$(FUZZER)'
 	@touch $@
 
 $(VENV)/.has-%: pyproject.toml | $(VENV)/.made

@@ -40,6 +40,15 @@ def full_tokenizer(tokenizer: TextTokenizer) -> "PreTrainedTokenizerBase":
     return tokenizer.full if isinstance(tokenizer, BareTokenizer) else tokenizer  # pyright: ignore[reportReturnType]
 
 
+def longest_token(tokenizer: "TextTokenizer | PreTrainedTokenizerBase") -> int:
+    """Characters of the longest token: a text of `n` tokens has at most so many times `n`.
+
+    A text may have more where the tokenizer takes something away before it begins, such as repeated spaces.
+    """
+    vocabulary = getattr(tokenizer, "backend_tokenizer", tokenizer).get_vocab()  # pyright: ignore[reportAttributeAccessIssue]
+    return max(map(len, vocabulary), default=1)
+
+
 def open_tokenizer(
     model: str | Path,
     *,

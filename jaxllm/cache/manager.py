@@ -126,6 +126,10 @@ class CacheManager:
             self._prefix_hits,
         )
 
+    def clear(self) -> None:
+        """Forgets who holds which page: all are free. What has been counted stays."""
+        self.pool = PagePool(self.pool.num_pages + 1)  # the null page is not counted
+
     # Prefixes
 
     def chain(self, salt: str | None) -> HashChain:

@@ -5,9 +5,10 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -23,6 +24,7 @@ from jaxllm.engine.loading import load_parts
 from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.output_stream import OutputStream, post
 from jaxllm.engine.outputs import RequestOutput
+from jaxllm.engine.restarts import RestartBudget
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.sampling import SamplingParams
 from jaxllm.structured.compiler import COMPILE_SECONDS, LATE
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Health = Literal["running", "sleeping", "failed", "closed"]
+Health = Literal["running", "sleeping", "restarting", "failed", "closed"]
+RETRY_SECONDS = 0.5
+"""After a restart that failed, before the next: what took the device's memory may let go of it."""
 T = TypeVar("T")
 
 
@@ -45,12 +49,19 @@ class AsyncEngine:
 
     One thread owns the engine and does its steps; everything else is sent to it. A caller that stops
     listening, or is cancelled, ends its request and no other. If a step fails, the requests in it raise
-    `RequestFailedError` and the loop goes on; if that happens again and again, `health` is "failed" and
-    everybody is told.
+    `RequestFailedError` and the loop goes on. If that happens again and again, or the loop itself fails, all
+    requests raise `EngineFailedError`, and the engine starts over without compiling anything. If that, too,
+    happens again and again, `health` is "failed" and stays so.
+
+    Args:
+        engine: it belongs to the thread from now on.
+        max_restarts: how often it may start over within `restart_window` seconds.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, max_restarts: int = 3, restart_window: float = 300.0) -> None:
         self._engine = engine
+        self._restarts = RestartBudget(max_restarts, restart_window)
+        self._restarting = False
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, OutputStream] = {}
         self._ids = itertools.count()
@@ -157,7 +168,12 @@ class AsyncEngine:
         return await self._call(lambda: self._abort(request_id))
 
     def _close_soon(self, stream: OutputStream) -> None:
-        self._send(lambda: [self._abort(i) for i in stream.request_ids if self._streams.get(i) is stream])
+        def close() -> None:
+            for request_id in stream.request_ids:
+                if self._streams.get(request_id) is stream:
+                    self._abort(request_id)
+
+        self._commands.put(close)  # nobody waits for it: if it fails, the loop has to know
 
     # The engine itself
 
@@ -166,8 +182,10 @@ class AsyncEngine:
         """Whether it can serve, and if not, why."""
         if self._closed:
             return "closed"
-        if self._failure is not None or self._engine.failure is not None:
+        if self._failure is not None or not self._thread.is_alive():
             return "failed"
+        if self._restarting or self._engine.failure is not None:
+            return "restarting"
         return "sleeping" if self._engine.is_sleeping else "running"
 
     @property
@@ -267,40 +285,74 @@ class AsyncEngine:
     # In the thread
 
     def _loop(self) -> None:
-        while (command := self._commands.get()) is not None:
-            command()
-            while self._engine.has_unfinished_requests() and self._commands.empty():
-                self._step()
-        self._deliver(self._engine.abort_all())
+        while True:
+            try:
+                self._serve()
+                break
+            except Exception as error:
+                self._start_over(error)
+        try:
+            self._deliver(self._engine.abort_all())
+        except Exception as error:
+            self._tell_all(error)
         self._engine.close()
         while not self._commands.empty():  # these came too late, and the engine tells them so
             if (command := self._commands.get()) is not None:
                 command()
 
-    def _step(self) -> None:
-        try:
-            outputs = self._engine.step()
-        except Exception as error:  # no request's fault: those the engine ends itself
-            logger.exception("the step loop has failed; all requests end with errors")
-            self._failure = error
+    def _serve(self) -> None:
+        """Does what it is sent, and steps in between, until it is to end."""
+        while (command := self._commands.get()) is not None:
+            command()
+            while self._has_work() and self._commands.empty():
+                self._deliver(self._engine.step())
+                if self._engine.failure is not None:
+                    raise self._engine.failure
+
+    def _has_work(self) -> bool:
+        return self._failure is None and self._engine.has_unfinished_requests()
+
+    def _start_over(self, error: Exception) -> None:
+        """Tells all who wait, and makes the engine as new, unless that has happened too often."""
+        logger.error("the step loop has failed; all requests end with errors", exc_info=error)
+        self._restarting = True
+        self._tell_all(error)
+        while self._restarts.take():
+            try:
+                self._engine.restart()
+            except Exception as again:
+                logger.exception("the engine cannot start over")
+                error = again
+                time.sleep(RETRY_SECONDS)
+            else:
+                logger.warning("the engine has started over")
+                self._restarting = False
+                return
+        logger.critical("the engine has failed too often, and is given up")
+        self._failure = error
+        with suppress(Exception):  # nobody waits for its requests any more
             self._engine.abort_all()
-            failed = EngineFailedError(f"the step loop has failed: {error}")
-            post((stream, request_id, failed) for request_id, stream in self._streams.items())
-            self._streams.clear()
-            return
-        self._deliver(outputs)
+
+    def _tell_all(self, error: Exception) -> None:
+        """Has every stream raise."""
+        failed = EngineFailedError(f"the step loop has failed: {error}")
+        failed.__cause__ = error
+        streams, self._streams = self._streams, {}
+        post((stream, request_id, failed) for request_id, stream in streams.items())
 
     def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
-        letters = []
+        letters, finished = [], []
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if output.finished:
-                self._streams.pop(output.request_id, None)
+                finished.append(output.request_id)
             if stream is not None:
                 failed = any(sample.finish_reason == "error" for sample in output.outputs)
                 item = self._error(output) if failed else output
                 letters.append((stream, output.request_id, item))
         post(letters)
+        for request_id in finished:  # not before: if it fails, they are still to be told
+            self._streams.pop(request_id, None)
 
     def _error(self, output: RequestOutput) -> Exception:
         if isinstance(output.error, ValueError):  # what was asked for cannot be served
@@ -312,7 +364,7 @@ class AsyncEngine:
 
     def _add(self, inputs: Mapping[str, EngineInput], stream: OutputStream) -> None:
         if self._failure is not None:
-            raise EngineFailedError("the step loop has failed; make another engine") from self._failure
+            raise EngineFailedError("the engine has failed too often; make another") from self._failure
         added = []
         try:
             for request_id, input in inputs.items():

@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from converters.tokenizer import TextTokenizer
+from jaxllm.engine.time_limit import within
 
 Message = Mapping[str, Any]
 """One turn: `role`, `content` (text, or a list of text parts), and what else the template reads."""
 Conversation = Sequence[Message]
+MOST_SECONDS = 5.0
+"""For a template, which is a program: a conversation of 20 messages takes less than a thousandth."""
 
 
 class ChatTemplate:
@@ -53,16 +57,18 @@ class ChatTemplate:
             raise ValueError(
                 f"chat_template_kwargs: {sorted(clash)} are arguments of their own; pass them as such"
             )
+        apply = partial(
+            self._tokenizer.apply_chat_template,
+            read,
+            chat_template=chat_template,
+            tools=None if tools is None else [dict(tool) for tool in tools],
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tokenize=False,
+            **variables,
+        )
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                read,  # pyright: ignore[reportArgumentType]
-                chat_template=chat_template,
-                tools=None if tools is None else [dict(tool) for tool in tools],
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **variables,
-            )
+            rendered = within(MOST_SECONDS, apply)
         except Exception as error:  # a template is a program of the model's: it may fail in any way
             raise ValueError(f"chat template: {type(error).__name__}: {error}") from error
         return str(rendered)

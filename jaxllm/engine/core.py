@@ -4,20 +4,18 @@ import logging
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import jax
 
 from jaxllm.engine.assembler import OutputAssembler
 from jaxllm.engine.constraint import Constraint, Masks
+from jaxllm.engine.in_flight import InFlight, NewTokens
 from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.metrics import EngineState, Metrics
 from jaxllm.engine.outputs import FinishReason, RequestOutput
-from jaxllm.engine.sample import Sample, Scored, prompts_to_score
+from jaxllm.engine.sample import Sample, prompts_to_score
 from jaxllm.engine.step_clock import StepClock
 from jaxllm.engine.step_logprobs import StepLogprobs
 from jaxllm.engine.vocabulary import Vocabulary
-from jaxllm.runner.runner import Admission, DispatchedStep, RowMasks, Runner
+from jaxllm.runner.runner import Admission, RowMasks, Runner
 from jaxllm.sampling.settings import row_settings
 from jaxllm.sampling.state import RowSettings
 from jaxllm.scheduler.plan import RowPlan, StepPlan
@@ -32,8 +30,6 @@ _STATUS: dict[FinishReason, RequestStatus] = {
     "abort": RequestStatus.FINISHED_ABORTED,
     "error": RequestStatus.FINISHED_ERROR,
 }
-
-
 MOST_FAILURES = 3
 """Steps that may fail in a row: the first may have been a request's fault, so many are the engine's."""
 
@@ -44,21 +40,6 @@ class EngineFailedError(RuntimeError):
 
 class RequestFailedError(RuntimeError):
     """A request ended with an error that was not the caller's."""
-
-
-NewTokens = list[tuple[Request, list[int]]]
-"""What a step has brought to requests; none where it did not sample."""
-
-
-@dataclass(frozen=True, slots=True)
-class InFlight:
-    """A step that the device works on, and what is to be read from it."""
-
-    step: DispatchedStep
-    logprobs: tuple[jax.Array, ...] | None
-    scores: tuple[jax.Array, ...] | None
-    scored: tuple[Scored, ...]
-    """The prompts in `scores`."""
 
 
 class EngineCore:
@@ -141,13 +122,18 @@ class EngineCore:
             for index in range(params.n)
         ]
         self._settings(samples[0])  # refuses what a row has no room for
-        for sample in samples:  # they are alike, so only the first can be refused
-            self.scheduler.add(sample.request)
-            if input.grammar is not None:
-                sample.constraint = Constraint(input, self.runner.lowering.sampler.vocab_size)
-            self._samples[sample.request.request_id] = sample
-        assembler.metrics = self.metrics.request_arrived(len(input.prompt_token_ids))
+        try:
+            for sample in samples:
+                self.scheduler.add(sample.request)
+                if input.grammar is not None:
+                    sample.constraint = Constraint(input, self.runner.lowering.sampler.vocab_size)
+        except Exception:
+            for sample in samples:
+                self.scheduler.finish(sample.request.request_id, RequestStatus.FINISHED_ERROR)
+            raise
+        self._samples.update((sample.request.request_id, sample) for sample in samples)
         self._requests[request_id] = samples
+        assembler.metrics = self.metrics.request_arrived(len(input.prompt_token_ids))
         if input.num_prompt_logprobs is not None:
             self._scoring.add(request_id)
         if input.grammar is not None:
@@ -183,7 +169,7 @@ class EngineCore:
             EngineFailedError: several steps in a row have failed; nothing can run any more.
         """
         if self.failure is not None:
-            raise EngineFailedError("the engine has failed; make another") from self.failure
+            raise EngineFailedError("the engine has failed; call restart()") from self.failure
         self._clock.begin(busy=self._is_busy())
         plan = self.scheduler.schedule()
         self._clock.scheduled(len(plan.rows), plan.num_tokens)
@@ -223,6 +209,22 @@ class EngineCore:
         outputs = [self.abort(request_id, "error") for request_id in failed]
         self.runner.reset()
         return [output for output in outputs if output is not None]
+
+    def restart(self) -> None:
+        """Starts over after a failure, with the programs that there are; requests get no last output.
+
+        Raises:
+            Exception: pages and rows cannot be made. It may be tried again.
+        """
+        for samples in self._requests.values():
+            if samples[0].assembler.metrics is not None:
+                self.metrics.request_finished(samples[0].assembler.metrics, "error")
+        for kept in (self._requests, self._samples, self._scoring, self._constrained, self._in_flight):
+            kept.clear()
+        self.scheduler.clear()
+        self._clock = StepClock()
+        self.runner.reset()
+        self._failures_in_a_row, self.failure = 0, None
 
     def drain(self) -> None:
         """Waits for the steps in flight, which work for requests that have all ended."""
@@ -326,7 +328,11 @@ class EngineCore:
         for sample, begin, count in done.scored:
             if sample.assembler.finished:
                 continue
-            sample.assembler.add_prompt_logprobs([scores[begin + i] for i in range(count)])
+            try:
+                sample.assembler.add_prompt_logprobs([scores[begin + i] for i in range(count)])
+            except Exception as error:
+                self._fail_in_text(sample.assembler, error)
+                touched[sample.assembler.request_id] = sample.assembler
         rows = done.step.plan.rows if done.logprobs else ()
         row_of = {row.request_id: i for i, row in enumerate(rows)}
         for request, new in new_tokens:
@@ -361,13 +367,16 @@ class EngineCore:
                 stop_token=not end.is_text,
             )
         except Exception as error:
-            logger.exception("request %r failed while its tokens were turned into text", assembler.request_id)
-            self._fail(assembler, error)
+            self._fail_in_text(assembler, error)
             return
         if assembler.metrics is not None:
             self.metrics.tokens_generated(assembler.metrics, len(tokens), index=sample.index)
         if found is not None or end.reason is not None:
             self.scheduler.finish(sample.request.request_id, _STATUS[end.reason or "stop"])
+
+    def _fail_in_text(self, assembler: OutputAssembler, error: Exception) -> None:
+        logger.error("request %r: its tokens cannot be text", assembler.request_id, exc_info=error)
+        self._fail(assembler, error)
 
     def _fail(self, assembler: OutputAssembler, error: Exception) -> None:
         """Ends a request, all of its samples, with an error."""

@@ -338,7 +338,7 @@ class Engine:
         `compile_seconds` is how long it took until the last one was there.
         `attention_backend_info{...}`, with labels as Prometheus writes them, is 1 for the kernel that runs,
         and 0, with the reason, for each that would have been tried before it. `matmul_backend_info{...}` says
-        what multiplies with weights.
+        what multiplies with weights, `bucket_steps_total{tokens=...}` how often programs of which size ran.
         """
         programs, products = self._core.runner.programs, self._parts.products
         return (
@@ -351,6 +351,10 @@ class Engine:
                 "compile_seconds": programs.seconds,
             }
             | choice_metrics("attention_backend_info", self._parts.attention)
+            | {
+                f"bucket_steps_total{metric_labels(tokens=str(tokens))}": float(count)
+                for tokens, count in sorted(self._core.runner.bucket_steps.copy().items())
+            }
             | {f"matmul_backend_info{metric_labels(backend=products.name, reason=products.reason)}": 1.0}
         )
 
@@ -413,6 +417,20 @@ class Engine:
         self._check_open()
         self._sleep.end()
 
+    def restart(self) -> None:
+        """Starts over after `step` or `generate` has failed for a reason that was no request's own.
+
+        Unfinished requests are forgotten, pages are empty, and nothing is compiled again.
+
+        Raises:
+            RuntimeError: the engine is closed.
+            Exception: the device cannot hold the pages. It may be tried again.
+        """
+        self._check_open()
+        self._mail.clear()
+        self._core.restart()
+        self.metrics.engine_restarted()
+
     @property
     def is_sleeping(self) -> bool:
         """Whether it sleeps."""
@@ -456,7 +474,7 @@ class Engine:
     def _check_awake(self) -> None:
         self._check_open()
         if self.failure is not None:
-            raise EngineFailedError("the engine has failed; make another") from self.failure
+            raise EngineFailedError("the engine has failed; call restart()") from self.failure
         if self._sleep.active:
             raise RuntimeError("the engine sleeps; call wake_up() first")
 

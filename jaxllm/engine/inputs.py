@@ -3,9 +3,10 @@
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from converters.tokenizer import TextTokenizer
+from converters.tokenizer import TextTokenizer, longest_token
 from jaxllm.engine.chat import ChatTemplate, Conversation
 from jaxllm.engine.prompts import Prompt, PromptParts, TokensPrompt, is_list, split_prompts, take_apart
 from jaxllm.sampling.params import SamplingParams
@@ -235,7 +236,24 @@ class InputProcessor:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"prompt: not valid Unicode text: {error}") from error
+        self._check_size(text)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _check_size(self, text: str) -> None:
+        """Refuses what cannot fit before it is tokenized: 8 MB take 20 s."""
+        if len(text) <= self.max_model_len:
+            return
+        most = self.max_model_len * self._longest_token
+        if len(text) > most:
+            raise ValueError(
+                f"prompt: {len(text)} characters; more than {most} do not fit into "
+                f"max_model_len={self.max_model_len}, whatever they are; shorten it"
+            )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        assert self.tokenizer is not None
+        return longest_token(self.tokenizer)
 
     def _kept(self, count: int, params: SamplingParams) -> int:
         count = _integer("truncate_prompt_tokens", count)

@@ -30,6 +30,12 @@ class Mail:
         if output.request_id in self._claimed:
             self._claimed[output.request_id].append(output)
 
+    def clear(self) -> None:
+        """Forgets what nobody has read."""
+        self._unclaimed.clear()
+        for box in self._claimed.values():
+            box.clear()
+
     @property
     def has_unclaimed(self) -> bool:
         """Whether `take_unclaimed` would give something."""

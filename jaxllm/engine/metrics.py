@@ -17,6 +17,16 @@ from pallas_kernels.registry import Choice
 _TIME_BOUNDS = tuple(base * 10.0**power for power in range(-4, 3) for base in (1.0, 2.0, 5.0))
 _TOKEN_BOUNDS = tuple(base * 10.0**power for power in range(6) for base in (1.0, 2.0, 5.0))
 _STEP_TOKEN_BOUNDS = (1.0, *(2.0**power for power in range(3, 15)))
+_COUNTED = (
+    "requests",
+    "prompt_tokens",
+    "prompt_tokens_cached",
+    "generation_tokens",
+    "preemptions",
+    "steps",
+    "scheduled_tokens",
+    "engine_restarts",
+)
 FINISH_REASONS: tuple[str, ...] = ("stop", "length", "abort", "error")
 
 
@@ -36,6 +46,7 @@ class RequestMetrics:
     """Prompt tokens found in the prefix cache."""
     num_preemptions: int = 0
     _last_token_times: dict[int, float] = field(default_factory=dict, repr=False)
+    _output_lengths: dict[int, int] = field(default_factory=dict, repr=False)
 
     @property
     def time_in_queue(self) -> float | None:
@@ -117,9 +128,7 @@ class Metrics:
         self._clock = clock
         self._start = clock()
         self._finished = dict.fromkeys(FINISH_REASONS, 0)
-        self._totals = dict.fromkeys(
-            ("requests", "prompt_tokens", "generation_tokens", "preemptions", "steps", "scheduled_tokens"), 0
-        )
+        self._totals = dict.fromkeys(_COUNTED, 0)
         self.time_in_queue = Histogram()
         self.time_to_first_token = Histogram()
         self.inter_token_latency = Histogram()
@@ -130,6 +139,8 @@ class Metrics:
         self.time_per_output_token = Histogram()
         self.prompt_length = Histogram(_TOKEN_BOUNDS)
         self.output_length = Histogram(_TOKEN_BOUNDS)
+        self.longest_output = Histogram(_TOKEN_BOUNDS)
+        self.computed_prompt = Histogram(_TOKEN_BOUNDS)
         self.step_tokens = Histogram(_STEP_TOKEN_BOUNDS)
         self.step_time = Histogram()
         self.step_parts = {part: Histogram() for part in PARTS}
@@ -150,6 +161,7 @@ class Metrics:
         if request.first_scheduled_time is None:
             request.first_scheduled_time = self._clock()
             request.num_cached_tokens = num_cached_tokens
+            self._totals["prompt_tokens_cached"] += num_cached_tokens
             self.time_in_queue.observe(request.first_scheduled_time - request.arrival_time)
 
     def request_preempted(self, request: RequestMetrics) -> None:
@@ -172,6 +184,7 @@ class Metrics:
         if last is not None:
             self.inter_token_latency.observe((now - last) / count, count)
         request._last_token_times[index] = request.last_token_time = now
+        request._output_lengths[index] = request._output_lengths.get(index, 0) + count
         request.num_generation_tokens += count
         self._totals["generation_tokens"] += count
 
@@ -187,13 +200,19 @@ class Metrics:
         self.end_to_end_time.observe(request.finished_time - request.arrival_time)
         self.prompt_length.observe(request.num_prompt_tokens)
         self.output_length.observe(request.num_generation_tokens)
+        self.longest_output.observe(max(request._output_lengths.values(), default=0))
         start, first, last = request.first_scheduled_time, request.first_token_time, request.last_token_time
         if start is not None and first is not None and last is not None:
+            self.computed_prompt.observe(request.num_prompt_tokens - request.num_cached_tokens)
             self.prefill_time.observe(first - start)
             self.decode_time.observe(last - first)
             self.inference_time.observe(last - start)
             if request.num_generation_tokens > 1:
                 self.time_per_output_token.observe((last - first) / (request.num_generation_tokens - 1))
+
+    def engine_restarted(self) -> None:
+        """The engine has started over after a failure."""
+        self._totals["engine_restarts"] += 1
 
     def step_done(self, times: StepTimes) -> None:
         """Counts a turn of the step loop; one that dispatched nothing only adds to the parts."""
@@ -214,10 +233,10 @@ class Metrics:
         - `uptime_seconds`: since the engine started.
         - `requests_total`, `requests_finished_{stop,length,abort,error}_total`.
         - `requests_running`, `requests_waiting`.
-        - `prompt_tokens_total`, `generation_tokens_total`.
+        - `prompt_tokens_total`, `prompt_tokens_cached_total`, `generation_tokens_total`.
         - `scheduled_tokens_total`: tokens that steps computed, again after preemption included, prefix hits
           not.
-        - `preemptions_total`, `steps_total`.
+        - `preemptions_total`, `steps_total`, `engine_restarts_total`.
         - `pages_used`, `num_pages`, `pages_used_ratio`.
         - `prefix_cache_queries_total`, `prefix_cache_hits_total` (tokens), `prefix_cache_hit_ratio`.
         - `{name}_seconds_{mean,p50,p90,p99}` and `{name}_count` for each name of `time_in_queue`,

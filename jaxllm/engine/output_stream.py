@@ -1,6 +1,7 @@
 """Outputs on their way from the engine's thread to the task that waits for them."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Self
@@ -8,6 +9,8 @@ from typing import Self
 from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.outputs import RequestOutput, join
 from jaxllm.sampling import RequestOutputKind
+
+logger = logging.getLogger(__name__)
 
 
 class OutputStream:
@@ -71,6 +74,11 @@ class OutputStream:
                 self._unfinished.discard(request_id)
         self._arrived.set()
 
+    def fail(self, error: Exception) -> None:
+        """Has `take` raise an error. The requests still run, until the stream is closed."""
+        self._error = error
+        self._arrived.set()
+
     def close(self) -> None:
         """Ends the requests that have not finished. Closing twice does nothing."""
         if self._unfinished and not self._closed:
@@ -104,4 +112,8 @@ def post(letters: Iterable[Letter]) -> None:
 
 def _put_all(letters: Iterable[Letter]) -> None:
     for stream, request_id, item in letters:
-        stream.put(request_id, item)
+        try:
+            stream.put(request_id, item)
+        except Exception as error:  # those after it are somebody else's
+            logger.exception("an output of request %r could not be delivered", request_id)
+            stream.fail(error)

@@ -1,6 +1,7 @@
 """Runs the scheduler's plans on the devices: weights, pages, rows, and the programs that bind them."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -64,6 +65,8 @@ class Runner:
         self.num_pages = num_pages
         self.programs = programs
         self._params: tuple[Array, ...] | None = params
+        self.bucket_steps: Counter[int] = Counter()
+        """Steps so far, by the tokens that their programs are made for."""
         self._exact = exact
         self._cache, self._rows = state
 
@@ -81,6 +84,7 @@ class Runner:
         for row, admission in admissions.items():
             self._admit(row, admission, whole[row])
         bucket = self._choose_bucket(plan.num_tokens, scores=scores)
+        self.bucket_steps[bucket.tokens] += 1
         packed = self.lowering.step_layout(bucket).pack(plan, grown)
         packed_at = time.perf_counter()
         rows = self._rows
@@ -158,7 +162,14 @@ class Runner:
         return saved
 
     def reset(self) -> None:
-        """Starts over with empty pages and rows, after a step has failed that may have taken the old ones."""
+        """Starts over with empty pages and rows, after a step has failed that may have taken the old ones.
+
+        What is left of those goes first: the device has no room for both. Does nothing while it sleeps.
+        """
+        if self._params is None:
+            return
+        self._drop((self._cache, self._rows))
+        self._cache = self._rows = None
         self._cache, self._rows = allocate(self.programs)
 
     def wake(self, params: tuple[Array, ...]) -> None:

@@ -94,7 +94,7 @@ class Scheduler:
         """All unfinished requests, by id."""
         self.running: list[Request] = []
         """Those that have a row, in the policy's order."""
-        self._waiting: WaitingQueue = FcfsQueue() if policy == "fcfs" else PriorityQueue()
+        self._waiting = self._no_requests()
         self._free_rows = list(range(max_num_seqs))
         self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
         self._num_added = 0
@@ -203,6 +203,18 @@ class Scheduler:
             self.finish(request.request_id, RequestStatus.FINISHED_ERROR)
         self.cache.reset_prefix_cache()
         return failed
+
+    def clear(self) -> None:
+        """Forgets every request, plan and page, whatever state they are in. What has been counted stays."""
+        self.cache.clear()
+        self.requests.clear()
+        self.running.clear()
+        self._waiting = self._no_requests()
+        self._free_rows = list(range(self.max_num_seqs))
+        self._in_flight.clear()
+
+    def _no_requests(self) -> WaitingQueue:
+        return FcfsQueue() if self.policy == "fcfs" else PriorityQueue()
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached pages. False, and nothing happens, while requests are running."""

@@ -52,6 +52,18 @@ async def reset_prefix_cache(service: Served) -> Response:
     return JSONResponse({"status": "ok"})
 
 
+@router.post("/start_profile")
+async def start_profile(service: Served) -> Response:
+    """Begins to record a profile of host and devices; needs `--profile-dir`."""
+    return JSONResponse({"status": "recording", "folder": str(await service.profiler.start())})
+
+
+@router.post("/stop_profile")
+async def stop_profile(service: Served) -> Response:
+    """Ends it and writes it to the folder."""
+    return JSONResponse({"status": "written", "folder": str(await service.profiler.stop())})
+
+
 def _engine(service: Service) -> AsyncEngine:
     engine = service.loaded_engine
     if engine is None:

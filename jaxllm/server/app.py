@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from prometheus_client import GCCollector, ProcessCollector
 from starlette.middleware.cors import CORSMiddleware
 
 import jaxllm
@@ -15,6 +16,7 @@ from jaxllm.server import (
     live,
     messages,
     metrics,
+    openapi,
     page,
     responses,
     status,
@@ -24,6 +26,7 @@ from jaxllm.server import (
 from jaxllm.server.http_metrics import HttpMetrics
 from jaxllm.server.keys import METRICS, KeyMiddleware, Keys
 from jaxllm.server.middleware import RequestMiddleware, SizeMiddleware
+from jaxllm.server.rate_limits import RATE_LIMIT_HEADERS, RateLimitMiddleware
 from jaxllm.server.service import Service
 
 
@@ -51,6 +54,8 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
     )
     app.state.service = service
     service.registry.register(metrics.EngineCollector(service))
+    ProcessCollector(registry=service.registry)
+    GCCollector(registry=service.registry)
     errors.install(app)
     for part in (status, completions, chat, responses, messages, tokenization, metrics, unserved):
         app.include_router(part.router)
@@ -59,12 +64,20 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
     if config.access.ui:
         app.include_router(live.router)  # before the page's files, which are in the same folder
         app.include_router(page.router)
+    openapi.install(app)
     # the last one added is the first to see a request
     app.add_middleware(
         SizeMiddleware,
         max_header_bytes=config.listen.h11_max_incomplete_event_size,
         max_body_bytes=config.limits.max_body_bytes,
     )
+    if config.limits.is_rate_limited:
+        app.add_middleware(
+            RateLimitMiddleware,
+            requests=config.limits.rate_limit_requests,
+            tokens=config.limits.rate_limit_tokens,
+            root_path=config.listen.root_path,
+        )
     if keys:
         app.add_middleware(
             KeyMiddleware,
@@ -81,7 +94,7 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
             allow_origins=config.listen.allowed_origins,
             allow_methods=["GET", "POST", "OPTIONS"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", "retry-after", *RATE_LIMIT_HEADERS],
         )
     log = not config.log.disable_log_requests
     app.add_middleware(RequestMiddleware, metrics=HttpMetrics(service.registry), log=log)

@@ -1,12 +1,13 @@
 """`/v1/completions`: https://platform.openai.com/docs/api-reference/completions"""
 
+import asyncio
 import time
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, Self
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import Field
+from pydantic import Field, model_validator
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
@@ -16,8 +17,9 @@ from jaxllm.engine.outputs import CompletionOutput, RequestOutput
 from jaxllm.server import logprobs as forms
 from jaxllm.server.errors import ApiError, ErrorResponse
 from jaxllm.server.event_stream import DONE, EventStream, event
-from jaxllm.server.fields import REFUSED, GenerationRequest, Refusals, Tokens
+from jaxllm.server.fields import GenerationRequest, Tokens
 from jaxllm.server.generation import Generation, Job, Usage, start, while_connected
+from jaxllm.server.infilling import Infilling
 from jaxllm.server.logprobs import CompletionLogprobs, RankedLogprob, TokenNames
 from jaxllm.server.service import Served, Service
 
@@ -29,14 +31,22 @@ Prompts = str | Tokens | list[str] | list[Tokens]
 class CompletionRequest(GenerationRequest):
     """What is to be completed, and how."""
 
-    refused: ClassVar[Refusals] = REFUSED | {
-        "suffix": ((), "the model is not asked to fill in the middle; put all of the text into the prompt"),
-    }
-
     prompt: Annotated[Prompts | list[str | Tokens], Field(union_mode="left_to_right")]
     """Text, token ids, or a list of both."""
+    suffix: str | None = None
+    """Text after what is to be written, for models that can fill in the middle."""
     echo: bool | None = None
     logprobs: int | None = None
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Self:
+        if self.suffix:
+            if self.echo or self.truncate_prompt_tokens is not None:
+                raise ValueError("suffix: not together with echo or truncate_prompt_tokens; leave them out")
+            parts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+            if not all(isinstance(part, str) for part in parts):
+                raise ValueError("suffix: needs a prompt that is text, not token ids")
+        return self
 
     def prompts(self) -> list[Prompt]:
         """The prompts, each with the salt."""
@@ -79,7 +89,8 @@ class Completion(TypedDict):
 async def create_completion(body: CompletionRequest, request: Request, service: Served) -> Response:
     """Completes prompts."""
     model = service.model_name(body.model)
-    work = start(service, request, _job(body), body.request_id)
+    infilling = await asyncio.to_thread(service.infilling) if body.suffix else None
+    work = start(service, request, _job(body, infilling), body.request_id)
     generation = await while_connected(request.receive, work)
     writer = CompletionWriter(body, generation, model, service)
     if body.stream:
@@ -90,7 +101,7 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
         return JSONResponse(writer.whole(outputs))
 
 
-def _job(body: CompletionRequest) -> Job:
+def _job(body: CompletionRequest, infilling: Infilling | None) -> Job:
     params = body.sampling()
     if body.logprobs is not None:
         params["logprobs"] = body.logprobs
@@ -102,8 +113,13 @@ def _job(body: CompletionRequest) -> Job:
     if not prompts:
         raise ApiError(400, "prompt: there are none; give at least one", param="prompt")
 
+    if infilling is not None:
+        params["stop_token_ids"] = [*params.get("stop_token_ids", ()), *infilling.stop_token_ids]
+
     async def give(engine: AsyncEngine) -> Sequence[Prompt]:
-        return prompts
+        if infilling is None:
+            return prompts
+        return await asyncio.to_thread(infilling.prompts, prompts, body.suffix or "")
 
     special = True if body.add_special_tokens is None else body.add_special_tokens
     return Job(

@@ -66,7 +66,7 @@ class AccessConfig:
         None, "Jinja template for chats, or a file with one, instead of the model's"
     )
     trust_request_chat_template: bool = option(False, "let requests bring their own chat template")
-    admin: bool = option(False, "serve /sleep, /wake_up and /reset_prefix_cache")
+    admin: bool = option(False, "serve /sleep, /wake_up, /reset_prefix_cache, /start_profile, /stop_profile")
     ui: bool = option(True, "serve a page at / to chat with the model and to watch the engine")
     vllm_metrics: bool = option(False, "give every metric under the prefix vllm: as well")
 
@@ -112,12 +112,29 @@ class LimitConfig:
     max_grammar_size: int = option(65536, "most bytes of the schema, regex or grammar of a request")
     max_outputs: int = option(128, "most outputs of one request: n times its prompts")
 
+    rate_limit_requests: int | None = option(
+        None, "most requests of a key in a minute, of all together where there are no keys; beyond it 429"
+    )
+    rate_limit_tokens: int | None = option(
+        None, "the same for tokens, of prompts and outputs; while they are used up 429"
+    )
+    max_engine_restarts: int = option(3, "how often a failed engine may start over; then /health stays 503")
+    engine_restart_window: float = option(300.0, "seconds in which --max-engine-restarts are counted")
+
     def __post_init__(self) -> None:
+        _at_least(0, max_engine_restarts=self.max_engine_restarts)
+        _at_least(1, engine_restart_window=self.engine_restart_window)
         _at_least(0, max_num_queued_reqs=self.max_num_queued_reqs, shutdown_timeout=self.shutdown_timeout)
         _at_least(0, max_stored_responses=self.max_stored_responses)
+        _at_least(1, rate_limit_requests=self.rate_limit_requests, rate_limit_tokens=self.rate_limit_tokens)
         _at_least(0.001, request_timeout=self.request_timeout, sse_keep_alive=self.sse_keep_alive)
         _at_least(1, max_body_bytes=self.max_body_bytes, max_outputs=self.max_outputs)
         _at_least(1, max_grammar_size=self.max_grammar_size)
+
+    @property
+    def is_rate_limited(self) -> bool:
+        """Whether keys have limits."""
+        return self.rate_limit_requests is not None or self.rate_limit_tokens is not None
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,21 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ObserveConfig:
+    """How one can look on."""
+
+    profile_dir: Path | None = option(None, "folder for what /start_profile and /stop_profile record")
+    otlp_traces_endpoint: str | None = option(
+        None, "OpenTelemetry collector for traces, OTLP over HTTP, such as http://localhost:4318/v1/traces"
+    )
+
+    def __post_init__(self) -> None:
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_traces_endpoint={endpoint!r}: must begin with http:// or https://")
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """All that the server is told, in parts."""
 
@@ -145,6 +177,7 @@ class ServerConfig:
     answer: AnswerConfig = AnswerConfig()
     limits: LimitConfig = LimitConfig()
     log: LogConfig = LogConfig()
+    observe: ObserveConfig = ObserveConfig()
 
 
 PARTS: dict[str, type] = get_type_hints(ServerConfig)

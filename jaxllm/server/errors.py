@@ -72,7 +72,7 @@ class ErrorResponse(TypedDict):
 
 
 class ApiError(Exception):
-    """An answer with an error's status. The message is for the client."""
+    """An answer with an error's status. The message is for the client; `kind` is its `type` for OpenAI's."""
 
     def __init__(
         self,
@@ -81,16 +81,17 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
+        kind: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        self.kind = kind or TYPES.get(status, "server_error")
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
 
     def body(self) -> ErrorResponse:
         """The error as JSON."""
-        kind = TYPES.get(self.status, "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def anthropic_body(self) -> dict[str, Any]:
         """The error as JSON in Anthropic's form: https://docs.anthropic.com/en/api/errors"""
@@ -132,7 +133,7 @@ def of_exception(error: BaseException, request_id: str) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineFailedError):
-        return unavailable("the engine has failed; the server has to be started again", retry_after=30)
+        return unavailable("the engine failed before the request was done; try again", retry_after=5)
     if not isinstance(error, RequestFailedError):
         logger.error("request %s failed", request_id, exc_info=error)
     return ApiError(500, f"the request failed on the server; its log has the cause beside {request_id}")
@@ -154,6 +155,10 @@ def install(app: FastAPI) -> None:
         message = {404: f"no such path: {request.url.path}", 405: f"{request.method} is not served here"}
         text = message.get(error.status_code, str(error.detail))
         found = ApiError(error.status_code, text, headers=error.headers)
+        route = getattr(request.scope.get("route"), "path", "")
+        if error.status_code == 405 and (served := app.openapi()["paths"].get(route)):
+            # the router knows those of one endpoint, but a path may have several
+            found.headers["allow"] = ", ".join(method.upper() for method in served)
         return found.response(request.scope["path"])
 
 
@@ -166,8 +171,9 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
     if first["type"] == "extra_forbidden":
-        text = f"{name}: this server does not know this parameter; leave it out"
-        return ApiError(400, text, param=names[0], code="unknown_parameter")
+        unknown = str(first["loc"][-1])  # which may look like anything
+        text = f"{name or unknown[:200]}: this server does not know this parameter; leave it out"
+        return ApiError(400, text, param=names[0] if names else unknown[:200], code="unknown_parameter")
     if first["type"] == "missing":
         text = f"{name or 'the body'}: is required"
         return ApiError(400, text, param=name or None, code="missing_required_parameter")

@@ -1,5 +1,6 @@
 """Answers as server-sent events: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
 
+import asyncio
 import json
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from jaxllm.server.generation import ClientGoneError, Generation, while_connecte
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment, which clients skip; it keeps proxies from closing a connection that is silent for long."""
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+LINGER_SECONDS = 5.0
+"""After the deadline, for a client to read the error; one that does not read at all is then given up."""
 DONE = b"data: [DONE]\n\n"
 """The last event of OpenAI's streams."""
 
@@ -65,8 +68,9 @@ class EventStream(Response):
         """Sends the answer; an ASGI application."""
         async with self._generation as generation:
             try:
-                await while_connected(receive, self._send(generation, send))
-            except ClientGoneError:
+                async with asyncio.timeout_at(generation.deadline + LINGER_SECONDS):
+                    await while_connected(receive, self._send(generation, send))
+            except (ClientGoneError, TimeoutError):
                 scope.setdefault("state", {})["gone"] = True
             finally:
                 scope.setdefault("state", {})["usage"] = generation.usage()

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,9 @@ from jaxllm.engine.output_stream import OutputStream
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.sampling import RequestOutputKind, SamplingParams
 from jaxllm.server.errors import ApiError, bad_value, unavailable
+from jaxllm.server.rate_limits import Account
 from jaxllm.server.service import Service, Ticket
+from jaxllm.server.tracing import RequestSpan
 
 TIMEOUT_HEADER = "x-request-timeout"
 T = TypeVar("T")
@@ -77,6 +80,7 @@ class Generation:
     Attributes:
         id: of the request, without the prefix of its kind.
         inputs: one for each prompt.
+        deadline: when the time limit is over, on the event loop's clock.
         on_close: called when it is closed, whether it was answered to the end or not.
     """
 
@@ -89,11 +93,14 @@ class Generation:
         deadline: float,
         service: Service,
         job: Job,
+        account: Account | None = None,
+        span: RequestSpan | None = None,
     ) -> None:
         self.id = request_id
+        self._account, self._span = account, span
         self.inputs = inputs
         self._numbers = {name: number for number, name in enumerate(stream.request_ids)}
-        self._stream, self._ticket, self._deadline, self._service = stream, ticket, deadline, service
+        self._stream, self._ticket, self.deadline, self._service = stream, ticket, deadline, service
         self._job = job
         self._cached = [0] * len(inputs)
         self._generated = 0
@@ -117,13 +124,21 @@ class Generation:
                 turned out to be too complex.
             RequestFailedError, EngineFailedError: as for `OutputStream.take`.
         """
+        try:
+            return await self._take(patience)
+        except Exception as error:
+            if self._span is not None:
+                self._span.fail(error)
+            raise
+
+    async def _take(self, patience: float | None) -> list[tuple[int, RequestOutput]]:
         now = asyncio.get_running_loop().time()
-        limit = self._deadline if patience is None else min(self._deadline, now + patience)
+        limit = self.deadline if patience is None else min(self.deadline, now + patience)
         try:
             async with asyncio.timeout_at(limit):
                 outputs = await self._stream.take()
         except TimeoutError:
-            if asyncio.get_running_loop().time() >= self._deadline:
+            if asyncio.get_running_loop().time() >= self.deadline:
                 raise ApiError(408, "the request took longer than its time limit", code="timeout") from None
             return []
         except ValueError as error:
@@ -136,7 +151,12 @@ class Generation:
                 raise ApiError(400, "the request was cancelled", code="cancelled")
             raise unavailable("the engine stopped before the request was done")
         self._cached[self._numbers[output.request_id]] = output.num_cached_tokens or 0
-        self._generated += sum(len(sample.token_ids) for sample in output.outputs)
+        generated = sum(len(sample.token_ids) for sample in output.outputs)
+        self._generated += generated
+        if self._span is not None:
+            self._span.see(output)
+        if self._account is not None:
+            self._account.write(generated)
         return output
 
     async def collect(self) -> list[RequestOutput]:
@@ -168,6 +188,8 @@ class Generation:
             self._service.requests -= 1
             self._stream.close()
             self._ticket.give_back()
+            if self._span is not None:
+                self._span.end(sum(len(input.prompt_token_ids) for input in self.inputs), self._generated)
             self.on_close()
 
     async def __aenter__(self) -> Self:
@@ -176,6 +198,8 @@ class Generation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self._span is not None:
+            self._span.fail(error)
         self.close()
 
 
@@ -185,7 +209,7 @@ async def start(service: Service, request: Request, job: Job, request_id: str | 
     Raises:
         ApiError: 400 for what cannot be served, 503 if too many wait or the engine cannot serve.
     """
-    engine = service.engine
+    engine, arrived = service.engine, time.time_ns()
     deadline = asyncio.get_running_loop().time() + time_limit(request, service.config.limits.request_timeout)
     kind = RequestOutputKind.DELTA if job.stream else RequestOutputKind.FINAL_ONLY
     try:
@@ -202,11 +226,17 @@ async def start(service: Service, request: Request, job: Job, request_id: str | 
         if service.config.access.cache_salt_per_key:
             key = request.state.key_hash
             inputs = [replace(input, cache_salt=f"{key}/{input.cache_salt or ''}") for input in inputs]
+        account: Account | None = getattr(request.state, "account", None)
+        if account is not None:
+            account.read(sum(len(input.prompt_token_ids) for input in inputs))
         request_id = request_id or uuid.uuid4().hex
         many = len(inputs) > 1
         named = {f"{request_id}-{i}" if many else request_id: input for i, input in enumerate(inputs)}
         stream = await _submit(service, engine, named, job)
-        return Generation(request_id, inputs, stream, ticket, deadline, service, job)
+        span = None
+        if service.tracing is not None:
+            span = service.tracing.begin(request, service.names[0], request_id, params, arrived)
+        return Generation(request_id, inputs, stream, ticket, deadline, service, job, account, span)
     except BaseException:
         ticket.give_back()
         raise

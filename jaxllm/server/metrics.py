@@ -3,6 +3,7 @@
 https://docs.vllm.ai/en/stable/design/metrics/ lists vLLM's; the prefix here is `jaxllm:`.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ COUNTERS = {
     "prefix_cache_queries": ("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits": ("prefix_cache_hits_total", "Prompt tokens found there."),
     "num_preemptions": ("preemptions_total", "Times that a request lost its pages to another."),
+    "prompt_tokens_cached": ("prompt_tokens_cached_total", "Tokens of prompts that were not computed again."),
     "prompt_tokens": ("prompt_tokens_total", "Tokens of all prompts."),
     "generation_tokens": ("generation_tokens_total", "Tokens generated."),
 }
@@ -42,21 +44,37 @@ HISTOGRAMS = {
     "request_decode_time_seconds": ("decode_time", "From the first token to the last."),
     "request_prompt_tokens": ("prompt_length", "A request's prompt tokens."),
     "request_generation_tokens": ("output_length", "A request's generated tokens."),
+    "request_max_num_generation_tokens": ("longest_output", "Tokens of a request's longest output."),
+    "request_prefill_kv_computed_tokens": (
+        "computed_prompt",
+        "A request's prompt tokens without cached ones.",
+    ),
 }
 """vLLM's families: the engine's name for the figure, and what it is."""
 
 OWN_GAUGES = {
     "pages": ("num_pages", "Pages of the cache."),
     "pages_used": ("pages_used", "Pages that requests hold."),
-    "programs": ("programs", "Compiled programs."),
+    "programs": ("programs", "Programs, compiled or not."),
+    "programs_pending": ("programs_pending", "Programs that are still to be compiled."),
+    "programs_loaded": ("programs_loaded", "Programs that an earlier process had compiled."),
     "compile_seconds": ("compile_seconds", "Seconds that compiling ahead took."),
 }
 OWN_COUNTERS = {
     "programs_compiled_late": ("programs_compiled_late_total", "Programs compiled while serving."),
     "steps": ("steps_total", "Steps run."),
+    "engine_restarts": ("engine_restarts_total", "Times that the engine has started over after a failure."),
     "scheduled_tokens": ("scheduled_tokens_total", "Tokens that steps computed, recomputed ones included."),
 }
 """Families that vLLM does not have."""
+LABELLED = {
+    "bucket_steps": "Steps by the tokens that their programs are made for.",
+    "attention_backend_info": "1 for the attention kernel that runs; why others do not.",
+    "matmul_backend_info": "What multiplies with weights.",
+}
+"""Families whose figures the engine gives with labels."""
+_FIGURE = re.compile(r"(\w+)\{(.*)\}", re.DOTALL)
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 class EngineCollector(Collector):
@@ -97,6 +115,7 @@ class EngineCollector(Collector):
         for part, histogram in engine.metrics.step_parts.items():
             text = "The device idle between steps." if part == "gap" else f"Of a step: {part}."
             yield _histogram(f"{prefix}:step_{part}_seconds", text, labels, histogram)
+        yield from _labelled(prefix, labels, figures)
         yield self._cache_config(prefix)
 
     def _cache_config(self, prefix: str) -> Metric:
@@ -107,6 +126,28 @@ class EngineCollector(Collector):
             "engine": "0",
         }
         return _gauge(f"{prefix}:cache_config_info", "The cache's options.", labels, 1)
+
+
+def _labelled(prefix: str, labels: Mapping[str, str], figures: Mapping[str, float]) -> Iterator[Metric]:
+    """The families of figures that have labels of their own."""
+    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for figure, value in figures.items():
+        if match := _FIGURE.fullmatch(figure):
+            own = {name: _unescape(text) for name, text in _LABEL.findall(match[2])}
+            found.setdefault(match[1].removesuffix("_total"), []).append((own, value))
+    for name, samples in found.items():
+        names = list(dict.fromkeys(label for own, _ in samples for label in own))
+        kind = GaugeMetricFamily if name.endswith("_info") else CounterMetricFamily
+        family = kind(
+            f"{prefix}:{name}", LABELLED.get(name, "As the engine gives it."), labels=[*labels, *names]
+        )
+        for own, value in samples:
+            family.add_metric([*labels.values(), *(own.get(label, "") for label in names)], value)
+        yield family
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\(.)", lambda match: "\n" if match[1] == "n" else match[1], text)
 
 
 def _gauge(name: str, text: str, labels: Mapping[str, str], value: float) -> Metric:

@@ -5,6 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -12,21 +13,25 @@ from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry
 
 from converters.errors import CheckpointError
+from converters.tokenizer import longest_token
 from jaxllm.config import EngineConfig
 from jaxllm.engine.async_engine import AsyncEngine
 from jaxllm.engine.metrics import Histogram
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.server.config import AnswerConfig, ServerConfig
 from jaxllm.server.errors import ApiError, unavailable
+from jaxllm.server.infilling import Infilling
+from jaxllm.server.profiling import Profiler
 from jaxllm.server.reasoning_parsers import REASONING_PARSERS
 from jaxllm.server.registry import load_plugin
 from jaxllm.server.response_store import ResponseStore
 from jaxllm.server.startup import Startup
 from jaxllm.server.tool_parsers import TOOL_PARSERS
+from jaxllm.server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["loading", "ready", "sleeping", "draining", "failed"]
+Status = Literal["loading", "ready", "sleeping", "restarting", "draining", "failed"]
 
 
 POLL_SECONDS = 0.02
@@ -56,8 +61,11 @@ class Service:
         draining: whether the server is about to stop.
         failure: why the model could not be loaded.
         on_failure: called then.
+        on_loaded: called with the engine in the thread that has loaded it, before it is used.
         asked: what requests gave as n and max_tokens.
         responses: answers that are kept.
+        profiler: records profiles.
+        tracing: makes traces of requests, if anybody wants them.
         registry: what `/metrics` shows; the server's own, so that two in a process do not share counts.
     """
 
@@ -73,22 +81,29 @@ class Service:
         self.draining = False
         self.failure: Exception | None = None
         self.on_failure: Callable[[], object] = lambda: None
+        self.on_loaded: Callable[[AsyncEngine], object] = lambda engine: None
         self.registry = CollectorRegistry()
         self.asked = {name: Histogram(ASKED_BOUNDS) for name in ("n", "max_tokens")}
         self.responses = ResponseStore(config.limits.max_stored_responses)
+        self.profiler = Profiler(config.observe.profile_dir)
+        endpoint = config.observe.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else Tracing.to(endpoint)
         self._tasks: set[asyncio.Task[None]] = set()
         self._engine: AsyncEngine | None = None
         self._vocabulary: Vocabulary | None = None
         self._startup: Startup | None = None
+        self._infilling: Infilling | None = None
 
     def load(self) -> None:
         """Begins to load the model. Called in the event loop, which learns of the end."""
         loop = asyncio.get_running_loop()
 
         def done(result: AsyncEngine | Exception) -> None:
+            if isinstance(result, AsyncEngine):
+                self.on_loaded(result)
             loop.call_soon_threadsafe(self.loaded, result)
 
-        self._startup = Startup(self.engine_config, done)
+        self._startup = Startup(self.engine_config, self.config.limits, done)
         self._startup.begin()
 
     async def wait_loaded(self) -> None:
@@ -128,7 +143,8 @@ class Service:
             return "draining"
         if self._engine is None:
             return "loading"
-        return "sleeping" if self._engine.health == "sleeping" else "ready"
+        health = self._engine.health
+        return health if health in ("sleeping", "restarting") else "ready"
 
     def progress(self) -> dict[str, Any]:
         """How far loading is; empty when it is done."""
@@ -149,6 +165,7 @@ class Service:
         reasons = {
             "loading": "the model is being loaded; /ready says how far it is",
             "sleeping": "the engine sleeps; an administrator can wake it with /wake_up",
+            "restarting": "the engine has failed and starts over; try again",
             "draining": "the server is about to stop",
             "failed": "the engine has failed; the server has to be started again",
         }
@@ -167,6 +184,24 @@ class Service:
         if self._engine is None or self._vocabulary is None:
             return ""
         return str(self._engine.get_tokenizer().chat_template or "")
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token. Asked for only while there is a tokenizer."""
+        return longest_token(self.engine.get_tokenizer())
+
+    def infilling(self) -> Infilling:
+        """What makes prompts with a suffix. May be called from any thread.
+
+        Raises:
+            ApiError: 400, the model cannot fill in the middle, or there is no tokenizer.
+        """
+        if self._infilling is None:
+            engine = self.engine
+            if self._vocabulary is None:
+                raise ApiError(400, "suffix: the server was started without a tokenizer", param="suffix")
+            self._infilling = Infilling(engine.get_tokenizer())
+        return self._infilling
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Token ids as text, special tokens included; empty without a tokenizer."""
@@ -220,8 +255,11 @@ class Service:
         self.draining = True
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self.config.limits.shutdown_timeout)
+        await self.profiler.close()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
 
 def read_template(source: str | None) -> str | None:

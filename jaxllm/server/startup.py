@@ -11,6 +11,7 @@ from jaxllm.engine.async_engine import AsyncEngine
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.laps import Laps
 from jaxllm.engine.loading import load_parts
+from jaxllm.server.config import LimitConfig
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +24,14 @@ class Startup:
 
     Args:
         config: the engine's.
+        limits: how often the engine may start over after a failure.
         done: called in that thread with the engine, or with what went wrong.
     """
 
-    def __init__(self, config: EngineConfig, done: Callable[[AsyncEngine | Exception], None]) -> None:
-        self._config = config
+    def __init__(
+        self, config: EngineConfig, limits: LimitConfig, done: Callable[[AsyncEngine | Exception], None]
+    ) -> None:
+        self._config, self._limits = config, limits
         self._done = done
         self._laps = Laps()
         self._begin = time.monotonic()
@@ -60,7 +64,11 @@ class Startup:
 
     def _run(self) -> None:
         try:
-            engine = AsyncEngine(Engine(load_parts(self._config, laps=self._laps)))
+            engine = AsyncEngine(
+                Engine(load_parts(self._config, laps=self._laps)),
+                max_restarts=self._limits.max_engine_restarts,
+                restart_window=self._limits.engine_restart_window,
+            )
         except Exception as error:
             self._done(error)
             return

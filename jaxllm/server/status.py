@@ -34,12 +34,13 @@ class ModelList(TypedDict):
 
 @router.get("/health")
 async def health(service: Served) -> Response:
-    """Whether the process is of use: 200, also while it loads; 503 once it cannot serve any more."""
+    """Whether the process is of use: 200, also while it loads; 503 when the engine has failed."""
     status = service.status
-    return JSONResponse({"status": status}, 503 if status == "failed" else 200)
+    return JSONResponse({"status": status}, 503 if status in ("failed", "restarting") else 200)
 
 
-@router.api_route("/ping", methods=["GET", "POST"])
+@router.get("/ping")
+@router.post("/ping")
 async def ping(service: Served) -> Response:
     """As `/health`; some platforms ask here."""
     return await health(service)

@@ -87,11 +87,16 @@ async def detokenize(body: DetokenizeRequest, service: Served) -> DetokenizeResp
 
 async def _tokens(body: TokenizeRequest, service: Service, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if body.messages is None:
+        most = service.engine.max_model_len * service.longest_token
+        if len(body.prompt or "") > most:
+            text = f"prompt: more than {most} characters do not fit into the model; give a part of it"
+            raise ApiError(400, text, param="prompt")
         special = True if body.add_special_tokens is None else body.add_special_tokens
         try:
-            return await asyncio.to_thread(tokenizer.encode, body.prompt or "", add_special_tokens=special)
+            (body.prompt or "").encode()
         except UnicodeEncodeError as error:
             raise ApiError(400, "prompt: not valid Unicode text", param="prompt") from error
+        return await asyncio.to_thread(tokenizer.encode, body.prompt or "", add_special_tokens=special)
     try:
         prompt = await service.engine.render_chat(
             body.messages,

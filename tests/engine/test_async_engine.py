@@ -9,6 +9,7 @@ from small import golden, greedy, small_engine
 
 from jaxllm import AsyncEngine, RequestOutput, RequestOutputKind, SamplingParams
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
+from jaxllm.engine.restarts import RestartBudget
 
 PROMPTS = [np.random.default_rng(i).integers(3, 125, 5 + 3 * i).tolist() for i in range(8)]
 
@@ -28,8 +29,8 @@ def engine() -> Iterator[AsyncEngine]:
 
 @pytest.fixture
 def doomed() -> Iterator[AsyncEngine]:
-    """One that the test may break."""
-    engine = AsyncEngine(small_engine(max_model_len=96, num_pages=60))
+    """One that the test may break, and that does not start over."""
+    engine = AsyncEngine(small_engine(max_model_len=96, num_pages=60), max_restarts=0)
     yield engine
     engine.close()
 
@@ -95,6 +96,18 @@ def test_who_stops_listening_ends_only_their_own(engine: AsyncEngine, expected: 
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_a_closed_stream_ends_its_request_within_a_step(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        async with await engine.submit({"left": await engine.make_input(PROMPTS[0], greedy(80))}) as stream:
+            await stream.take()
+            before = engine.get_metrics()["steps_total"]
+        await engine.reset_prefix_cache()  # comes after what closing has sent
+        assert engine.get_metrics()["requests_running"] == 0
+        assert engine.get_metrics()["steps_total"] <= before + 2  # one that ran, and one that had begun
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_abort(engine: AsyncEngine) -> None:
     async def main() -> None:
         task = asyncio.create_task(last(engine.generate(PROMPTS[0], greedy(80), request_id="long")))
@@ -126,14 +139,14 @@ def test_a_failed_step_fails_its_requests_and_the_loop_goes_on(
     engine: AsyncEngine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = engine._engine._core.runner
-    dispatch, calls = runner.dispatch, iter(range(100))
+    begin, calls = runner.begin, iter(range(100))
 
     def fail_once(*args, **options):
         if next(calls) == 3:
             raise RuntimeError("the device is gone")
-        return dispatch(*args, **options)
+        return begin(*args, **options)
 
-    monkeypatch.setattr(runner, "dispatch", fail_once)
+    monkeypatch.setattr(runner, "begin", fail_once)
 
     async def main() -> None:
         with pytest.raises(RequestFailedError, match="the device is gone"):
@@ -149,7 +162,7 @@ def test_steps_that_always_fail_fail_the_engine(doomed: AsyncEngine, monkeypatch
     def fail(*_args, **_options):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(doomed._engine._core.runner, "dispatch", fail)
+    monkeypatch.setattr(doomed._engine._core.runner, "begin", fail)
 
     async def main() -> None:
         results = await asyncio.gather(
@@ -157,6 +170,8 @@ def test_steps_that_always_fail_fail_the_engine(doomed: AsyncEngine, monkeypatch
             return_exceptions=True,
         )
         assert all(isinstance(r, RequestFailedError | EngineFailedError) for r in results)
+        while doomed.health == "restarting":
+            await asyncio.sleep(0.001)
         assert doomed.health == "failed"
         with pytest.raises(EngineFailedError):
             await last(doomed.generate(PROMPTS[0], greedy(4)))
@@ -178,9 +193,38 @@ def test_a_step_loop_that_breaks_tells_everybody(
         for task in running:
             with pytest.raises(EngineFailedError, match="no plan"):
                 await task
+        while doomed.health == "restarting":
+            await asyncio.sleep(0.001)
         assert doomed.health == "failed"
         with pytest.raises(EngineFailedError):
             await last(doomed.generate(PROMPTS[0], greedy(4)))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_too_many_restarts_are_the_end(
+    doomed: AsyncEngine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(doomed, "_restarts", RestartBudget(2, 60, lambda: now[0]))
+    scheduler = doomed._engine._core.scheduler
+    schedule = scheduler.schedule
+
+    def fail() -> None:
+        monkeypatch.setattr(scheduler, "schedule", schedule)
+        raise RuntimeError("no plan")
+
+    async def main() -> None:
+        for now[0], health in ((0, "running"), (50, "running"), (61, "running"), (70, "failed")):
+            monkeypatch.setattr(scheduler, "schedule", fail)
+            with pytest.raises(EngineFailedError, match="no plan"):
+                await last(doomed.generate(PROMPTS[0], greedy(4)))
+            while doomed.health == "restarting":
+                await asyncio.sleep(0.001)
+            assert doomed.health == health
+            if health == "running":
+                output = await last(doomed.generate(PROMPTS[1], greedy(12)))
+                assert list(output.outputs[0].token_ids) == expected[1]
 
     asyncio.run(asyncio.wait_for(main(), 60))
 

@@ -352,33 +352,37 @@ def test_a_bad_prompt_starts_none_of_a_call(engine: Engine) -> None:
 
 def test_a_failed_step_fails_its_requests_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = engine._core.runner
-    dispatch, calls = runner.dispatch, iter(range(100))
+    begin, calls = runner.begin, iter(range(100))
 
     def fail_once(*args: Any, **options: Any) -> Any:
         if next(calls) == 3:
             raise RuntimeError("the device is gone")
-        return dispatch(*args, **options)
+        return begin(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "dispatch", fail_once)
+        patch.setattr(runner, "begin", fail_once)
         with pytest.raises(RequestFailedError) as failure:
             engine.generate([PROMPT], GREEDY)
         assert str(failure.value.__cause__) == "the device is gone"
         assert tokens(engine.generate([PROMPT], GREEDY)) == [EXPECTED[:12]]
 
 
-def test_an_engine_that_always_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_always_fails_says_so_and_can_start_over(monkeypatch: pytest.MonkeyPatch) -> None:
     with small_engine(enforce_eager=True, **SIZES) as engine:
 
         def fail(*_args: Any, **_options: Any) -> Any:
             raise RuntimeError("the device is gone")
 
-        monkeypatch.setattr(engine._core.runner, "dispatch", fail)
+        monkeypatch.setattr(engine._core.runner, "begin", fail)
         for _ in range(3):
             with pytest.raises((RequestFailedError, EngineFailedError)):
                 engine.generate([PROMPT], greedy(4))
-        with pytest.raises(EngineFailedError, match="make another"):
+        with pytest.raises(EngineFailedError, match=r"call restart\(\)"):
             engine.generate([PROMPT], greedy(4))
+        monkeypatch.undo()
+        engine.restart()
+        assert tokens(engine.generate([PROMPT], greedy(12))) == [EXPECTED[:12]]
+        assert engine.get_metrics()["engine_restarts_total"] == 1
 
 
 # The engine itself

@@ -128,6 +128,18 @@ def test_truncation_keeps_the_end() -> None:
 # Parameters
 
 
+def test_what_cannot_fit_is_not_even_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = processor()
+
+    def encode(*_args: Any, **_options: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(type(inputs.tokenizer), "encode", encode)
+    for options in ({}, {"truncate_prompt_tokens": 3}):
+        with pytest.raises(ValueError, match=r"prompt: 1000000 characters; more than .* do not fit"):
+            inputs.make("a" * 1_000_000, **options)
+
+
 def test_output_ends_where_the_models_length_does() -> None:
     for asked, given in ((5, 5), (37, 37), (1000, 37), (None, 37)):
         assert processor().make([1, 2, 3], params(max_tokens=asked)).max_tokens == given

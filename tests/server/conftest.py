@@ -23,7 +23,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(model: Path) -> Iterator[Running]:
     """The server."""
     options = {"served_model_name": ("tiny", "small"), "admin": True, "vllm_metrics": True}
-    with running(model, **options, max_num_queued_reqs=58, max_body_bytes=100_000, max_outputs=16) as found:
+    with running(
+        model,
+        **options,
+        max_engine_restarts=1000,
+        max_num_queued_reqs=58,
+        max_body_bytes=100_000,
+        max_outputs=16,
+    ) as found:
         yield found
 
 

@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import re
+import shutil
+import subprocess
 
 import httpx2
 import pytest
@@ -83,6 +85,32 @@ def test_metrics_have_the_names_and_types_of_vllm(server: Running) -> None:
     assert count >= 1
     assert value("jaxllm:time_to_first_token_seconds_bucket", le="+Inf") == count
     assert value("http_requests_total", handler="/v1/completions", status="2xx") >= 1
+
+
+def test_metrics_of_programs_and_process(server: Running) -> None:
+    server.post("/v1/completions", prompt="abc", max_tokens=5, ignore_eos=True)
+    families = {f.name: f for f in text_string_to_metric_families(server.http.get("/metrics").text)}
+
+    def total(name: str) -> float:
+        return sum(s.value for s in families[name].samples if s.name.endswith(("_total", name)))
+
+    assert total("jaxllm:bucket_steps") == total("jaxllm:steps")
+    assert {int(s.labels["tokens"]) for s in families["jaxllm:bucket_steps"].samples} <= set(range(2, 33))
+    backends = {s.labels["backend"]: s.value for s in families["jaxllm:attention_backend_info"].samples}
+    assert sum(backends.values()) == 1
+    assert families["process_resident_memory_bytes"].samples[0].value > 1e6
+    assert total("jaxllm:programs_pending") <= total("jaxllm:programs")
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
+def test_promtool_finds_nothing_but_what_vllm_names_so(server: Running) -> None:
+    text = server.http.get("/metrics").text
+    found = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
+    lines = (found.stdout + found.stderr).splitlines()
+    own = [line for line in lines if not line.endswith("metric names should not contain ':'")]
+    assert {line.partition(":")[2] for line in own} == {
+        'iteration_tokens_total non-counter metrics should not have "_total" suffix'
+    }
 
 
 def test_tokens_there_and_back(server: Running) -> None:

@@ -1,0 +1,107 @@
+"""Traces and profiles."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
+from running import Running, server_config
+
+from jaxllm.server.profiling import Profiler
+from jaxllm.server.tracing import Tracing
+
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+BODY = {"prompt": "abc", "max_tokens": 5, "ignore_eos": True}
+
+
+@pytest.fixture
+def spans(server: Running, monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """Where the server's spans go."""
+    exporter = InMemorySpanExporter()
+    monkeypatch.setattr(server.service, "tracing", Tracing(SimpleSpanProcessor(exporter)))
+    return exporter
+
+
+def only(server: Running, spans: InMemorySpanExporter) -> tuple[ReadableSpan, dict[str, Any]]:
+    server.wait_idle()
+    [span] = spans.get_finished_spans()
+    return span, dict(span.attributes or {})
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_is_a_span_of_its_callers_trace(
+    server: Running, spans: InMemorySpanExporter, stream: bool
+) -> None:
+    body = BODY | {"stream": stream, "n": 2, "temperature": 0.5, "request_id": "mine"}
+    assert server.http.post("/v1/completions", json=body, headers={"traceparent": PARENT}).is_success
+    span, found = only(server, spans)
+    assert (span.name, span.kind.name) == ("llm_request", "SERVER")
+    assert span.parent is not None
+    assert f"{span.parent.trace_id:032x}-{span.parent.span_id:016x}" == PARENT[3:-3]
+    expected = {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.request.id": "mine",
+        "gen_ai.request.model": "tiny",
+        "gen_ai.request.n": 2,
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.max_tokens": 5,
+        "gen_ai.usage.prompt_tokens": 4,
+        "gen_ai.usage.completion_tokens": 10,
+        "gen_ai.response.finish_reasons": ("length", "length"),
+    }
+    assert expected.items() <= found.items()
+    seconds = {name.removeprefix("gen_ai.latency."): found[name] for name in found if ".latency." in name}
+    assert set(seconds) == {
+        "time_in_queue", "time_to_first_token", "e2e", "time_in_model_prefill", "time_in_model_decode",
+        "time_in_model_inference",
+    }  # fmt: skip
+    assert 0 <= seconds["time_in_queue"] <= seconds["time_to_first_token"] <= seconds["e2e"]
+    assert span.start_time is not None
+    assert span.end_time is not None
+    assert (span.end_time - span.start_time) / 1e9 >= seconds["e2e"]
+    assert span.resource.attributes["service.name"] == "jaxllm"
+
+
+def test_a_request_that_fails_says_so(server: Running, spans: InMemorySpanExporter) -> None:
+    headers = {"x-request-timeout": "0.001"}
+    body = BODY | {"prompt": ["a", "b"], "max_tokens": 100}
+    assert server.http.post("/v1/completions", json=body, headers=headers).status_code == 408
+    span, found = only(server, spans)
+    assert span.status.status_code is StatusCode.ERROR
+    assert found["error.type"] == "ApiError"
+    assert server.post("/v1/completions", prompt="a", temperature=-1).status_code == 400
+
+
+def test_where_traces_go() -> None:
+    with pytest.raises(ValueError, match="otlp_traces_endpoint='localhost:4317'"):
+        server_config(otlp_traces_endpoint="localhost:4317")
+    tracing = Tracing.to("http://127.0.0.1:9/v1/traces")
+    tracing.close()
+
+
+def test_profiles(server: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert server.post("/start_profile").status_code == 400
+    monkeypatch.setattr(server.service, "profiler", Profiler(tmp_path / "profiles"))
+    assert server.post("/stop_profile").status_code == 409
+    assert server.post("/start_profile").json()["folder"] == str(tmp_path / "profiles")
+    assert server.post("/start_profile").status_code == 409
+    assert server.post("/v1/completions", **BODY).is_success
+    assert server.post("/stop_profile").is_success
+    assert list((tmp_path / "profiles").rglob("*.xplane.pb"))
+
+
+def test_profiles_are_for_administrators() -> None:
+    from test_status import not_loaded
+
+    async def main() -> None:
+        client, _ = not_loaded(profile_dir=Path("/tmp/x"))
+        async with client:
+            response: httpx2.Response = await client.post("/start_profile")
+            assert response.status_code == 404
+
+    asyncio.run(main())
