@@ -64,6 +64,7 @@ for _architecture, _model in {
     "Gemma3ForCausalLM": "gemma:Gemma3",
     "Gemma3ForConditionalGeneration": "gemma:Gemma3Multimodal",
     "LlamaForCausalLM": "llama:Llama",
+    "MixtralForCausalLM": "mixtral:Mixtral",
     "MistralForCausalLM": "mistral:Mistral",
     "Olmo2ForCausalLM": "olmo:Olmo2",
     "Phi3ForCausalLM": "phi:Phi3",

@@ -76,7 +76,7 @@ def _scaled(**scaling: Any) -> Case:
     return Case("LlamaForCausalLM", {**_LLAMA, "rope_scaling": scaling}, weights="llama")
 
 
-CASES: dict[str, Case] = {
+DENSE_CASES: dict[str, Case] = {
     "llama": Case("LlamaForCausalLM", _LLAMA),
     "llama-linear": _scaled(rope_type="linear", factor=3.0),
     "llama-dynamic": _scaled(rope_type="dynamic", factor=2.0),
@@ -152,6 +152,26 @@ CASES: dict[str, Case] = {
         },
     ),
 }
+
+_MIXTURE = {**_COMMON, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3}
+
+# New ones come last: a case's place decides about its weights.
+MIXTURE_CASES: dict[str, Case] = {
+    "mixtral": Case(
+        "MixtralForCausalLM",
+        {
+            **_COMMON,
+            "intermediate_size": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 12,
+            "rope_theta": 1000.0,
+        },
+    ),
+}
+
+CASES: dict[str, Case] = {**DENSE_CASES, **MIXTURE_CASES}
+SEEDS = {name: seed for seed, name in enumerate([*sorted(DENSE_CASES), *MIXTURE_CASES])}
 
 # What has too many weights for a golden file.
 LIVE_CASES: dict[str, Case] = {

@@ -30,8 +30,8 @@ def _scale(name: str, weight: torch.Tensor) -> float:
         return 0.3
     if any(table in name for table in ("embed_tokens", "wte", "wpe")):
         return 0.35
-    fan_in = weight.shape[0] if name.split(".")[-2].startswith("c_") else weight.shape[1]
-    return 1.5 * fan_in**-0.5
+    inputs_first = name.split(".")[-2].startswith("c_")
+    return 1.5 * weight.shape[0 if inputs_first else -1] ** -0.5
 
 
 def make_prompts(vocab_size: int, seed: int) -> list[np.ndarray]:
