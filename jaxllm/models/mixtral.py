@@ -14,6 +14,7 @@ from jaxllm.layers.router import RoutingOptions
 from jaxllm.models.base import DecoderConfig
 from jaxllm.models.decoder import Decoder, make_attention, make_mixture, make_norm
 from jaxllm.models.fields import Fields
+from jaxllm.models.llama import LlamaLayer
 
 
 class MixtralLayer(nnx.Module):
@@ -31,6 +32,11 @@ class MixtralLayer(nnx.Module):
         attended, cache = self.attention(self.attention_norm(x), cache, batch, rotation)
         x += attended
         return x + self.mlp(self.mlp_norm(x), batch), cache
+
+
+def make_sparse_layer(config: DecoderConfig, layer: int, rngs: nnx.Rngs) -> MixtralLayer | LlamaLayer:
+    """A layer with experts, unless it is one of those that have none."""
+    return (LlamaLayer if layer in config.dense_layers else MixtralLayer)(config, layer, rngs)
 
 
 class Mixtral(Decoder):

@@ -64,12 +64,15 @@ for _architecture, _model in {
     "Gemma3ForCausalLM": "gemma:Gemma3",
     "Gemma3ForConditionalGeneration": "gemma:Gemma3Multimodal",
     "LlamaForCausalLM": "llama:Llama",
-    "MixtralForCausalLM": "mixtral:Mixtral",
     "MistralForCausalLM": "mistral:Mistral",
+    "MixtralForCausalLM": "mixtral:Mixtral",
     "Olmo2ForCausalLM": "olmo:Olmo2",
+    "OlmoeForCausalLM": "olmoe:Olmoe",
     "Phi3ForCausalLM": "phi:Phi3",
     "Qwen2ForCausalLM": "qwen:Qwen2",
+    "Qwen2MoeForCausalLM": "qwen_moe:Qwen2Moe",
     "Qwen3ForCausalLM": "qwen:Qwen3",
+    "Qwen3MoeForCausalLM": "qwen_moe:Qwen3Moe",
     "SmolLM3ForCausalLM": "smollm:SmolLM3",
 }.items():
     ModelRegistry.register(_architecture, f"jaxllm.models.{_model}")

@@ -168,6 +168,39 @@ MIXTURE_CASES: dict[str, Case] = {
             "rope_theta": 1000.0,
         },
     ),
+    "qwen2-moe": Case(
+        "Qwen2MoeForCausalLM",
+        {
+            **_MIXTURE,
+            **_SLIDING,
+            "use_sliding_window": True,
+            "shared_expert_intermediate_size": 24,
+            "mlp_only_layers": [1],
+            "rope_theta": 1000.0,
+        },
+    ),
+    "qwen3-moe": Case(
+        "Qwen3MoeForCausalLM",
+        {
+            **_MIXTURE,
+            "num_hidden_layers": 3,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            "head_dim": 12,
+            "tie_word_embeddings": True,
+            "rope_theta": 1000.0,
+        },
+    ),
+    "olmoe": Case(
+        "OlmoeForCausalLM",
+        {
+            **_COMMON,
+            "intermediate_size": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "rope_theta": 1000.0,
+        },
+    ),
 }
 
 CASES: dict[str, Case] = {**DENSE_CASES, **MIXTURE_CASES}
