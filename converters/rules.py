@@ -7,7 +7,7 @@ The engine's forms, where `group` is the number of query heads that share a key-
 
     qkv         [embed, kv_heads, group + 2, head_dim]   per key-value head: its query heads, then k, then v
     output      [heads, head_dim, embed]
-    gate_up     [embed, 2, mlp]
+    gate_up     [embed, 2, mlp]                           of experts with these as a first axis
     embedding   [padded vocab, embed]
 """
 
@@ -250,6 +250,15 @@ def gate_up_bias(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray
 def stacked_gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
     """One weight `[2 * mlp, embed]` holding gate, then up, to `[embed, 2, mlp]`."""
     return arrays[0].T.reshape(arrays[0].shape[1], 2, -1)
+
+
+def stacked_expert_gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """One weight `[experts, embed, 2 * mlp]`, gate and up by turns, to `[experts, embed, 2, mlp]`.
+
+    Of a bias, which has no `embed`, likewise.
+    """
+    pairs = arrays[0].reshape(*arrays[0].shape[:-1], -1, 2)
+    return pairs.swapaxes(-1, -2)
 
 
 def query_norm(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:

@@ -63,6 +63,7 @@ for _architecture, _model in {
     "Gemma2ForCausalLM": "gemma:Gemma2",
     "Gemma3ForCausalLM": "gemma:Gemma3",
     "Gemma3ForConditionalGeneration": "gemma:Gemma3Multimodal",
+    "GptOssForCausalLM": "gpt_oss:GptOss",
     "LlamaForCausalLM": "llama:Llama",
     "MistralForCausalLM": "mistral:Mistral",
     "MixtralForCausalLM": "mixtral:Mixtral",

@@ -201,6 +201,27 @@ MIXTURE_CASES: dict[str, Case] = {
             "rope_theta": 1000.0,
         },
     ),
+    "gpt-oss": Case(
+        "GptOssForCausalLM",
+        {
+            **_COMMON,
+            **_SLIDING,
+            "intermediate_size": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 12,
+            "swiglu_limit": 1.5,
+            "rope_theta": 1000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "beta_fast": 4.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
 }
 
 CASES: dict[str, Case] = {**DENSE_CASES, **MIXTURE_CASES}

@@ -19,7 +19,8 @@ def make_model(case: Case, seed: int) -> Any:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             values = torch.randn(weight.shape, generator=generator) * _scale(name, weight)
-            centre = 0.0 if weight.ndim > 1 or name.endswith("bias") or "gemma" in config.model_type else 1.0
+            around_zero = weight.ndim > 1 or name.endswith(("bias", "sinks")) or "gemma" in config.model_type
+            centre = 0.0 if around_zero else 1.0
             weight.copy_((values + centre).bfloat16().float())
     return model
 
