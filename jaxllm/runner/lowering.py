@@ -24,7 +24,7 @@ from jaxllm.sampling.params import SamplingParams
 from jaxllm.sampling.settings import row_settings
 from jaxllm.sampling.state import Feature, RowSettings, SamplerConfig, empty_state
 from pallas_kernels.packed_matmul import Backend as ProductsBackend
-from pallas_kernels.paged_attention import Backend, PageGeometry
+from pallas_kernels.paged_attention import Backend
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,7 @@ class Lowering:
 
     def cache_shapes(self, num_pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The pools of pages, the null page included."""
-        geometry = PageGeometry(
-            num_pages,
-            self.sizes.page_size,
-            self.model.cache_heads,
-            self.model.head_dim,
-            jnp.dtype(self.model.dtype),
-        )
-        pool = self.backend.layout.array(geometry)
+        pool = self.backend.layout.array(self.model.pages(num_pages, self.sizes.page_size))
         sharding = NamedSharding(self.mesh, pages_spec(self.backend.layout))
         return (jax.ShapeDtypeStruct(pool.shape, pool.dtype, sharding=sharding),) * self.layout.num_pools
 
