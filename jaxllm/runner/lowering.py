@@ -39,6 +39,8 @@ class Sizes:
     """How many times as many tokens the next larger program takes."""
     num_logprobs: int
     """Likeliest tokens reported at a position where logprobs are asked for."""
+    count_experts: bool = False
+    """Forward passes count the tokens that go to each expert."""
 
     @property
     def table_width(self) -> int:
@@ -152,7 +154,12 @@ class Lowering:
         """A step's forward pass: cache and page tables are donated."""
         layout = self.step_layout(bucket)
         function = partial(
-            run_forward, merge=self.merge, layout=layout, slots=self.layout.slots, backend=self.backend
+            run_forward,
+            merge=self.merge,
+            layout=layout,
+            slots=self.layout.slots,
+            backend=self.backend,
+            count_experts=self.sizes.count_experts,
         )
         cache = self.cache_shapes(num_pages)
         shardings = (tuple(pool.sharding for pool in cache), self.replicated, self.replicated)

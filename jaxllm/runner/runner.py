@@ -87,7 +87,9 @@ class Runner:
         sample = self.programs["sample", bucket.sampled]
         tokens, state, sampled = sample(rows.tokens, rows.sampler, output.logits, output.rows, output.lengths)
         self._rows = DeviceRows(tokens, tables, state)
-        sampled.copy_to_host_async()
+        for array in (sampled, output.expert_load):
+            if array is not None:
+                array.copy_to_host_async()
         return DispatchedStep(plan, output, sampled, packed_at)
 
     def _choose_bucket(self, num_tokens: int, *, scores: bool) -> Bucket:
