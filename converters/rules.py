@@ -280,6 +280,21 @@ def stacked_gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndar
     return arrays[0].T.reshape(arrays[0].shape[1], 2, -1)
 
 
+def all_experts_gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """Gates and ups of all experts, each `[experts, mlp, embed]`, to `[experts, embed, 2, mlp]`."""
+    return np.stack([a.swapaxes(1, 2) for a in arrays], axis=2)
+
+
+def all_experts_down(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """`[experts, embed, mlp]` to `[experts, mlp, embed]`."""
+    return arrays[0].swapaxes(1, 2)
+
+
+def one_output(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """`[1, in]`, or `[in]` as llama.cpp has it, to `[in, 1]`."""
+    return arrays[0].reshape(-1, 1)
+
+
 def stacked_expert_gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
     """One weight `[experts, embed, 2 * mlp]`, gate and up by turns, to `[experts, embed, 2, mlp]`.
 
