@@ -112,9 +112,10 @@ SMOLLM3 = Names({**_ENDS, **_ATTENTION, **_MLP, **_PRE_NORMS}, _PERMUTED)
 # Mixtral is a Llama with experts.
 LLAMA = Names({**SMOLLM3.tensors, **_EXPERTS}, _PERMUTED)
 QWEN2 = Names(SMOLLM3.tensors, {})
-QWEN2_MOE = Names({**QWEN2.tensors, **_EXPERTS, **_SHARED_EXPERT}, {})
 QWEN3 = Names({**QWEN2.tensors, **_HEAD_NORMS}, {})
-QWEN3_MOE = Names({**QWEN3.tensors, **_EXPERTS}, {})
+_MIXTURE = {**_ENDS, **_ATTENTION, **_EXPERTS, **_PRE_NORMS}
+QWEN2_MOE = Names({**_MIXTURE, **_SHARED_EXPERT}, {})
+QWEN3_MOE = Names({**_MIXTURE, **_HEAD_NORMS}, {})
 GEMMA2 = Names(
     {**_TIED_ENDS, **_ATTENTION, **_MLP, **_GEMMA_NORMS},
     dict.fromkeys(["output_norm", *_GEMMA_NORMS], minus_one),
