@@ -57,7 +57,7 @@ class DecoderConfig:
     final_soft_cap: float | None = None
     mixture: MixtureOptions | None = None
     latent: LatentSizes | None = None
-    dense_layers: frozenset[int] = frozenset()
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._divides("num_attention_heads", self.num_heads, "num_key_value_heads", self.num_kv_heads)

@@ -140,7 +140,7 @@ def _configure(
         ),
         activation=activation,
         mixture=MixtureOptions(routing, expert, Gating(activation), shared_size=wide),
-        dense_layers=frozenset(range(min(first, layers))),
+        dense_layers=tuple(range(min(first, layers))),
         **options,
     )
 

@@ -73,11 +73,11 @@ def _mixture(
     )
 
 
-def _dense_layers(fields: Fields) -> frozenset[int]:
+def _dense_layers(fields: Fields) -> tuple[int, ...]:
     """Layers without experts: those listed, and all but every `decoder_sparse_step`-th."""
     layers, step = fields.whole("num_hidden_layers"), fields.whole("decoder_sparse_step", 1)
     listed = fields.get("mlp_only_layers", [])
-    return frozenset(layer for layer in range(layers) if layer in listed or (layer + 1) % step)
+    return tuple(layer for layer in range(layers) if layer in listed or (layer + 1) % step)
 
 
 def _configure(

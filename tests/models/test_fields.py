@@ -8,6 +8,7 @@ from family_cases import CASES, GOLDENS, MIXTURE_CASES
 
 from jaxllm.models import DecoderConfig, ModelRegistry
 from jaxllm.models.fields import resolve_dtype
+from jaxllm.runner.identity import describe
 
 SLIDING = ("smollm3", "mistral", "qwen2", "gemma2", "gemma3", "phi3", "mixtral", "qwen2-moe", "gpt-oss")
 TIED = ("smollm3", "qwen3", "qwen3-moe", "gemma2", "gemma3", "gpt2")
@@ -86,6 +87,12 @@ def read(hf: dict[str, Any], **options: Any) -> DecoderConfig:
 @pytest.mark.parametrize(("name", "field", "value"), CHANGES)
 def test_no_field_is_ignored(name: str, field: str, value: Any) -> None:
     assert read(golden(name) | {field: value}) != read(golden(name))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_config_is_plain_data(name: str) -> None:
+    """Else an engine's programs could not be kept whole from start to start."""
+    assert describe(read(golden(name)))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("gpt2", "gemma3")])
