@@ -189,8 +189,38 @@ def _nothing(data: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _llama(data: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    if data.get("expert_count", int):
+        return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"} | {
+            "num_local_experts": data.size("expert_count"),
+            "num_experts_per_tok": data.size("expert_used_count"),
+        }
     biased = any(".attn_q.bias" in name for name in data.file.tensors)
     return {"attention_bias": biased, "mlp_bias": any(".ffn_up.bias" in name for name in data.file.tensors)}
+
+
+def _experts(data: Metadata, normalized: bool) -> dict[str, Any]:
+    """Whether the weights of a token's experts add up to one is as in src/models/*.cpp."""
+    return {
+        "num_experts": data.size("expert_count"),
+        "num_experts_per_tok": data.size("expert_used_count"),
+        "norm_topk_prob": normalized,
+    }
+
+
+def _qwen2moe(data: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    return _experts(data, normalized=False) | {
+        "moe_intermediate_size": data.size("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": data.size("expert_shared_feed_forward_length"),
+    }
+
+
+def _qwen3moe(data: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    size = data.size("expert_feed_forward_length")
+    return _experts(data, normalized=True) | {"moe_intermediate_size": size}
+
+
+def _olmoe(data: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    return _experts(data, normalized=False)
 
 
 def _smollm3(data: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,7 +288,10 @@ _CLASSES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "smollm3": ("SmolLM3ForCausalLM", "smollm3"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen2moe": ("Qwen2MoeForCausalLM", "qwen2_moe"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
+    "olmoe": ("OlmoeForCausalLM", "olmoe"),
     "gemma2": ("Gemma2ForCausalLM", "gemma2"),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
     "phi3": ("Phi3ForCausalLM", "phi3"),
@@ -269,7 +302,10 @@ _EXTRAS: dict[str, Callable[[Metadata, Mapping[str, Any]], dict[str, Any]]] = {
     "llama": _llama,
     "smollm3": _smollm3,
     "qwen2": _nothing,
+    "qwen2moe": _qwen2moe,
     "qwen3": _nothing,
+    "qwen3moe": _qwen3moe,
+    "olmoe": _olmoe,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,

@@ -81,6 +81,18 @@ _MLP = {
     "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
     "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
 }
+_EXPERTS = {
+    "blk.{}.ffn_gate_inp": "model.layers.{}.mlp.gate",
+    "blk.{}.ffn_gate_exps": "model.layers.{}.mlp.experts.gate_proj",
+    "blk.{}.ffn_up_exps": "model.layers.{}.mlp.experts.up_proj",
+    "blk.{}.ffn_down_exps": "model.layers.{}.mlp.experts.down_proj",
+}
+_SHARED_EXPERT = {
+    "blk.{}.ffn_gate_inp_shexp": "model.layers.{}.mlp.shared_expert_gate",
+    "blk.{}.ffn_gate_shexp": "model.layers.{}.mlp.shared_expert.gate_proj",
+    "blk.{}.ffn_up_shexp": "model.layers.{}.mlp.shared_expert.up_proj",
+    "blk.{}.ffn_down_shexp": "model.layers.{}.mlp.shared_expert.down_proj",
+}
 _PRE_NORMS = {
     "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
     "blk.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
@@ -96,9 +108,14 @@ _GEMMA_NORMS = {
 }
 _PERMUTED: dict[str, Undo] = {"blk.{}.attn_q": unpermute_queries, "blk.{}.attn_k": unpermute_keys}
 
-LLAMA = Names({**_ENDS, **_ATTENTION, **_MLP, **_PRE_NORMS}, _PERMUTED)
-QWEN2 = Names(LLAMA.tensors, {})
-QWEN3 = Names({**LLAMA.tensors, **_HEAD_NORMS}, {})
+SMOLLM3 = Names({**_ENDS, **_ATTENTION, **_MLP, **_PRE_NORMS}, _PERMUTED)
+# Mixtral is a Llama with experts.
+LLAMA = Names({**SMOLLM3.tensors, **_EXPERTS}, _PERMUTED)
+QWEN2 = Names(SMOLLM3.tensors, {})
+QWEN3 = Names({**QWEN2.tensors, **_HEAD_NORMS}, {})
+_MIXTURE = {**_ENDS, **_ATTENTION, **_EXPERTS, **_PRE_NORMS}
+QWEN2_MOE = Names({**_MIXTURE, **_SHARED_EXPERT}, {})
+QWEN3_MOE = Names({**_MIXTURE, **_HEAD_NORMS}, {})
 GEMMA2 = Names(
     {**_TIED_ENDS, **_ATTENTION, **_MLP, **_GEMMA_NORMS},
     dict.fromkeys(["output_norm", *_GEMMA_NORMS], minus_one),
@@ -138,13 +155,16 @@ GPT2 = Names(
 
 ARCHITECTURES: Mapping[str, Names] = {
     "llama": LLAMA,
-    "smollm3": LLAMA,
+    "smollm3": SMOLLM3,
     "qwen2": QWEN2,
+    "qwen2moe": QWEN2_MOE,
     "qwen3": QWEN3,
+    "qwen3moe": QWEN3_MOE,
+    "olmoe": QWEN3_MOE,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
     "phi3": PHI3,
     "olmo2": OLMO2,
     "gpt2": GPT2,
 }
-"""By `general.architecture`. Mistral's models are written as `llama`."""
+"""By `general.architecture`. Mistral's and Mixtral's models are written as `llama`."""

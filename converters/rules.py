@@ -7,7 +7,7 @@ The engine's forms, where `group` is the number of query heads that share a key-
 
     qkv         [embed, kv_heads, group + 2, head_dim]   per key-value head: its query heads, then k, then v
     output      [heads, head_dim, embed]
-    gate_up     [embed, 2, mlp]
+    gate_up     [embed, 2, mlp]                           of experts with these as a first axis
     embedding   [padded vocab, embed]
 """
 
@@ -29,6 +29,7 @@ class Geometry:
         kv_copies: how many times each key-value head is repeated, so that every device owns one.
         vocab_size: rows of the checkpoint's embedding table.
         padded_vocab_size: rows of the engine's, a multiple of the devices that share it.
+        plain_dim, rotated_dim: of a head's query in latent attention, see `converters.latent`.
     """
 
     num_heads: int
@@ -37,6 +38,8 @@ class Geometry:
     vocab_size: int
     padded_vocab_size: int
     kv_copies: int = 1
+    plain_dim: int = 0
+    rotated_dim: int = 0
 
     @property
     def group(self) -> int:
@@ -53,7 +56,8 @@ class Rule:
 
     Attributes:
         target: the parameter's path; `{}` stands for the layer's number.
-        sources: Hugging Face tensor names in the order the transform takes them, with `{}` likewise.
+        sources: Hugging Face tensor names in the order the transform takes them, with `{}` likewise; one with
+            `*` stands for those of all experts, by number.
         transform: makes the parameter from the sources' arrays.
     """
 
@@ -90,15 +94,18 @@ class Table:
     """A family's rules.
 
     Attributes:
-        rules: one for each kind of parameter; a rule whose target a model lacks is not used.
+        rules: one for each kind of parameter, or several, of which the first whose sources are there is
+            used; one whose target a model lacks is not.
         ignored: regular expressions of tensors that may be left unread, such as rotary `inv_freq` buffers.
         renames: (written, stored) beginnings of names: where the name in a rule is not in the checkpoint, it
             is looked for with each beginning replaced in turn.
+        extra_layers: layers of the checkpoint beyond the model's may be left unread.
     """
 
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    extra_layers: bool = False
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
@@ -113,8 +120,11 @@ class Table:
             parameters: the model's paths, such as `layers.0.attention.qkv.weight`.
             tensors: the checkpoint's names, such as `model.layers.0.self_attn.q_proj.weight`.
         """
-        rules = {rule.target: rule for rule in self.rules}
+        rules: dict[str, list[Rule]] = {}
+        for rule in self.rules:
+            rules.setdefault(rule.target, []).append(rule)
         names = set(tensors)
+        experts = _count_experts(names)
         origins: dict[str, Origin] = {}
         missing: list[str] = []
         read: set[str] = set()
@@ -123,16 +133,27 @@ class Table:
             if target not in rules:
                 missing.append(f"{path} (a parameter that no rule makes)")
                 continue
-            wanted = [source.format(layer) for source in rules[target].sources]
-            found = {name: stored for name in wanted if (stored := self._stored(name, names))}
-            missing += [name for name in wanted if name not in found]
-            read.update(found.values())
-            if len(found) == len(wanted):
-                origins[path] = Origin(tuple(found.values()), rules[target].transform)
+            tried = [self._try(rule, layer, experts, names) for rule in rules[target]]
+            found, lacking, transform = next((one for one in tried if not one[1]), tried[0])
+            missing += lacking
+            read.update(found)
+            if not lacking:
+                origins[path] = Origin(tuple(found), transform)
         allowed = [re.compile(pattern) for pattern in self.ignored]
+        if self.extra_layers:
+            allowed.append(_layers_from(_count_layers(parameters)))
         left = [name for name in tensors if name not in read]
         unread = [name for name in left if not any(p.fullmatch(name) for p in allowed)]
         return Assignment(origins, tuple(missing), tuple(unread))
+
+    def _try(
+        self, rule: Rule, layer: str, experts: int, names: set[str]
+    ) -> tuple[list[str], list[str], Transform]:
+        """A rule's sources as they are stored, those that are missing, and its transform."""
+        wanted = list(_each_expert(rule.sources, layer, experts))
+        stored = {name: self._stored(name, names) for name in wanted}
+        found = [name for name in stored.values() if name is not None]
+        return found, [name for name in wanted if stored[name] is None], rule.transform
 
     def _stored(self, name: str, names: set[str]) -> str | None:
         for written, stored in (("", ""), *self.renames):
@@ -147,6 +168,50 @@ def _generalize(path: str) -> tuple[str, str]:
     if layer is None:
         return path, ""
     return path[: layer.start()] + "{}" + path[layer.end() :], layer.group()
+
+
+def _count_experts(tensors: Collection[str]) -> int:
+    """One more than the highest number of an expert; at least one, so that what is missing has a name."""
+    numbers = (re.search(r"\.experts\.(\d{1,6})\.", name) for name in tensors)
+    return max((int(number[1]) + 1 for number in numbers if number), default=1)
+
+
+def _count_layers(parameters: Collection[str]) -> int:
+    return max((int(layer) + 1 for path in parameters if (layer := _generalize(path)[1])), default=0)
+
+
+def _layers_from(first: int) -> re.Pattern[str]:
+    """Names in layers from number `first` on, a few of which there may be."""
+    return re.compile(rf"model\.layers\.({'|'.join(str(first + n) for n in range(8))})\..*")
+
+
+def _each_expert(sources: Sequence[str], layer: str, experts: int) -> Iterator[str]:
+    for source in sources:
+        name = source.format(layer)
+        count = experts if "*" in name else 1
+        yield from (name.replace("*", str(expert)) for expert in range(count))
+
+
+@dataclass(frozen=True)
+class EachExpert:
+    """Applies a transform to each expert's tensors and stacks what it makes along a first axis.
+
+    Attributes:
+        transform: of one expert.
+        sources: how many tensors it takes; they come with those of all experts for the first of them, then
+            those for the second.
+    """
+
+    transform: Transform
+    sources: int = 1
+
+    def __call__(self, arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+        count = len(arrays) // self.sources
+        first = self.transform(arrays[::count], geometry)
+        stacked = np.empty((count, *first.shape), first.dtype)
+        for expert in range(count):
+            stacked[expert] = self.transform(arrays[expert::count], geometry)
+        return stacked
 
 
 def unchanged(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
@@ -213,6 +278,30 @@ def gate_up_bias(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray
 def stacked_gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
     """One weight `[2 * mlp, embed]` holding gate, then up, to `[embed, 2, mlp]`."""
     return arrays[0].T.reshape(arrays[0].shape[1], 2, -1)
+
+
+def all_experts_gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """Gates and ups of all experts, each `[experts, mlp, embed]`, to `[experts, embed, 2, mlp]`."""
+    return np.stack([a.swapaxes(1, 2) for a in arrays], axis=2)
+
+
+def all_experts_down(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """`[experts, embed, mlp]` to `[experts, mlp, embed]`."""
+    return arrays[0].swapaxes(1, 2)
+
+
+def one_output(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """`[1, in]`, or `[in]` as llama.cpp has it, to `[in, 1]`."""
+    return arrays[0].reshape(-1, 1)
+
+
+def stacked_expert_gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """One weight `[experts, embed, 2 * mlp]`, gate and up by turns, to `[experts, embed, 2, mlp]`.
+
+    Of a bias, which has no `embed`, likewise.
+    """
+    pairs = arrays[0].reshape(*arrays[0].shape[:-1], -1, 2)
+    return pairs.swapaxes(-1, -2)
 
 
 def query_norm(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:

@@ -314,6 +314,7 @@ class EngineCore:
         """Waits for a step's tokens, and takes them as far as later steps need them."""
         tokens = done.step.read()
         self._clock.read(done.step.packed_at)
+        self.metrics.experts_used(done.step.forward.expert_load)
         new_tokens = self.scheduler.complete(done.step.plan, tokens)
         for request, new in new_tokens if self._constrained else ():
             constraint = self._samples[request.request_id].constraint

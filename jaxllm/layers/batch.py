@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 import jax
-from jaxtyping import Array, Int, Shaped
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Int32, Shaped
 
 from pallas_kernels.paged_attention import Backend, RaggedBatch
 
@@ -21,9 +22,17 @@ class Batch:
         groups: where the keys of each cache group lie; layers of one kind share page ids and so a group.
         slots: for each layer its group, and the index of its pool in the cache. Static.
         backend: the attention kernel. Static.
+        expert_load: layers with experts append how many tokens went to each, while a step is traced; None
+            where nobody asks. Static.
     """
 
     positions: Int[Array, " tokens"]
     groups: tuple[RaggedBatch, ...]
     slots: tuple[tuple[int, int], ...] = field(metadata={"static": True})
     backend: Backend = field(metadata={"static": True})
+    expert_load: list[Int32[Array, " experts"]] | None = field(default=None, metadata={"static": True})
+
+    @property
+    def used(self) -> Bool[Array, " tokens"]:
+        """Which tokens are of a row; those after them fill the step's program up."""
+        return jnp.arange(len(self.positions)) < self.groups[0].query_start[-1]

@@ -12,8 +12,11 @@ from converters.rules import Geometry, Table
 from jaxllm.layers.attention import AttentionOptions
 from jaxllm.layers.batch import Batch, Cache
 from jaxllm.layers.embedding import padded_size
+from jaxllm.layers.latent_attention import LatentSizes
+from jaxllm.layers.moe import MixtureOptions
 from jaxllm.layers.norm import NormOptions
 from jaxllm.layers.rope import Rope
+from pallas_kernels.paged_attention import PageGeometry
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class DecoderConfig:
         activation: Hugging Face's name of the feed-forward layers' function.
         embedding_scale: multiplies the embeddings of tokens.
         final_soft_cap: bounds the logits: `cap * tanh(logits / cap)`.
+        mixture: for models with experts, how they are chosen and what they are like.
+        latent: for models with latent attention, its sizes; then `num_kv_heads` is 1, and `head_dim` that of
+            what is kept of a token.
+        dense_layers: layers of such a model that have one feed-forward layer instead.
     """
 
     vocab_size: int
@@ -48,12 +55,19 @@ class DecoderConfig:
     mlp_bias: bool = False
     embedding_scale: float = 1.0
     final_soft_cap: float | None = None
+    mixture: MixtureOptions | None = None
+    latent: LatentSizes | None = None
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._divides("num_attention_heads", self.num_heads, "num_key_value_heads", self.num_kv_heads)
         size = self.tensor_parallel_size
         self._divides("num_attention_heads", self.num_heads, "tensor_parallel_size", size)
         self._divides("intermediate_size", self.intermediate_size, "tensor_parallel_size", size)
+        if self.mixture is not None:
+            self._divides("moe_intermediate_size", self.mixture.expert_size, "tensor_parallel_size", size)
+            name = "shared_expert_intermediate_size"
+            self._divides(name, self.mixture.shared_size, "tensor_parallel_size", size)
         if self.num_kv_heads >= size:
             self._divides("num_key_value_heads", self.num_kv_heads, "tensor_parallel_size", size)
         else:
@@ -87,7 +101,15 @@ class DecoderConfig:
             vocab_size=self.vocab_size,
             padded_vocab_size=padded_size(self.vocab_size, self.tensor_parallel_size),
             kv_copies=self.kv_copies,
+            plain_dim=self.latent.plain if self.latent else 0,
+            rotated_dim=self.latent.rotated if self.latent else 0,
         )
+
+    def pages(self, num_pages: int, page_size: int) -> PageGeometry:
+        """One layer's pool of pages on all devices."""
+        shared = self.latent is not None
+        dtype = jnp.dtype(self.dtype)
+        return PageGeometry(num_pages, page_size, self.cache_heads, self.head_dim, dtype, shared)
 
 
 class CausalLM(nnx.Module):

@@ -59,16 +59,23 @@ class ModelRegistry:
 
 
 for _architecture, _model in {
+    "DeepseekV2ForCausalLM": "deepseek:DeepseekV2",
+    "DeepseekV3ForCausalLM": "deepseek:DeepseekV3",
     "GPT2LMHeadModel": "gpt2:GPT2",
     "Gemma2ForCausalLM": "gemma:Gemma2",
     "Gemma3ForCausalLM": "gemma:Gemma3",
     "Gemma3ForConditionalGeneration": "gemma:Gemma3Multimodal",
+    "GptOssForCausalLM": "gpt_oss:GptOss",
     "LlamaForCausalLM": "llama:Llama",
     "MistralForCausalLM": "mistral:Mistral",
+    "MixtralForCausalLM": "mixtral:Mixtral",
     "Olmo2ForCausalLM": "olmo:Olmo2",
+    "OlmoeForCausalLM": "olmoe:Olmoe",
     "Phi3ForCausalLM": "phi:Phi3",
     "Qwen2ForCausalLM": "qwen:Qwen2",
+    "Qwen2MoeForCausalLM": "qwen_moe:Qwen2Moe",
     "Qwen3ForCausalLM": "qwen:Qwen3",
+    "Qwen3MoeForCausalLM": "qwen_moe:Qwen3Moe",
     "SmolLM3ForCausalLM": "smollm:SmolLM3",
 }.items():
     ModelRegistry.register(_architecture, f"jaxllm.models.{_model}")

@@ -109,7 +109,9 @@ class Runner:
         forward = step.forward
         tokens, state, chosen = sample(rows.tokens, state, forward.logits, forward.rows, forward.lengths)
         self._rows = DeviceRows(tokens, rows.tables, state)
-        chosen.copy_to_host_async()
+        for array in (chosen, forward.expert_load):
+            if array is not None:
+                array.copy_to_host_async()
         return DispatchedStep(step.plan, forward, chosen, step.packed_at)
 
     def _load_masks(self, state: SamplerState, masks: RowMasks, sampled: int) -> SamplerState:

@@ -45,6 +45,8 @@ class Forward(NamedTuple):
     lengths: Int32[Array, " sampled"]
     """Known tokens of that row: the position of the next one."""
     hidden: Float[Array, "tokens embed"]
+    expert_load: Int32[Array, "layers experts"] | None = None
+    """Tokens that went to each expert, of the layers that have any; None where they are not counted."""
 
 
 def run_forward(
@@ -58,6 +60,7 @@ def run_forward(
     layout: StepLayout,
     slots: tuple[tuple[int, int], ...],
     backend: Backend,
+    count_experts: bool = False,
 ) -> tuple[Cache, Int32[Array, "groups rows pages"], Forward]:
     """Runs a ragged batch through the model: the cache and the page tables are updated.
 
@@ -75,7 +78,8 @@ def run_forward(
     inputs = jnp.where(place.valid, tokens[step.row_ids[place.row], positions], 0)
 
     model = merge(params)
-    hidden, cache = model(inputs, cache, Batch(positions, groups, slots, backend))
+    load: list[Array] | None = [] if count_experts else None
+    hidden, cache = model(inputs, cache, Batch(positions, groups, slots, backend, load))
 
     # Padded to what the sampler takes before the product: padding the logits would copy all of them.
     def padded(x: Array, fill: int | Array) -> Array:
@@ -84,8 +88,8 @@ def run_forward(
     spare = tokens.shape[0] - 1
     last = padded(jnp.maximum(step.query_start[1:] - 1, 0), 0)
     rows = padded(jnp.where(step.samples, step.row_ids, spare), spare)
-    forward = Forward(model.logits(hidden[last]), rows, padded(step.kv_lens, 0), hidden)
-    return cache, tables, forward
+    logits, lengths = model.logits(hidden[last]), padded(step.kv_lens, 0)
+    return cache, tables, Forward(logits, rows, lengths, hidden, jnp.stack(load) if load else None)
 
 
 def run_sampler(

@@ -17,6 +17,9 @@ from converters.errors import CheckpointError
 from converters.gguf import GGUFCheckpoint
 from converters.gguf_config import LLAMA3_ROPE
 from converters.gguf_names import ARCHITECTURES
+from jaxllm.models import ModelRegistry, split
+from jaxllm.models.loading import load_weights
+from jaxllm.parallel import make_mesh
 
 ENDS = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
 ATTENTION = {
@@ -31,11 +34,42 @@ MATRICES = {"mlp.gate_proj.weight": (MLP, HIDDEN), "mlp.up_proj.weight": (MLP, H
 FEED_FORWARD = {**MATRICES, "mlp.down_proj.weight": (HIDDEN, MLP)}
 NORMS = {"input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
 FFN_NORMS = {f"{place}_feedforward_layernorm.weight": (HIDDEN,) for place in ("pre", "post")}
+EXPERTS = {
+    "mlp.gate.weight": (8, HIDDEN),
+    "mlp.experts.gate_proj.weight": (8, MLP, HIDDEN),
+    "mlp.experts.up_proj.weight": (8, MLP, HIDDEN),
+    "mlp.experts.down_proj.weight": (8, HIDDEN, MLP),
+}
+SHARED = {
+    "mlp.shared_expert.gate_proj.weight": (24, HIDDEN),
+    "mlp.shared_expert.up_proj.weight": (24, HIDDEN),
+    "mlp.shared_expert.down_proj.weight": (HIDDEN, 24),
+    "mlp.shared_expert_gate.weight": (HIDDEN,),
+}
+MIXTURE = {"expert_count": 8, "expert_used_count": 3}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "qwen2moe": {
+        **MIXTURE,
+        "expert_feed_forward_length": MLP,
+        "expert_shared_feed_forward_length": 24,
+    },
+    "qwen3moe": {**MIXTURE, "expert_feed_forward_length": MLP},
+    "olmoe": MIXTURE,
+}
 LAYER: dict[str, dict[str, tuple[int, ...]]] = {
     "llama": {**ATTENTION, **BIASES, **FEED_FORWARD, **NORMS},
     "smollm3": {**ATTENTION, **FEED_FORWARD, **NORMS},
     "qwen2": {**ATTENTION, **BIASES, **FEED_FORWARD, **NORMS},
     "qwen3": {**ATTENTION, **HEAD_NORMS, **FEED_FORWARD, **NORMS},
+    "qwen2moe": {**ATTENTION, **BIASES, **EXPERTS, **SHARED, **NORMS},
+    "qwen3moe": {**ATTENTION, **HEAD_NORMS, **EXPERTS, **NORMS},
+    "olmoe": {
+        **ATTENTION,
+        "self_attn.q_norm.weight": (QUERY,),
+        "self_attn.k_norm.weight": (KEY,),
+        **EXPERTS,
+        **NORMS,
+    },
     "gemma2": {**ATTENTION, **FEED_FORWARD, **NORMS, **FFN_NORMS},
     "gemma3": {**ATTENTION, **HEAD_NORMS, **FEED_FORWARD, **NORMS, **FFN_NORMS},
     "olmo2": {
@@ -88,7 +122,8 @@ def make(
 ) -> GGUFCheckpoint:
     stored = gguf_made.to_llama_cpp(architecture, tensors_of(architecture)) | extra.pop("stored", {})
     typed = {name: (values, Kind.F32) for name, values in stored.items()}
-    return GGUFCheckpoint(gguf_made.write(path / "m.gguf", architecture, typed, settings or {}, **extra))
+    settings = SETTINGS.get(architecture, {}) | (settings or {})
+    return GGUFCheckpoint(gguf_made.write(path / "m.gguf", architecture, typed, settings, **extra))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -117,6 +152,34 @@ def test_transformers_accepts_the_config(architecture: str, tmp_path: Path):
     if architecture != "gpt2":
         assert known.num_key_value_heads == KV_HEADS
         assert known.intermediate_size == MLP
+
+
+@pytest.mark.parametrize("architecture", [*SETTINGS, "llama"])
+def test_experts_are_loaded(architecture: str, tmp_path: Path):
+    """From llama.cpp's merged tensors, those of Mixtral from a Llama's with experts."""
+    layer = {**ATTENTION, **EXPERTS, **NORMS} if architecture == "llama" else LAYER[architecture]
+    shapes = ENDS | {f"model.layers.{i}.{name}": s for i in range(LAYERS) for name, s in layer.items()}
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    typed = {k: (v, Kind.F32) for k, v in gguf_made.to_llama_cpp(architecture, tensors).items()}
+    settings = SETTINGS.get(architecture, MIXTURE)
+    checkpoint = GGUFCheckpoint(gguf_made.write(tmp_path / "m.gguf", architecture, typed, settings))
+    model = ModelRegistry.resolve(checkpoint.config)
+    config = model.read_config(checkpoint.config, dtype="float32", tensor_parallel_size=1)
+    _, parameters = split(model, config)
+    arrays = load_weights(checkpoint, model.rules, parameters, config.geometry, make_mesh(1), progress=False)
+    loaded = dict(zip(parameters, arrays, strict=True))
+    gate_up = np.asarray(loaded["layers.1.mlp.experts.gate_up.weight"])
+    down = np.asarray(loaded["layers.1.mlp.experts.down.weight"])
+    for half, part in enumerate(("gate", "up")):
+        expected = tensors[f"model.layers.1.mlp.experts.{part}_proj.weight"]
+        np.testing.assert_array_equal(gate_up[:, :, half].swapaxes(1, 2), expected)
+    np.testing.assert_array_equal(down.swapaxes(1, 2), tensors["model.layers.1.mlp.experts.down_proj.weight"])
+    assert config.mixture is not None
+    assert (config.mixture.routing.experts, config.mixture.routing.per_token) == (8, 3)
+    assert config.mixture.routing.normalize == (architecture in ("qwen3moe", "llama"))
+    if architecture == "qwen2moe":
+        assert loaded["layers.0.mlp.shared_gate.weight"].shape == (HIDDEN, 1)
 
 
 def test_numbers_keep_the_digits_that_were_written(tmp_path: Path):
