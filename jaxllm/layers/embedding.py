@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.layers.packing import Packable, pack_parameter, packing_of
 from jaxllm.layers.parameter import parameter
-from jaxllm.parallel import partition_spec
+from jaxllm.parallel import EVERY_DEVICE, partition_spec
 from pallas_kernels.packed_matmul import Backend
 
 
@@ -50,10 +50,10 @@ class Embedding(Packable):
         """Each device looks up the tokens it holds; their sum is what all see, and no table moves."""
 
         def lookup(table: Array, tokens: Array) -> Array:
-            local = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+            local = tokens - jax.lax.axis_index(EVERY_DEVICE) * table.shape[0]
             mine = (local >= 0) & (local < table.shape[0])
             rows = take_rows(table, local)
-            return jax.lax.psum(jnp.where(mine[:, None], rows, 0), "tensor")
+            return jax.lax.psum(jnp.where(mine[:, None], rows, 0), EVERY_DEVICE)
 
         packing = packing_of(self.weight)
         if packing is not None:

@@ -56,6 +56,7 @@ def identify(lowering: Lowering, architecture: type[CausalLM]) -> str:
         "model": lowering.model,
         "weights": lowering.params,
         "layout": lowering.layout,
+        "stage": lowering.stage,
         "sizes": lowering.sizes,
         "sampler": lowering.sampler,
         "attention": (backend.name, backend.attend, backend.layout),
