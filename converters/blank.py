@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from converters.checkpoint import TensorInfo
+from converters.dequantized import without_quantization
 from converters.errors import CheckpointError
 from converters.on_disk import find_on_disk
 from converters.safetensors import published_dtype, read_json
@@ -25,7 +26,7 @@ class BlankCheckpoint:
             CheckpointError: there is no `config.json`, or it cannot be read.
         """
         self.path = path
-        self.config: dict[str, Any] = read_json(path / "config.json")
+        self.config: dict[str, Any] = without_quantization(read_json(path / "config.json"))
         self.generation_config: dict[str, Any] = read_json(path / "generation_config.json", optional=True)
         self.tensors: Mapping[str, TensorInfo] = {}
         self.dtype = published_dtype(self.config, self.tensors)

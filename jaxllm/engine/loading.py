@@ -1,5 +1,6 @@
 """From a config to an engine's parts: tokenizer, weights on the mesh, pages, compiled programs."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -302,10 +303,10 @@ def _read_model(
 ) -> DecoderConfig:
     dtype = checkpoint.dtype if config.model.dtype == "auto" else jnp.dtype(config.model.dtype)
     wanted = config.model.max_model_len
-    sharing = mesh.shape["expert"] * mesh.shape["tensor"]
     model = architecture.read_config(
-        checkpoint.config, dtype=dtype, tensor_parallel_size=sharing, max_model_len=wanted
+        checkpoint.config, dtype=dtype, tensor_parallel_size=mesh.shape["tensor"], max_model_len=wanted
     )
+    model = dataclasses.replace(model, expert_parallel_size=mesh.shape["expert"])
     if wanted is not None and wanted > model.max_position_embeddings:
         raise ValueError(
             f"max_model_len={wanted}: the model has positions up to {model.max_position_embeddings}; lower it"

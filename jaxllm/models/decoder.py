@@ -11,6 +11,7 @@ from jaxllm.layers.attention import Attention
 from jaxllm.layers.batch import Batch, Cache
 from jaxllm.layers.embedding import Embedding
 from jaxllm.layers.mlp import GatedMLP
+from jaxllm.layers.moe import Mixture
 from jaxllm.layers.norm import Norm, RMSNorm
 from jaxllm.layers.rope import Rotation
 from jaxllm.models.base import CausalLM, DecoderConfig
@@ -104,7 +105,7 @@ def make_embedding(config: DecoderConfig, rngs: nnx.Rngs) -> Embedding:
     return Embedding(
         config.vocab_size,
         config.hidden_size,
-        tensor_parallel_size=config.tensor_parallel_size,
+        shares=config.devices_per_layer,
         dtype=config.dtype,
         rngs=rngs,
     )
@@ -141,3 +142,9 @@ def make_mlp(config: DecoderConfig, rngs: nnx.Rngs) -> GatedMLP:
         dtype=config.dtype,
         rngs=rngs,
     )
+
+
+def make_mixture(config: DecoderConfig, rngs: nnx.Rngs) -> Mixture:
+    """A feed-forward layer of experts."""
+    assert config.mixture is not None
+    return Mixture(config.hidden_size, config.mixture, dtype=config.dtype, rngs=rngs)

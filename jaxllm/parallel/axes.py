@@ -15,6 +15,8 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "heads": EVERY_DEVICE,
     "kv_heads": EVERY_DEVICE,
     "mlp": EVERY_DEVICE,
+    "experts": "expert",
+    "expert_mlp": "tensor",
     "embed": None,
     "positions": None,
 }
