@@ -20,6 +20,10 @@ from jaxllm.parallel import EVERY_DEVICE, Axes, partition_spec
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.packed_matmul import Backend
 
+GATE_UP = ("experts", "embed", None, "expert_mlp")
+DOWN = ("experts", "expert_mlp", "embed")
+"""Logical axes of the weights."""
+
 
 @dataclass(frozen=True)
 class Gating:
@@ -89,10 +93,8 @@ class Experts(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         options: dict[str, Any] = {"bias": bias, "dtype": dtype, "rngs": rngs}
-        self.gate_up = ExpertLinear(
-            (experts, embed, 2, mlp), ("experts", "embed", None, "expert_mlp"), **options
-        )
-        self.down = ExpertLinear((experts, mlp, embed), ("experts", "expert_mlp", "embed"), **options)
+        self.gate_up = ExpertLinear((experts, embed, 2, mlp), GATE_UP, **options)
+        self.down = ExpertLinear((experts, mlp, embed), DOWN, **options)
         self.gating = gating
 
     def __call__(
@@ -123,8 +125,6 @@ def sharded_experts(mesh: AbstractMesh, gating: Gating, bias: bool) -> Callable[
     known where every token is, and the sum that any layer ends with brings the parts together.
     """
     whole = PartitionSpec()
-    gate_up = partition_spec(("experts", "embed", None, "expert_mlp"))
-    down = partition_spec(("experts", "expert_mlp", "embed"))
     biases = partition_spec(("experts", None, "expert_mlp")), partition_spec(("experts", "embed"))
 
     def part(
@@ -142,7 +142,7 @@ def sharded_experts(mesh: AbstractMesh, gating: Gating, bias: bool) -> Callable[
         jax.shard_map(
             part,
             mesh=mesh,
-            in_specs=(whole, whole, whole, gate_up, down, biases if bias else None),
+            in_specs=(whole, whole, whole, *map(partition_spec, (GATE_UP, DOWN)), biases if bias else None),
             out_specs=(whole, partition_spec(("experts",))),
         )
     )

@@ -62,10 +62,10 @@ class DecoderConfig:
         size, sizes = self.devices_per_layer, "tensor_parallel_size"
         if self.expert_parallel_size > 1:
             sizes = "tensor_parallel_size * expert_parallel_size"
+        self._check_experts(self.mixture, sizes)
         self._divides("num_attention_heads", self.num_heads, sizes, size)
         if self.mixture is None or self.dense_layers:
             self._divides("intermediate_size", self.intermediate_size, sizes, size)
-        self._check_experts(self.mixture, sizes)
         if self.num_kv_heads >= size:
             self._divides("num_key_value_heads", self.num_kv_heads, sizes, size)
         else:

@@ -95,6 +95,8 @@ def describe(value: Any) -> str:
             return f"{describe(type(value))}.{value.name}"
         case tuple() | list():
             return f"[{', '.join(map(describe, value))}]"
+        case frozenset():
+            return f"{{{', '.join(sorted(map(describe, value)))}}}"
         case Mapping():
             return f"{{{', '.join(sorted(f'{describe(k)}: {describe(v)}' for k, v in value.items()))}}}"
         case np.dtype():

@@ -256,11 +256,7 @@ class Scheduler:
                     share -= 1
 
     def _under_way(self) -> set[str]:
-        """Requests whose next tokens other stages still compute: with them, the first stage would wait.
-
-        The others can run meanwhile, so each step takes a share of them. One stage need not wait: it computes
-        a step when it has computed the one before.
-        """
+        """Requests whose next tokens other stages still compute: with them the first stage would wait."""
         others = itertools.islice(reversed(self._in_flight), self.num_stages - 1)
         return {row.request_id for plan, _ in others for row in plan.rows if row.samples}
 
