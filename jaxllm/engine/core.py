@@ -11,11 +11,12 @@ from jaxllm.engine.in_flight import InFlight, NewTokens
 from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.metrics import EngineState, Metrics
 from jaxllm.engine.outputs import FinishReason, RequestOutput
-from jaxllm.engine.sample import Sample, prompts_to_score
+from jaxllm.engine.sample import HeldRow, Sample, held_rows, prompts_to_score
 from jaxllm.engine.step_clock import StepClock
 from jaxllm.engine.step_logprobs import StepLogprobs
 from jaxllm.engine.vocabulary import Vocabulary
-from jaxllm.runner.runner import Admission, RowMasks, Runner
+from jaxllm.runner.runner import Admission, Runner
+from jaxllm.runner.stage import RowMasks
 from jaxllm.sampling.settings import row_settings
 from jaxllm.sampling.state import RowSettings
 from jaxllm.scheduler.plan import RowPlan, StepPlan
@@ -249,8 +250,8 @@ class EngineCore:
         scored, targets = prompts_to_score(plan, self._samples) if self._scoring else ((), {})
         begun = self.runner.dispatch(plan, self._admissions(plan), scores=bool(targets))
         self._clock.dispatched(begun.packed_at, busy=self._is_busy())
-        held = self._held_rows(plan)
-        before = self._read(self._in_flight.popleft()) if held and self._in_flight else None
+        held = held_rows(plan, self._samples) if self._constrained else []
+        before = [self._read(self._in_flight.popleft()) for _ in range(self._num_needed(held))]
         try:
             step = self.runner.sample(begun, self._compute_masks(held))
             logprobs = self.runner.logprobs(step) if any(map(self._wants_logprobs, plan.rows)) else None
@@ -259,19 +260,21 @@ class EngineCore:
                 array.copy_to_host_async()
             self._in_flight.append(InFlight(step, logprobs, scores, scored))
         finally:
-            if before is not None:
-                self._give_out(*before, outputs)
+            for done in before:
+                self._give_out(*done, outputs)
         for _, sample, constraint in held:
             if constraint.error is not None and not sample.assembler.finished:
                 self._fail(sample.assembler, constraint.error)
                 outputs += filter(None, [self._take(sample.assembler)])
 
-    def _held_rows(self, plan: StepPlan) -> list[tuple[int, Sample, Constraint]]:
-        """Rows of the step that choose a token under a grammar."""
-        rows = [(row, self._samples[row.request_id]) for row in plan.rows if self._constrained]
-        return [(r.row, s, s.constraint) for r, s in rows if r.samples and s.constraint is not None]
+    def _num_needed(self, held: Sequence[HeldRow]) -> int:
+        """How many steps in flight are to be read for all that those rows' grammars have to know."""
+        ids = {sample.request.request_id for _, sample, _ in held}
+        return max(
+            (n for n, one in enumerate(self._in_flight, 1) if ids & one.step.plan.request_ids), default=0
+        )
 
-    def _compute_masks(self, held: Sequence[tuple[int, Sample, Constraint]]) -> RowMasks | None:
+    def _compute_masks(self, held: Sequence[HeldRow]) -> RowMasks | None:
         """Masks of those rows whose outputs go on. All that is known of them has been read."""
         going_on = [(row, constraint) for row, _, constraint in held if constraint.goes_on]
         if not going_on:
@@ -314,7 +317,7 @@ class EngineCore:
         """Waits for a step's tokens, and takes them as far as later steps need them."""
         tokens = done.step.read()
         self._clock.read(done.step.packed_at)
-        self.metrics.experts_used(done.step.forward.expert_load)
+        self.metrics.experts_used(done.step.expert_load)
         new_tokens = self.scheduler.complete(done.step.plan, tokens)
         for request, new in new_tokens if self._constrained else ():
             constraint = self._samples[request.request_id].constraint

@@ -229,12 +229,11 @@ class Metrics:
             self._totals["steps"] += 1
             self._totals["scheduled_tokens"] += times.num_tokens
 
-    def experts_used(self, tokens: Int32[Array, "layers experts"] | None) -> None:
-        """Counts how many tokens of a step went to each expert; None where that is not counted."""
-        if tokens is None:
-            return
-        new, seen = np.asarray(tokens, np.int64), self.expert_tokens
-        self.expert_tokens = new if seen is None else seen + new
+    def experts_used(self, tokens: Sequence[Int32[Array, "layers experts"]]) -> None:
+        """Counts how many tokens of a step went to each expert, in each stage that counts them."""
+        if tokens:
+            new, seen = np.concatenate(tokens).astype(np.int64), self.expert_tokens
+            self.expert_tokens = new if seen is None else seen + new
 
     def snapshot(self, state: EngineState) -> dict[str, float]:
         """Everything counted, as one flat dict.

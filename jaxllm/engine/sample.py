@@ -74,3 +74,13 @@ def prompts_to_score(
                 sample.next_scored = positions.stop
         first += row.num_tokens
     return tuple(scored), targets
+
+
+HeldRow = tuple[int, Sample, Constraint]
+"""A row that chooses a token under a grammar, its sample, and what holds that to the grammar."""
+
+
+def held_rows(plan: StepPlan, samples: Mapping[str, Sample]) -> list[HeldRow]:
+    """Such rows of a step."""
+    rows = [(row, samples[row.request_id]) for row in plan.rows if row.samples]
+    return [(row.row, sample, sample.constraint) for row, sample in rows if sample.constraint is not None]

@@ -24,6 +24,7 @@ class Batch:
         backend: the attention kernel. Static.
         expert_load: layers with experts append how many tokens went to each, while a step is traced; None
             where nobody asks. Static.
+        first_layer: number of the layer that the first slot is for. Static.
     """
 
     positions: Int[Array, " tokens"]
@@ -31,6 +32,11 @@ class Batch:
     slots: tuple[tuple[int, int], ...] = field(metadata={"static": True})
     backend: Backend = field(metadata={"static": True})
     expert_load: list[Int32[Array, " experts"]] | None = field(default=None, metadata={"static": True})
+    first_layer: int = field(default=0, metadata={"static": True})
+
+    def slot(self, layer: int) -> tuple[int, int]:
+        """The slot of the layer of that number."""
+        return self.slots[layer - self.first_layer]
 
     @property
     def used(self) -> Bool[Array, " tokens"]:

@@ -12,13 +12,18 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from jaxllm.layers.embedding import take_rows
+from jaxllm.layers.expert_exchange import Exchange, exchange_experts
 from jaxllm.layers.mlp import find_activation
 from jaxllm.layers.packing import Packable, keep_as_bits
 from jaxllm.layers.parameter import parameter, zeros
 from jaxllm.layers.router import Routing
-from jaxllm.parallel import Axes, partition_spec
+from jaxllm.parallel import EVERY_DEVICE, Axes, partition_spec
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.packed_matmul import Backend
+
+GATE_UP = ("experts", "embed", None, "expert_mlp")
+DOWN = ("experts", "expert_mlp", "embed")
+"""Logical axes of the weights."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Experts(nnx.Module):
     Args:
         experts, embed, mlp: sizes; `mlp` of one expert.
         bias: whether the products have biases.
+        exchange: how tokens come to the devices of their experts; None: every device has all tokens.
     """
 
     def __init__(
@@ -85,13 +91,15 @@ class Experts(nnx.Module):
         *,
         gating: Gating,
         bias: bool = False,
+        exchange: Exchange | None = None,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
         options: dict[str, Any] = {"bias": bias, "dtype": dtype, "rngs": rngs}
-        self.gate_up = ExpertLinear((experts, embed, 2, mlp), ("experts", "embed", None, "mlp"), **options)
-        self.down = ExpertLinear((experts, mlp, embed), ("experts", "mlp", "embed"), **options)
+        self.gate_up = ExpertLinear((experts, embed, 2, mlp), GATE_UP, **options)
+        self.down = ExpertLinear((experts, mlp, embed), DOWN, **options)
         self.gating = gating
+        self.exchange = exchange
 
     def __call__(
         self, x: Float[Array, "tokens embed"], routing: Routing, used: Bool[Array, " tokens"]
@@ -104,36 +112,54 @@ class Experts(nnx.Module):
         Returns:
             The sums in float32, and how many tokens went to each expert.
         """
-        experts = self.gate_up.weight.shape[0]
+        mesh, experts = jax.sharding.get_abstract_mesh(), self.gate_up.weight.shape[0]
         chosen = jnp.where(used[:, None], routing.experts, experts)
         weights = jnp.where(used[:, None], routing.weights, 0.0)
-        run = sharded_experts(jax.sharding.get_abstract_mesh(), self.gating, self.gate_up.bias is not None)
-        bias = None if self.gate_up.bias is None else self.gate_up.bias[...]
-        out, load = run(x, chosen, weights, self.gate_up.weight[...], bias, self.down.weight[...])
-        if self.down.bias is not None:  # here, since each device has a part of what it is added to
-            biases = self.down.bias[...].astype(jnp.float32)[routing.experts]
-            out += (weights[:, :, None] * biases).sum(axis=1)
-        return out, load
+        gate_up, down = self.gate_up, self.down
+        bias = None if gate_up.bias is None or down.bias is None else (gate_up.bias[...], down.bias[...])
+        run = sharded_experts(mesh, self.gating, bias is not None, self.exchange)
+        if self.exchange is None:
+            return run(x, chosen, weights, gate_up.weight[...], down.weight[...], bias)
+        spare = ((0, -len(x) % mesh.shape["expert"]), (0, 0))
+        tokens = jnp.pad(x, spare), jnp.pad(chosen, spare, constant_values=experts), jnp.pad(weights, spare)
+        out, load = run(*tokens, gate_up.weight[...], down.weight[...], bias)
+        return jax.lax.with_sharding_constraint(out, PartitionSpec())[: len(x)], load
 
 
 @functools.cache
-def sharded_experts(mesh: AbstractMesh, gating: Gating, bias: bool) -> Callable[..., tuple[Array, Array]]:
-    """`apply_experts` over the mesh. Layers that are alike share one function, so that it is traced once."""
-    whole = PartitionSpec()
-    gate_up = partition_spec(("experts", "embed", None, "mlp"))
-    gate_up_bias = partition_spec(("experts", None, "mlp")) if bias else None
-    down = partition_spec(("experts", "mlp", "embed"))
+def sharded_experts(
+    mesh: AbstractMesh, gating: Gating, bias: bool, exchange: Exchange | None
+) -> Callable[..., tuple[Array, Array]]:
+    """`apply_experts` over the mesh. Layers that are alike share one function, so that it is traced once.
 
-    def part(*arrays: Array) -> tuple[Array, Array]:
-        out, load = apply_experts(*arrays, gating=gating)
-        return jax.lax.psum(out, "tensor"), load
+    As attention leaves them, every device has all tokens. So each adds up what its own experts make of them,
+    and one sum, with which any layer ends, brings the parts together; or, with an exchange, each takes a
+    share of the tokens and sends it where its experts are.
+    """
+    whole, shares = PartitionSpec(), partition_spec(("experts",))
+    biases = partition_spec(("experts", None, "expert_mlp")), partition_spec(("experts", "embed"))
 
+    def part(
+        x: Array, chosen: Array, weights: Array, gate_up: Array, down: Array, bias: tuple[Array, Array] | None
+    ) -> tuple[Array, Array]:
+        if bias is not None:  # each device of an expert has a part of what the second bias is added to
+            bias = bias[0], jnp.where(jax.lax.axis_index("tensor") == 0, bias[1], 0)
+        apply = functools.partial(apply_experts, gate_up=gate_up, down=down, bias=bias, gating=gating)
+        if exchange is not None:
+            out, load = exchange_experts(x, chosen, weights, len(gate_up), apply, exchange)
+            return jax.lax.psum(out, "tensor"), load
+        local = chosen - jax.lax.axis_index("expert") * len(gate_up)
+        mine = (local >= 0) & (local < len(gate_up))
+        out, load = apply(x, jnp.where(mine, local, len(gate_up)), jnp.where(mine, weights, 0.0))
+        return jax.lax.psum(out, EVERY_DEVICE), load
+
+    tokens = whole if exchange is None else shares
     return jax.jit(
         jax.shard_map(
             part,
             mesh=mesh,
-            in_specs=(whole, whole, whole, gate_up, gate_up_bias, down),
-            out_specs=(whole, whole),
+            in_specs=(*[tokens] * 3, *map(partition_spec, (GATE_UP, DOWN)), biases if bias else None),
+            out_specs=(tokens, shares),
         )
     )
 
@@ -144,15 +170,16 @@ def apply_experts(
     chosen: Int32[Array, "tokens chosen"],
     weights: Float[Array, "tokens chosen"],
     gate_up: Shaped[Array, "experts embed 2 mlp"],
-    gate_up_bias: Float[Array, "experts 2 mlp"] | None,
     down: Shaped[Array, "experts mlp embed"],
+    bias: tuple[Float[Array, "experts 2 mlp"], Float[Array, "experts embed"]] | None,
     *,
     gating: Gating,
 ) -> tuple[Float[Array, "tokens embed"], Int32[Array, " experts"]]:
     """What a device's part of the experts adds to each token, in float32, and tokens of each expert.
 
     Args:
-        chosen: the experts of each token; those beyond the last stand for none.
+        chosen: the experts of each token; those beyond the last stand for none, and their weights are zero.
+        bias: of gate and up, and of what an expert gives.
     """
     count, embed = gate_up.shape[:2]
     order = jnp.argsort(chosen.reshape(-1), stable=True)
@@ -162,9 +189,11 @@ def apply_experts(
     rows = take_rows(x, order // chosen.shape[1])
     hidden = grouped_matmul(rows, gate_up.reshape(count, embed, -1), load)
     hidden = hidden.reshape(len(rows), 2, -1)
-    if gate_up_bias is not None:
-        hidden += gate_up_bias.astype(jnp.float32).at[expert].get(mode="clip")
+    if bias is not None:
+        hidden += bias[0].astype(jnp.float32).at[expert].get(mode="clip")
     hidden = gating(hidden[:, 0], hidden[:, 1]).astype(x.dtype)
     out = grouped_matmul(hidden, down, load)
+    if bias is not None:
+        out += bias[1].astype(jnp.float32).at[expert].get(mode="clip")
     out = out[jnp.argsort(order)].reshape(*chosen.shape, embed)
     return (weights[:, :, None] * out).sum(axis=1), load

@@ -114,7 +114,7 @@ class LatentAttention(nnx.Module):
         q = jnp.concatenate([self.key(plain), rotate(rotated, rotation)], axis=-1)
         latent, rotated = jnp.split(self.latent(x)[:, None], (self.sizes.latent,), axis=-1)
         kept = jnp.concatenate([self.latent_norm(latent), rotate(rotated, rotation)], axis=-1)
-        group, pool = batch.slots[self.layer]
+        group, pool = batch.slot(self.layer)
         attend = sharded_latent_attention(
             jax.sharding.get_abstract_mesh(), self.scale, self.sizes.latent, batch.backend
         )

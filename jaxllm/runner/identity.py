@@ -56,6 +56,7 @@ def identify(lowering: Lowering, architecture: type[CausalLM]) -> str:
         "model": lowering.model,
         "weights": lowering.params,
         "layout": lowering.layout,
+        "stage": lowering.stage,
         "sizes": lowering.sizes,
         "sampler": lowering.sampler,
         "attention": (backend.name, backend.attend, backend.layout),
@@ -94,6 +95,8 @@ def describe(value: Any) -> str:
             return f"{describe(type(value))}.{value.name}"
         case tuple() | list():
             return f"[{', '.join(map(describe, value))}]"
+        case frozenset():
+            return f"{{{', '.join(sorted(map(describe, value)))}}}"
         case Mapping():
             return f"{{{', '.join(sorted(f'{describe(k)}: {describe(v)}' for k, v in value.items()))}}}"
         case np.dtype():

@@ -102,7 +102,7 @@ def attention_problems(model: DecoderConfig, mesh: Mesh, page_size: int) -> list
     """One for each kind of attention layer that the model has."""
     device = mesh.devices.flat[0]
     dtype = jnp.dtype(model.dtype)
-    size = model.tensor_parallel_size
+    size = model.devices_per_layer
     whole = model.pages(0, page_size)
     geometry = dataclasses.replace(whole, kv_heads=whole.kv_heads // size)
     return [

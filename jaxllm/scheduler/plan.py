@@ -53,6 +53,11 @@ class StepPlan:
         return sum(row.num_tokens for row in self.rows)
 
     @property
+    def request_ids(self) -> frozenset[str]:
+        """Requests that have a row in the step."""
+        return frozenset(row.request_id for row in self.rows)
+
+    @property
     def num_decode_rows(self) -> int:
         """Leading rows that compute a single token."""
         return sum(row.num_tokens == 1 for row in self.rows)
