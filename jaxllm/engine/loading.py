@@ -33,6 +33,7 @@ from jaxllm.runner.identity import CannotIdentifyError, identify
 from jaxllm.runner.kept import KeptPrograms
 from jaxllm.runner.kernels import check_kernel, choose_attention, prepare_attention
 from jaxllm.runner.lowering import Lowering
+from jaxllm.runner.memory import measure
 from jaxllm.runner.products import Products, check_products, choose_products, prepare_products
 from jaxllm.runner.programs import Programs, use_compilation_cache
 from jaxllm.runner.runner import Runner, allocate
@@ -124,7 +125,7 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
     ):
         _compare_options(threads)
         architecture = ModelRegistry.resolve(checkpoint.config)
-        model = _read_model(config, checkpoint, architecture, mesh)
+        model = read_model(config, checkpoint, architecture, mesh)
         choose = partial(choose_attention, kernel, model, mesh, config.cache.page_size)
         # what is wrong with somebody's own kernel shows before the weights are loaded
         attention = None if isinstance(kernel, str) else choose()
@@ -147,7 +148,7 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
         def kept(lowering: Lowering) -> KeptPrograms | None:
             return threads.submit(_kept_programs, config, architecture, lowering).result()
 
-        lowering, num_pages = fit_pages(config, lowering, kept)
+        lowering, num_pages = fit_pages(config, lowering, lambda: measure(lowering, kept(lowering)))
         programs = Programs(lowering.programs(num_pages), kept(lowering))
         failed.callback(programs.close)
         first = list(lowering.first_programs if config.compile.compile_in_background else programs)
@@ -244,9 +245,14 @@ def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> TextTokeniz
     )
 
 
-def _read_model(
+def read_model(
     config: EngineConfig, checkpoint: Checkpoint, architecture: type[CausalLM], mesh: Mesh
 ) -> DecoderConfig:
+    """The model's sizes, cut for the mesh.
+
+    Raises:
+        ValueError: it cannot be cut so, or has something that is not supported.
+    """
     dtype = checkpoint.dtype if config.model.dtype == "auto" else jnp.dtype(config.model.dtype)
     wanted = config.model.max_model_len
     model = architecture.read_config(

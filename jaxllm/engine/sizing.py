@@ -11,9 +11,8 @@ from jaxllm.cache.manager import CacheManager
 from jaxllm.config import EngineConfig
 from jaxllm.models.abstract import Parameter
 from jaxllm.models.base import DecoderConfig
-from jaxllm.runner.kept import KeptPrograms
 from jaxllm.runner.lowering import Lowering, Sizes
-from jaxllm.runner.memory import count_pages, measure, page_bytes
+from jaxllm.runner.memory import MemoryUse, count_pages, device_memory, page_bytes
 from jaxllm.runner.step import Merge
 from jaxllm.sampling import SamplerConfig, registered_logits_processors
 from jaxllm.scheduler.scheduler import Scheduler
@@ -61,18 +60,21 @@ def make_lowering(
 
 
 def fit_pages(
-    config: EngineConfig, lowering: Lowering, kept: Callable[[Lowering], KeptPrograms | None]
+    config: EngineConfig,
+    lowering: Lowering,
+    measure_use: Callable[[], MemoryUse],
+    memory_of: Callable[[Mesh], int] = device_memory,
 ) -> tuple[Lowering, int]:
     """As many pages as fit, the null page included, and no request longer than they hold.
 
     Args:
-        kept: called where a program has to be compiled to see how much memory it needs.
+        measure_use, memory_of: see `jaxllm.runner.memory.count_pages`.
 
     Raises:
         ValueError: too few fit; the message has the numbers and the settings to change.
     """
     page, mesh = page_bytes(lowering), lowering.mesh
-    num_pages = count_pages(config.cache, page, mesh, lambda: measure(lowering, kept(lowering)))
+    num_pages = count_pages(config.cache, page, mesh, measure_use, memory_of)
     longest = longest_request(lowering, num_pages)
     if longest >= lowering.sizes.max_model_len:
         return lowering, num_pages
