@@ -84,10 +84,9 @@ class _Counter:
         if opcode in ("copy-start", "all-gather-start", "collective-permute-start"):
             return _in_memory(_leaves(one.result))  # what is read is part of the result
         if opcode in _READS_PART:
-            read = (
-                sum(size for size, _ in _leaves(one.result)) if self._lives_in_memory(one.operands[0]) else 0
-            )
-            return read + _in_memory(_leaves(one.result))
+            part = _leaves(one.result)
+            read = sum(size for size, _ in part) if self._operand(one.operands[0]) else 0
+            return read + _in_memory(part)
         if opcode in _WRITES_PART:
             return 2 * self._operand(one.operands[_WRITES_PART[opcode]])
         if opcode == "fusion":
