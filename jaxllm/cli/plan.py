@@ -118,7 +118,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _prices(arguments: argparse.Namespace) -> list[float | None]:
     """One for each target."""
-    prices = arguments.price_per_chip_hour or [None]
+    prices: list[float | None] = arguments.price_per_chip_hour or [None]
     return prices if len(prices) == len(arguments.target) else prices * len(arguments.target)
 
 

@@ -90,7 +90,7 @@ def on_line(first: Step, second: Step, share: float) -> Step:
 @contextmanager
 def _anew() -> Iterator[None]:
     """Without jax's cache on disk: a program for another chip cannot be loaded from there."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
