@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from converters.checkpoint import TensorInfo
+from converters.dequantized import without_quantization
 from converters.errors import CheckpointError
 from converters.on_disk import find_on_disk
 from converters.safetensors import published_dtype, read_json
@@ -25,7 +26,8 @@ class BlankCheckpoint:
             CheckpointError: there is no `config.json`, or it cannot be read.
         """
         self.path = path if path.is_dir() else path.parent
-        self.config: dict[str, Any] = read_json(path / "config.json" if path.is_dir() else path)
+        file = path / "config.json" if path.is_dir() else path
+        self.config: dict[str, Any] = without_quantization(read_json(file))
         beside = self.path / "generation_config.json"
         self.generation_config: dict[str, Any] = read_json(beside, optional=True)
         self.tensors: Mapping[str, TensorInfo] = {}

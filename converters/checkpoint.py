@@ -115,9 +115,10 @@ def open_checkpoint(
         from converters.orbax import OrbaxCheckpoint
 
         return OrbaxCheckpoint(path)
+    from converters.dequantized import dequantized
     from converters.safetensors import SafetensorsCheckpoint
 
-    return SafetensorsCheckpoint(path)
+    return dequantized(SafetensorsCheckpoint(path))
 
 
 def weight_format(path: Path) -> Literal["safetensors", "gguf", "orbax"]:

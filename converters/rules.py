@@ -7,7 +7,7 @@ The engine's forms, where `group` is the number of query heads that share a key-
 
     qkv         [embed, kv_heads, group + 2, head_dim]   per key-value head: its query heads, then k, then v
     output      [heads, head_dim, embed]
-    gate_up     [embed, 2, mlp]
+    gate_up     [embed, 2, mlp]                           of experts with these as a first axis
     embedding   [padded vocab, embed]
 """
 
@@ -53,7 +53,8 @@ class Rule:
 
     Attributes:
         target: the parameter's path; `{}` stands for the layer's number.
-        sources: Hugging Face tensor names in the order the transform takes them, with `{}` likewise.
+        sources: Hugging Face tensor names in the order the transform takes them, with `{}` likewise; one with
+            `*` stands for those of all experts, by number.
         transform: makes the parameter from the sources' arrays.
     """
 
@@ -115,6 +116,7 @@ class Table:
         """
         rules = {rule.target: rule for rule in self.rules}
         names = set(tensors)
+        experts = _count_experts(names)
         origins: dict[str, Origin] = {}
         missing: list[str] = []
         read: set[str] = set()
@@ -123,7 +125,7 @@ class Table:
             if target not in rules:
                 missing.append(f"{path} (a parameter that no rule makes)")
                 continue
-            wanted = [source.format(layer) for source in rules[target].sources]
+            wanted = list(_each_expert(rules[target].sources, layer, experts))
             found = {name: stored for name in wanted if (stored := self._stored(name, names))}
             missing += [name for name in wanted if name not in found]
             read.update(found.values())
@@ -147,6 +149,41 @@ def _generalize(path: str) -> tuple[str, str]:
     if layer is None:
         return path, ""
     return path[: layer.start()] + "{}" + path[layer.end() :], layer.group()
+
+
+def _count_experts(tensors: Collection[str]) -> int:
+    """One more than the highest number of an expert; at least one, so that what is missing has a name."""
+    numbers = (re.search(r"\.experts\.(\d{1,6})\.", name) for name in tensors)
+    return max((int(number[1]) + 1 for number in numbers if number), default=1)
+
+
+def _each_expert(sources: Sequence[str], layer: str, experts: int) -> Iterator[str]:
+    for source in sources:
+        name = source.format(layer)
+        count = experts if "*" in name else 1
+        yield from (name.replace("*", str(expert)) for expert in range(count))
+
+
+@dataclass(frozen=True)
+class EachExpert:
+    """Applies a transform to each expert's tensors and stacks what it makes along a first axis.
+
+    Attributes:
+        transform: of one expert.
+        sources: how many tensors it takes; they come with those of all experts for the first of them, then
+            those for the second.
+    """
+
+    transform: Transform
+    sources: int = 1
+
+    def __call__(self, arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+        count = len(arrays) // self.sources
+        first = self.transform(arrays[::count], geometry)
+        stacked = np.empty((count, *first.shape), first.dtype)
+        for expert in range(count):
+            stacked[expert] = self.transform(arrays[expert::count], geometry)
+        return stacked
 
 
 def unchanged(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
@@ -213,6 +250,15 @@ def gate_up_bias(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray
 def stacked_gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
     """One weight `[2 * mlp, embed]` holding gate, then up, to `[embed, 2, mlp]`."""
     return arrays[0].T.reshape(arrays[0].shape[1], 2, -1)
+
+
+def stacked_expert_gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
+    """One weight `[experts, embed, 2 * mlp]`, gate and up by turns, to `[experts, embed, 2, mlp]`.
+
+    Of a bias, which has no `embed`, likewise.
+    """
+    pairs = arrays[0].reshape(*arrays[0].shape[:-1], -1, 2)
+    return pairs.swapaxes(-1, -2)
 
 
 def query_norm(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:

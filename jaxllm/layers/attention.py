@@ -14,9 +14,10 @@ from jaxtyping import Array, Float
 from jaxllm.layers.batch import Batch, Cache
 from jaxllm.layers.linear import Linear
 from jaxllm.layers.norm import NormOptions, RMSNorm
+from jaxllm.layers.parameter import parameter, zeros
 from jaxllm.layers.rope import Rotation, rotate
 from jaxllm.parallel import partition_spec
-from pallas_kernels.paged_attention import Backend, PageLayout, paged_attention
+from pallas_kernels.paged_attention import Backend, PageLayout, RaggedBatch, paged_attention
 
 HeadNorm = Literal["each", "all"]
 """Queries and keys are normalized head by head, or all heads of a token at once."""
@@ -31,6 +32,7 @@ class AttentionOptions:
         soft_cap: bounds the scores: `soft_cap * tanh(score / soft_cap)`.
         qkv_bias, output_bias: whether the products have biases.
         head_norm: how queries and keys are normalized before they are rotated, if at all.
+        sinks: each head has a score that takes part in its softmax and has no value (gpt-oss).
     """
 
     scale: float
@@ -38,6 +40,7 @@ class AttentionOptions:
     qkv_bias: bool = False
     output_bias: bool = False
     head_norm: HeadNorm | None = None
+    sinks: bool = False
 
 
 class Attention(nnx.Module):
@@ -85,6 +88,7 @@ class Attention(nnx.Module):
 
         self.query_norm = make_norm(heads, "heads")
         self.key_norm = make_norm(kv_heads, "kv_heads")
+        self.sinks = parameter((heads,), ("heads",), dtype, rngs, zeros) if options.sinks else None
         self.layer = layer
         self.window = window
         self.options = options
@@ -114,7 +118,8 @@ class Attention(nnx.Module):
         attend = sharded_attention(
             mesh, self.options.scale, self.window, self.options.soft_cap, batch.backend
         )
-        out, pages = attend(q, k, v, cache[pool], batch.groups[group])
+        sinks = None if self.sinks is None else self.sinks[...]
+        out, pages = attend(q, k, v, cache[pool], batch.groups[group], sinks)
         return out, (*cache[:pool], pages, *cache[pool + 1 :])
 
 
@@ -125,14 +130,16 @@ def sharded_attention(
     """The op over the mesh. Layers that are alike share one function, so that it is traced once for all."""
     heads = partition_spec((None, "heads", None))
     pages = pages_spec(backend.layout)
-    attend = functools.partial(
-        paged_attention, scale=scale, sliding_window=window, soft_cap=soft_cap, backend=backend
-    )
+
+    def attend(q: Array, k: Array, v: Array, pool: Array, rows: RaggedBatch, sinks: Array | None) -> object:
+        options = {"scale": scale, "sliding_window": window, "soft_cap": soft_cap, "sinks": sinks}
+        return paged_attention(q, k, v, pool, rows, **options, backend=backend)
+
     return jax.jit(
         jax.shard_map(
             attend,
             mesh=mesh,
-            in_specs=(heads, heads, heads, pages, PartitionSpec()),
+            in_specs=(heads, heads, heads, pages, PartitionSpec(), partition_spec(("heads",))),
             out_specs=(heads, pages),
             check_vma=False,  # kernels say nothing about how their results vary over the mesh
         )

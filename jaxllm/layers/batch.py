@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 import jax
-from jaxtyping import Array, Int, Shaped
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Shaped
 
 from pallas_kernels.paged_attention import Backend, RaggedBatch
 
@@ -27,3 +28,8 @@ class Batch:
     groups: tuple[RaggedBatch, ...]
     slots: tuple[tuple[int, int], ...] = field(metadata={"static": True})
     backend: Backend = field(metadata={"static": True})
+
+    @property
+    def used(self) -> Bool[Array, " tokens"]:
+        """Which tokens are of a row; those after them fill the step's program up."""
+        return jnp.arange(len(self.positions)) < self.groups[0].query_start[-1]

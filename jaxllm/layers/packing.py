@@ -6,9 +6,10 @@ from functools import partial
 from math import prod
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt16
 
 from pallas_kernels.packed_matmul import (
     Backend,
@@ -64,9 +65,20 @@ class Packing:
         return take_outputs(panels, ids, prod(self.shape[axis] for axis in self.inputs))
 
 
+@dataclass(frozen=True)
+class Bits:
+    """A weight of bfloat16 as its bits, which XLA on CPU does not turn into float32 where it takes a part."""
+
+    shape: tuple[int, ...]
+
+    def pack(self, weight: Float[Array, "..."]) -> UInt16[Array, "..."]:
+        """The weight's bits."""
+        return jax.lax.bitcast_convert_type(weight, jnp.uint16)
+
+
 @partial(jax.jit, static_argnums=1)
-def pack_weight(weight: Float[Array, "..."], packing: Packing) -> Panels:
-    """The weight in panels; one program for all weights that are packed alike."""
+def pack_weight(weight: Float[Array, "..."], packing: Packing | Bits) -> Array:
+    """The weight as it is kept; one program for all weights that are kept alike."""
     return packing.pack(weight)
 
 
@@ -79,6 +91,12 @@ def pack_parameter(
         NotImplementedError: weights of its dtype are not packed.
     """
     packing = Packing(tuple(inputs), tuple(weight.shape), backend, gate)
+    return nnx.Param(pack_weight(weight[...], packing), **weight.get_metadata(), packing=packing)
+
+
+def keep_as_bits(weight: nnx.Param[Array]) -> nnx.Param[Array]:
+    """The parameter of bfloat16 as its bits; its metadata say so."""
+    packing = Bits(tuple(weight.shape))
     return nnx.Param(pack_weight(weight[...], packing), **weight.get_metadata(), packing=packing)
 
 

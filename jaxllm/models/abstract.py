@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxllm.layers.packing import Packing, pack_layers, pack_weight
+from jaxllm.layers.packing import Bits, Packing, pack_layers, pack_weight
 from jaxllm.layers.parameter import Initializer
 from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.parallel import Axes, partition_spec
@@ -37,7 +37,7 @@ class Parameter:
     dtype: jnp.dtype
     axes: Axes
     initializer: Initializer
-    packing: Packing | None = None
+    packing: Packing | Bits | None = None
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +108,7 @@ def split(
     for path, variable in nnx.to_flat_state(state):
         array: jax.ShapeDtypeStruct = variable.get_value()
         about = variable.get_metadata()
-        packing: Packing | None = about.get("packing")
+        packing: Packing | Bits | None = about.get("packing")
         name = ".".join(map(str, path))
         parameters[name] = Parameter(
             array.shape if packing is None else packing.shape,

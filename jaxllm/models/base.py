@@ -12,6 +12,7 @@ from converters.rules import Geometry, Table
 from jaxllm.layers.attention import AttentionOptions
 from jaxllm.layers.batch import Batch, Cache
 from jaxllm.layers.embedding import padded_size
+from jaxllm.layers.moe import MixtureOptions
 from jaxllm.layers.norm import NormOptions
 from jaxllm.layers.rope import Rope
 
@@ -27,6 +28,8 @@ class DecoderConfig:
         activation: Hugging Face's name of the feed-forward layers' function.
         embedding_scale: multiplies the embeddings of tokens.
         final_soft_cap: bounds the logits: `cap * tanh(logits / cap)`.
+        mixture: for models with experts, how they are chosen and what they are like.
+        dense_layers: layers of such a model that have one feed-forward layer instead.
     """
 
     vocab_size: int
@@ -48,12 +51,18 @@ class DecoderConfig:
     mlp_bias: bool = False
     embedding_scale: float = 1.0
     final_soft_cap: float | None = None
+    mixture: MixtureOptions | None = None
+    dense_layers: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         self._divides("num_attention_heads", self.num_heads, "num_key_value_heads", self.num_kv_heads)
         size = self.tensor_parallel_size
         self._divides("num_attention_heads", self.num_heads, "tensor_parallel_size", size)
         self._divides("intermediate_size", self.intermediate_size, "tensor_parallel_size", size)
+        if self.mixture is not None:
+            self._divides("moe_intermediate_size", self.mixture.expert_size, "tensor_parallel_size", size)
+            name = "shared_expert_intermediate_size"
+            self._divides(name, self.mixture.shared_size, "tensor_parallel_size", size)
         if self.num_kv_heads >= size:
             self._divides("num_key_value_heads", self.num_kv_heads, "tensor_parallel_size", size)
         else:

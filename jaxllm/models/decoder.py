@@ -11,6 +11,7 @@ from jaxllm.layers.attention import Attention
 from jaxllm.layers.batch import Batch, Cache
 from jaxllm.layers.embedding import Embedding
 from jaxllm.layers.mlp import GatedMLP
+from jaxllm.layers.moe import Mixture
 from jaxllm.layers.norm import Norm, RMSNorm
 from jaxllm.layers.rope import Rotation
 from jaxllm.models.base import CausalLM, DecoderConfig
@@ -129,3 +130,9 @@ def make_mlp(config: DecoderConfig, rngs: nnx.Rngs) -> GatedMLP:
         dtype=config.dtype,
         rngs=rngs,
     )
+
+
+def make_mixture(config: DecoderConfig, rngs: nnx.Rngs) -> Mixture:
+    """A feed-forward layer of experts."""
+    assert config.mixture is not None
+    return Mixture(config.hidden_size, config.mixture, dtype=config.dtype, rngs=rngs)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from tqdm.auto import tqdm
 
 from converters.checkpoint import Checkpoint, ShardedCheckpoint
-from converters.rules import Geometry, Origin, Table, Transform
+from converters.rules import EachExpert, Geometry, Origin, Table, Transform
 from jaxllm.models.abstract import Parameter
 from jaxllm.models.fitting import made_shape, place, refuse_misfits
 from jaxllm.models.restoring import restore_weights
@@ -93,6 +93,11 @@ def _assign(
 
     @cache  # layers are alike: a dozen trials serve them all
     def shape_of(transform: Transform, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...] | None:
+        if isinstance(transform, EachExpert):  # tried on one: all together may take gigabytes
+            count = len(shapes) // transform.sources
+            one = {shape_of(transform.transform, shapes[expert::count]) for expert in range(count)}
+            made = one.pop()
+            return None if one or made is None else (count, *made)
         return made_shape(lambda arrays: transform(arrays, geometry), shapes)
 
     assignment = rules.assign(parameters, checkpoint.tensors)

@@ -63,12 +63,17 @@ for _architecture, _model in {
     "Gemma2ForCausalLM": "gemma:Gemma2",
     "Gemma3ForCausalLM": "gemma:Gemma3",
     "Gemma3ForConditionalGeneration": "gemma:Gemma3Multimodal",
+    "GptOssForCausalLM": "gpt_oss:GptOss",
     "LlamaForCausalLM": "llama:Llama",
     "MistralForCausalLM": "mistral:Mistral",
+    "MixtralForCausalLM": "mixtral:Mixtral",
     "Olmo2ForCausalLM": "olmo:Olmo2",
+    "OlmoeForCausalLM": "olmoe:Olmoe",
     "Phi3ForCausalLM": "phi:Phi3",
     "Qwen2ForCausalLM": "qwen:Qwen2",
+    "Qwen2MoeForCausalLM": "qwen_moe:Qwen2Moe",
     "Qwen3ForCausalLM": "qwen:Qwen3",
+    "Qwen3MoeForCausalLM": "qwen_moe:Qwen3Moe",
     "SmolLM3ForCausalLM": "smollm:SmolLM3",
 }.items():
     ModelRegistry.register(_architecture, f"jaxllm.models.{_model}")

@@ -12,6 +12,7 @@ MESH_AXES: dict[str, str | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": None,
     "embed": None,
     "positions": None,
 }

@@ -83,8 +83,8 @@ def few_layer_counts(model: DecoderConfig) -> tuple[int, int] | None:
     None where the model has too few for that, or layers that do not repeat.
     """
     layers = model.num_layers
-    per_layer = [getattr(model, name) for name in _layer_fields(model)]
-    kinds = list(zip(*per_layer, strict=True))
+    dense = [layer in model.dense_layers for layer in range(layers)]
+    kinds = list(zip(dense, *(getattr(model, name) for name in _layer_fields(model)), strict=True))
     period = next(n for n in range(1, layers + 1) if all(kinds[i] == kinds[i % n] for i in range(layers)))
     small = period * -(-2 // period)
     return (small, 2 * small) if 2 * small < layers else None
@@ -92,7 +92,8 @@ def few_layer_counts(model: DecoderConfig) -> tuple[int, int] | None:
 
 def _with_layers(model: DecoderConfig, count: int) -> DecoderConfig:
     cut = {name: getattr(model, name)[:count] for name in _layer_fields(model)}
-    return dataclasses.replace(model, num_layers=count, **cut)
+    dense = frozenset(layer for layer in model.dense_layers if layer < count)
+    return dataclasses.replace(model, num_layers=count, dense_layers=dense, **cut)
 
 
 def _layer_fields(model: DecoderConfig) -> list[str]:

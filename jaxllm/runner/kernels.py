@@ -113,6 +113,7 @@ def attention_problems(model: DecoderConfig, mesh: Mesh, page_size: int) -> list
             dtype,
             sliding_window=window,
             soft_cap=model.attention.soft_cap,
+            sinks=model.attention.sinks,
         )
         for window in dict.fromkeys(model.layer_windows)
     ]
@@ -131,12 +132,13 @@ def _try(backend: Backend, problem: Problem, scale: float) -> None:
         jax.ShapeDtypeStruct((tokens, heads, geometry.head_dim), problem.dtype)
         for heads in (problem.heads, geometry.kv_heads)
     )
+    sinks = jax.ShapeDtypeStruct((problem.heads,), problem.dtype) if problem.sinks else None
     pages = backend.layout.array(geometry.with_pages(2))
     counts = [
         jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((tokens + 1,), (tokens,), (tokens, 1), (2,))
     ]
 
-    def call(q: Array, k: Array, v: Array, pages: Array, *counts: Array) -> object:
+    def call(q: Array, k: Array, v: Array, pages: Array, sinks: Array | None, *counts: Array) -> object:
         return backend.attend(
             q,
             k,
@@ -146,12 +148,12 @@ def _try(backend: Backend, problem: Problem, scale: float) -> None:
             scale=scale,
             sliding_window=problem.sliding_window,
             soft_cap=problem.soft_cap,
-            sinks=None,
+            sinks=sinks,
             k_scale=None,
             v_scale=None,
         )
 
-    found = jax.eval_shape(call, q, new, new, pages, *counts)
+    found = jax.eval_shape(call, q, new, new, pages, sinks, *counts)
     shapes = [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(found)]
     wanted = [f"{x.dtype}{list(x.shape)}" for x in (q, pages)]
     if shapes != wanted or not isinstance(found, Sequence):

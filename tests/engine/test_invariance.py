@@ -12,8 +12,8 @@ from small import golden, small_engine
 
 from jaxllm import Engine, SamplingParams
 
-MODELS = ("llama", "gemma3")
-"""Full attention; full and sliding layers."""
+MODELS = ("llama", "gemma3", "mixtral")
+"""Full attention; full and sliding layers; experts."""
 
 CALM: dict[str, Any] = {"async_scheduling": False, "enable_prefix_caching": False}
 VARIANTS: dict[str, dict[str, Any]] = {

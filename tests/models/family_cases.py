@@ -76,7 +76,7 @@ def _scaled(**scaling: Any) -> Case:
     return Case("LlamaForCausalLM", {**_LLAMA, "rope_scaling": scaling}, weights="llama")
 
 
-CASES: dict[str, Case] = {
+DENSE_CASES: dict[str, Case] = {
     "llama": Case("LlamaForCausalLM", _LLAMA),
     "llama-linear": _scaled(rope_type="linear", factor=3.0),
     "llama-dynamic": _scaled(rope_type="dynamic", factor=2.0),
@@ -152,6 +152,80 @@ CASES: dict[str, Case] = {
         },
     ),
 }
+
+_MIXTURE = {**_COMMON, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3}
+
+# New ones come last: a case's place decides about its weights.
+MIXTURE_CASES: dict[str, Case] = {
+    "mixtral": Case(
+        "MixtralForCausalLM",
+        {
+            **_COMMON,
+            "intermediate_size": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 12,
+            "rope_theta": 1000.0,
+        },
+    ),
+    "qwen2-moe": Case(
+        "Qwen2MoeForCausalLM",
+        {
+            **_MIXTURE,
+            **_SLIDING,
+            "use_sliding_window": True,
+            "shared_expert_intermediate_size": 24,
+            "mlp_only_layers": [1],
+            "rope_theta": 1000.0,
+        },
+    ),
+    "qwen3-moe": Case(
+        "Qwen3MoeForCausalLM",
+        {
+            **_MIXTURE,
+            "num_hidden_layers": 3,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            "head_dim": 12,
+            "tie_word_embeddings": True,
+            "rope_theta": 1000.0,
+        },
+    ),
+    "olmoe": Case(
+        "OlmoeForCausalLM",
+        {
+            **_COMMON,
+            "intermediate_size": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "rope_theta": 1000.0,
+        },
+    ),
+    "gpt-oss": Case(
+        "GptOssForCausalLM",
+        {
+            **_COMMON,
+            **_SLIDING,
+            "intermediate_size": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 12,
+            "swiglu_limit": 1.5,
+            "rope_theta": 1000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "beta_fast": 4.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+}
+
+CASES: dict[str, Case] = {**DENSE_CASES, **MIXTURE_CASES}
+SEEDS = {name: seed for seed, name in enumerate([*sorted(DENSE_CASES), *MIXTURE_CASES])}
 
 # What has too many weights for a golden file.
 LIVE_CASES: dict[str, Case] = {

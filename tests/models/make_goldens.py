@@ -8,7 +8,7 @@ import shutil
 import sys
 
 import numpy as np
-from family_cases import CASES, GOLDENS
+from family_cases import CASES, GOLDENS, SEEDS
 from transformers_reference import continue_greedily, make_model, make_prompts, save_checkpoint
 
 
@@ -16,7 +16,7 @@ def main() -> None:
     shutil.rmtree(GOLDENS, ignore_errors=True)
     for name, case in CASES.items():
         own = case.weights or name
-        seed = sorted(CASES).index(own)
+        seed = SEEDS[own]
         model = make_model(case, seed)
         folder = GOLDENS / name
         arrays = {}

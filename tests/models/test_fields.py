@@ -4,32 +4,53 @@ import json
 from typing import Any
 
 import pytest
-from family_cases import CASES, GOLDENS
+from family_cases import CASES, GOLDENS, MIXTURE_CASES
 
 from jaxllm.models import DecoderConfig, ModelRegistry
 from jaxllm.models.fields import resolve_dtype
+
+SLIDING = ("smollm3", "mistral", "qwen2", "gemma2", "gemma3", "phi3", "mixtral", "qwen2-moe", "gpt-oss")
+TIED = ("smollm3", "qwen3", "qwen3-moe", "gemma2", "gemma3", "gpt2")
+QWEN3_LIKE = ("qwen3-moe", "olmoe", "gpt-oss")
 
 # Fields of each family's config that must not be ignored, and values that the golden files do not have.
 CHANGES = [
     *((name, "vocab_size", 200) for name in CASES),
     *(
-        (name, "tie_word_embeddings", name not in ("smollm3", "qwen3", "gemma2", "gemma3", "gpt2"))
+        (
+            name,
+            "tie_word_embeddings",
+            name not in ("smollm3", "qwen3", "qwen3-moe", "gemma2", "gemma3", "gpt2"),
+        )
         for name in CASES
     ),
     *((name, "rms_norm_eps", 1e-3) for name in CASES if name != "gpt2"),
     *((name, "num_key_value_heads", 4) for name in CASES if name != "gpt2"),
     *((name, "head_dim", 6) for name in CASES if name != "gpt2" and "phi3" not in name),
-    *((name, "hidden_act", "relu") for name in CASES if "gemma" not in name and name != "gpt2"),
+    *((name, "hidden_act", "relu") for name in CASES if "gemma" not in name and "gpt" not in name),
     *(
-        (name, "attention_bias", name != "llama")
-        for name in ("llama", "smollm3", "qwen3", "gemma2", "gemma3", "olmo2")
+        (name, "attention_bias", name not in ("llama", "gpt-oss"))
+        for name in ("llama", "smollm3", "qwen3", "gemma2", "gemma3", "olmo2", *QWEN3_LIKE)
     ),
     *((name, "mlp_bias", name != "llama") for name in ("llama", "smollm3")),
-    *((name, "sliding_window", 20) for name in ("smollm3", "mistral", "qwen2", "gemma2", "gemma3", "phi3")),
+    *((name, "sliding_window", 20) for name in SLIDING),
     *((name, "hidden_activation", "relu") for name in ("gemma2", "gemma3")),
     *((name, "query_pre_attn_scalar", 77) for name in ("gemma2", "gemma3")),
     *((name, "attn_logit_softcapping", 77.0) for name in ("gemma2", "gemma3")),
     *((name, "final_logit_softcapping", 77.0) for name in ("gemma2", "gemma3")),
+    *((name, "num_experts_per_tok", 2) for name in MIXTURE_CASES),
+    *((name, "num_local_experts", 16) for name in ("mixtral", "gpt-oss")),
+    *((name, "num_experts", 16) for name in ("qwen2-moe", "qwen3-moe", "olmoe")),
+    *((name, "intermediate_size", 48) for name in MIXTURE_CASES),
+    *((name, "moe_intermediate_size", 24) for name in ("qwen2-moe", "qwen3-moe")),
+    *((name, "norm_topk_prob", name != "qwen3-moe") for name in ("qwen2-moe", "qwen3-moe", "olmoe")),
+    *((name, "decoder_sparse_step", 3) for name in ("qwen2-moe", "qwen3-moe")),
+    *((name, "mlp_only_layers", [0, 1]) for name in ("qwen2-moe", "qwen3-moe")),
+    ("qwen2-moe", "shared_expert_intermediate_size", 32),
+    ("qwen2-moe", "qkv_bias", False),
+    ("qwen2-moe", "use_sliding_window", False),
+    ("gpt-oss", "swiglu_limit", 3.0),
+    ("gpt-oss", "swiglu_alpha", 1.0),
     ("smollm3", "no_rope_layers", [0, 0, 1]),
     ("smollm3", "use_sliding_window", False),
     ("qwen2", "use_sliding_window", False),
@@ -116,6 +137,9 @@ def test_gemma3_with_a_vision_tower_reads_its_text_config() -> None:
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types in config.json: has 1 entries"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias=True"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok=9: must be from 1 to the number of"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("gpt-oss", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
     ],

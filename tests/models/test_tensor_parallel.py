@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 from jaxllm.models import CausalLM, DecoderConfig, ModelRegistry
 
-# All parts that are cut: biases, soft caps and a tied head, norms over all heads, learned positions.
-FAMILIES = ("llama", "gemma2", "olmo2", "gpt2")
+# All parts that are cut: biases, soft caps and a tied head, norms over all heads, learned positions, experts.
+FAMILIES = ("llama", "gemma2", "olmo2", "gpt2", "mixtral")
 COLLECTIVES = re.compile(
     r"= (\(.+?\)|[^\s{]+)\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
 )

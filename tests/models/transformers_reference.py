@@ -19,7 +19,8 @@ def make_model(case: Case, seed: int) -> Any:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             values = torch.randn(weight.shape, generator=generator) * _scale(name, weight)
-            centre = 0.0 if weight.ndim > 1 or name.endswith("bias") or "gemma" in config.model_type else 1.0
+            around_zero = weight.ndim > 1 or name.endswith(("bias", "sinks")) or "gemma" in config.model_type
+            centre = 0.0 if around_zero else 1.0
             weight.copy_((values + centre).bfloat16().float())
     return model
 
@@ -30,8 +31,8 @@ def _scale(name: str, weight: torch.Tensor) -> float:
         return 0.3
     if any(table in name for table in ("embed_tokens", "wte", "wpe")):
         return 0.35
-    fan_in = weight.shape[0] if name.split(".")[-2].startswith("c_") else weight.shape[1]
-    return 1.5 * fan_in**-0.5
+    inputs_first = name.split(".")[-2].startswith("c_")
+    return 1.5 * weight.shape[0 if inputs_first else -1] ** -0.5
 
 
 def make_prompts(vocab_size: int, seed: int) -> list[np.ndarray]:

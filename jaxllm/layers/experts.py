@@ -1,0 +1,170 @@
+"""Feed-forward layers of many experts, of which each token goes through a few."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int32, Shaped
+
+from jaxllm.layers.embedding import take_rows
+from jaxllm.layers.mlp import find_activation
+from jaxllm.layers.packing import Packable, keep_as_bits
+from jaxllm.layers.parameter import parameter, zeros
+from jaxllm.layers.router import Routing
+from jaxllm.parallel import Axes, partition_spec
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.packed_matmul import Backend
+
+
+@dataclass(frozen=True)
+class Gating:
+    """What is made of an expert's gate and up: `activation(gate) * up`, or gpt-oss's variant of SwiGLU.
+
+    Attributes:
+        activation: by Hugging Face's name.
+        limit: gates are cut off above it, ups on both sides; None: none are.
+        alpha: the gate's slope: `gate * sigmoid(alpha * gate)` in place of the activation, and the up is
+            raised by one; None: neither.
+    """
+
+    activation: str = "silu"
+    limit: float | None = None
+    alpha: float | None = None
+
+    def __call__(self, gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+        if self.limit is not None:
+            gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        if self.alpha is not None:
+            return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1.0)
+        return find_activation(self.activation)(gate) * up
+
+
+class ExpertLinear(Packable):
+    """Linear layers of all experts in one weight `[experts, inputs, *outputs]`, and one bias."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        axes: Axes,
+        *,
+        bias: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.weight = parameter(shape, axes, dtype, rngs)
+        without_inputs = (shape[0], *shape[2:]), (axes[0], *axes[2:])
+        self.bias = parameter(*without_inputs, dtype, rngs, zeros) if bias else None
+
+    def pack(self, backend: Backend) -> None:
+        """Keeps a weight of bfloat16 as its bits: see `grouped_matmul`."""
+        if self.weight.dtype == jnp.bfloat16:
+            self.weight = keep_as_bits(self.weight)
+
+
+class Experts(nnx.Module):
+    """`sum of weight * down(gating(gate(x), up(x)))` over each token's experts; no token is left out.
+
+    Tokens are sorted by expert, so that the work is that of the experts they go to: as many rows as there are
+    tokens times experts of each, however they are spread. Rows of a batch do not see each other.
+
+    Args:
+        experts, embed, mlp: sizes; `mlp` of one expert.
+        bias: whether the products have biases.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        embed: int,
+        mlp: int,
+        *,
+        gating: Gating,
+        bias: bool = False,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options: dict[str, Any] = {"bias": bias, "dtype": dtype, "rngs": rngs}
+        self.gate_up = ExpertLinear((experts, embed, 2, mlp), ("experts", "embed", None, "mlp"), **options)
+        self.down = ExpertLinear((experts, mlp, embed), ("experts", "mlp", "embed"), **options)
+        self.gating = gating
+
+    def __call__(
+        self, x: Float[Array, "tokens embed"], routing: Routing, used: Bool[Array, " tokens"]
+    ) -> tuple[Float[Array, "tokens embed"], Int32[Array, " experts"]]:
+        """Each token through its experts.
+
+        Args:
+            used: which tokens there are; others go to no expert, and come out as zeros.
+
+        Returns:
+            The sums in float32, and how many tokens went to each expert.
+        """
+        experts = self.gate_up.weight.shape[0]
+        chosen = jnp.where(used[:, None], routing.experts, experts)
+        weights = jnp.where(used[:, None], routing.weights, 0.0)
+        run = sharded_experts(jax.sharding.get_abstract_mesh(), self.gating, self.gate_up.bias is not None)
+        bias = None if self.gate_up.bias is None else self.gate_up.bias[...]
+        out, load = run(x, chosen, weights, self.gate_up.weight[...], bias, self.down.weight[...])
+        if self.down.bias is not None:  # here, since each device has a part of what it is added to
+            biases = self.down.bias[...].astype(jnp.float32)[routing.experts]
+            out += (weights[:, :, None] * biases).sum(axis=1)
+        return out, load
+
+
+@functools.cache
+def sharded_experts(mesh: AbstractMesh, gating: Gating, bias: bool) -> Callable[..., tuple[Array, Array]]:
+    """`apply_experts` over the mesh. Layers that are alike share one function, so that it is traced once."""
+    whole = PartitionSpec()
+    gate_up = partition_spec(("experts", "embed", None, "mlp"))
+    gate_up_bias = partition_spec(("experts", None, "mlp")) if bias else None
+    down = partition_spec(("experts", "mlp", "embed"))
+
+    def part(*arrays: Array) -> tuple[Array, Array]:
+        out, load = apply_experts(*arrays, gating=gating)
+        return jax.lax.psum(out, "tensor"), load
+
+    return jax.jit(
+        jax.shard_map(
+            part,
+            mesh=mesh,
+            in_specs=(whole, whole, whole, gate_up, gate_up_bias, down),
+            out_specs=(whole, whole),
+        )
+    )
+
+
+@jax.named_scope("experts")
+def apply_experts(
+    x: Float[Array, "tokens embed"],
+    chosen: Int32[Array, "tokens chosen"],
+    weights: Float[Array, "tokens chosen"],
+    gate_up: Shaped[Array, "experts embed 2 mlp"],
+    gate_up_bias: Float[Array, "experts 2 mlp"] | None,
+    down: Shaped[Array, "experts mlp embed"],
+    *,
+    gating: Gating,
+) -> tuple[Float[Array, "tokens embed"], Int32[Array, " experts"]]:
+    """What a device's part of the experts adds to each token, in float32, and tokens of each expert.
+
+    Args:
+        chosen: the experts of each token; those beyond the last stand for none.
+    """
+    count, embed = gate_up.shape[:2]
+    order = jnp.argsort(chosen.reshape(-1), stable=True)
+    expert = chosen.reshape(-1)[order]
+    # not a histogram: scatters are slow on TPU, and this is one fused sum
+    load = (chosen.reshape(-1, 1) == jnp.arange(count)).sum(axis=0, dtype=jnp.int32)
+    rows = take_rows(x, order // chosen.shape[1])
+    hidden = grouped_matmul(rows, gate_up.reshape(count, embed, -1), load)
+    hidden = hidden.reshape(len(rows), 2, -1)
+    if gate_up_bias is not None:
+        hidden += gate_up_bias.astype(jnp.float32).at[expert].get(mode="clip")
+    hidden = gating(hidden[:, 0], hidden[:, 1]).astype(x.dtype)
+    out = grouped_matmul(hidden, down, load)
+    out = out[jnp.argsort(order)].reshape(*chosen.shape, embed)
+    return (weights[:, :, None] * out).sum(axis=1), load

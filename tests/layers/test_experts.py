@@ -1,0 +1,121 @@
+"""Experts against a product with every expert for every token, and what a token may not depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jaxtyping import Array
+
+from jaxllm.layers.experts import Experts, Gating
+from jaxllm.layers.packing import pack_layers
+from jaxllm.layers.router import Routing
+from jaxllm.parallel import make_mesh, partition_spec
+from pallas_kernels.packed_matmul import as_backend
+
+EXPERTS, EMBED, MLP, CHOSEN, TOKENS = 6, 32, 24, 2, 40
+
+
+def make(*, bias: bool = False, gating: Gating = Gating(), dtype: str = "float32") -> Experts:  # noqa: B008
+    """Experts with random weights of a size at which all of them matter."""
+    rngs = nnx.Rngs(0)
+    experts = Experts(EXPERTS, EMBED, MLP, gating=gating, bias=bias, dtype=jnp.dtype(dtype), rngs=rngs)
+    random = np.random.default_rng(0)
+    for layer, fan_in in ((experts.gate_up, EMBED), (experts.down, MLP)):
+        weight = random.normal(size=layer.weight.shape) * fan_in**-0.5
+        layer.weight[...] = jnp.asarray(weight, dtype)
+        if layer.bias is not None:
+            layer.bias[...] = jnp.asarray(random.normal(size=layer.bias.shape), dtype)
+    return experts
+
+
+def tokens(dtype: str = "float32") -> Array:
+    return jnp.asarray(np.random.default_rng(1).normal(size=(TOKENS, EMBED)), dtype)
+
+
+def choose(seed: int = 2) -> Routing:
+    random = np.random.default_rng(seed)
+    chosen = np.stack([random.permutation(EXPERTS)[:CHOSEN] for _ in range(TOKENS)])
+    return Routing(jnp.asarray(chosen, jnp.int32), jnp.asarray(random.random(chosen.shape), jnp.float32))
+
+
+def run(experts: Experts, x: Array, routing: Routing, used: int = TOKENS, devices: int = 1) -> Array:
+    """The layer in a program, its weights cut over devices."""
+    mesh = make_mesh(devices)
+    with jax.set_mesh(mesh):
+        graph, state = nnx.split(experts)
+
+        def place(param: nnx.Param[Array]) -> nnx.Variable[Array]:
+            sharding = jax.sharding.NamedSharding(mesh, partition_spec(param.get_metadata()["axes"]))
+            return param.replace(jax.device_put(param[...], sharding))
+
+        state = jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+
+        @jax.jit
+        def call(state: nnx.State, x: Array, routing: Routing) -> tuple[Array, Array]:
+            return nnx.merge(graph, state)(x, routing, jnp.arange(TOKENS) < used)
+
+        out, load = call(state, x, routing)
+    expected = np.bincount(np.asarray(routing.experts)[:used].ravel(), minlength=EXPERTS)
+    np.testing.assert_array_equal(load, expected)
+    return out
+
+
+def expect(experts: Experts, x: Array, routing: Routing, gating: Gating) -> np.ndarray:
+    """Every expert for every token, weighted with zero where it was not chosen."""
+    gate_up, down = experts.gate_up, experts.down
+    hidden = np.einsum("te,xeum->txum", x, gate_up.weight[...])
+    if gate_up.bias is not None:
+        hidden += np.asarray(gate_up.bias[...])
+    hidden = gating(jnp.asarray(hidden[:, :, 0]), jnp.asarray(hidden[:, :, 1]))
+    out = np.einsum("txm,xme->txe", hidden, down.weight[...])
+    if down.bias is not None:
+        out += np.asarray(down.bias[...])
+    weights = np.zeros((TOKENS, EXPERTS))
+    np.put_along_axis(weights, np.asarray(routing.experts), np.asarray(routing.weights), axis=1)
+    return np.einsum("tx,txe->te", weights, out)
+
+
+@pytest.mark.parametrize(("devices", "biased"), [(1, False), (2, False), (8, False), (1, True), (4, True)])
+def test_equals_all_experts_for_all_tokens(devices: int, biased: bool) -> None:
+    gating = Gating(limit=0.8, alpha=1.7) if biased else Gating()
+    experts, x, routing = make(bias=biased, gating=gating), tokens(), choose()
+    out = run(experts, x, routing, devices=devices)
+    np.testing.assert_allclose(out, expect(experts, x, routing, gating), atol=1e-5)
+
+
+def test_no_token_is_dropped_where_all_go_to_one_expert() -> None:
+    experts, x = make(), tokens()
+    routing = Routing(jnp.full((TOKENS, 1), 3, jnp.int32), jnp.ones((TOKENS, 1), jnp.float32))
+    np.testing.assert_allclose(run(experts, x, routing), expect(experts, x, routing, Gating()), atol=1e-5)
+
+
+def test_token_does_not_depend_on_its_company() -> None:
+    """The same bits, whoever else is in the step and whichever experts they keep busy."""
+    experts, x, routing = make(), tokens(), choose()
+    out = run(experts, x, routing)
+    others = choose(3)
+    for place in (0, 17, 39):
+        changed = Routing(
+            others.experts.at[place].set(routing.experts[place]),
+            others.weights.at[place].set(routing.weights[place]),
+        )
+        again = run(experts, (5.0 * x).at[place].set(x[place]), changed)
+        np.testing.assert_array_equal(again[place], out[place])
+
+
+def test_padding_costs_nothing_and_changes_nothing() -> None:
+    """Tokens that are not used go to no expert, even if they are full of NaN."""
+    experts, x, routing = make(bias=True), tokens(), choose()
+    out = run(experts, x, routing)
+    part = run(experts, x.at[9:].set(jnp.nan), routing, used=9)
+    np.testing.assert_array_equal(part[:9], out[:9])
+    np.testing.assert_array_equal(part[9:], 0.0)
+
+
+def test_bfloat16_weights_are_kept_as_bits_on_cpu() -> None:
+    experts, x, routing = make(dtype="bfloat16"), tokens("bfloat16"), choose()
+    plain = run(experts, x, routing)
+    pack_layers(experts, as_backend("cpu"))
+    assert experts.gate_up.weight[...].dtype == jnp.uint16
+    np.testing.assert_array_equal(run(experts, x, routing), plain)
