@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxllm.models.base import DecoderConfig
 from jaxllm.plan.roofline import Work
 from jaxllm.runner.kernels import attention_problems
+from pallas_kernels.grouped_matmul import Problem as GroupedProblem
+from pallas_kernels.grouped_matmul.work import expected_groups, grouped_bytes, grouped_flops
 from pallas_kernels.paged_attention import Problem
 from pallas_kernels.paged_attention.work import attention_bytes, attention_flops
 
@@ -19,15 +22,19 @@ class Kernels:
 
     Attributes:
         attention: of each layer.
+        model: cut for the mesh.
+        grouped: products with experts' weights that are kernels, of all layers.
     """
 
     attention: Sequence[Problem]
+    model: DecoderConfig
+    grouped: int
 
     @classmethod
-    def of(cls, model: DecoderConfig, mesh: Mesh, page_size: int) -> Self:
+    def of(cls, model: DecoderConfig, mesh: Mesh, page_size: int, grouped: int) -> Self:
         """Those of a model that is cut for the mesh."""
         kinds = {problem.sliding_window: problem for problem in attention_problems(model, mesh, page_size)}
-        return cls([kinds[window] for window in model.layer_windows])
+        return cls([kinds[window] for window in model.layer_windows], model, grouped)
 
     def work(self, rows: int, tokens: int, context: int) -> Work:
         """Of a step whose rows are all alike.
@@ -36,7 +43,39 @@ class Kernels:
             tokens: new ones of each row.
             context: keys of each row, the new tokens' included.
         """
-        return Work(
+        attention = Work(
             sum(attention_flops(problem, rows, tokens, context) for problem in self.attention),
             sum(attention_bytes(problem, rows, tokens, context) for problem in self.attention),
+        )
+        return attention + self._experts(rows * tokens)
+
+    def _experts(self, tokens: int) -> Work:
+        """Half of the products lead into the experts, half out of them. Tokens are spread at random."""
+        mixture = self.model.mixture
+        if mixture is None:
+            return Work()
+        experts, per_token = mixture.routing.experts, mixture.routing.per_token
+        used = expected_groups(experts, per_token, tokens)
+        size = mixture.expert_size // self.model.tensor_parallel_size
+        products = [
+            self._product(tokens * per_token, experts, self.model.hidden_size, 2 * size),
+            self._product(tokens * per_token, experts, size, self.model.hidden_size),
+        ]
+        return Work(
+            self.grouped / 2 * sum(map(grouped_flops, products)),
+            self.grouped / 2 * sum(grouped_bytes(product, used) for product in products),
+        )
+
+    def _product(self, rows: int, experts: int, inputs: int, outputs: int) -> GroupedProblem:
+        dtype, device = jnp.dtype(self.model.dtype), self.attention[0]
+        return GroupedProblem(
+            device.platform,
+            device.device_kind,
+            rows,
+            experts,
+            inputs,
+            outputs,
+            dtype,
+            dtype,
+            jnp.dtype(jnp.float32),
         )

@@ -1,5 +1,6 @@
 """Makes plans of a model: compiles its steps for a layout, and reads what they need."""
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Planner:
         lowering, num_pages = fit_memory(self.config, layout, programs.lowering, prefill)
         requests = self._requests(lowering, num_pages)
         decode = self._compile(programs, "decode", layout, requests, num_pages)
-        kernels = Kernels.of(model, lowering.mesh, lowering.sizes.page_size)
+        kernels = Kernels.of(model, lowering.mesh, lowering.sizes.page_size, prefill.grouped_kernels)
         estimator = Estimator(
             layout, lowering.buckets, kernels, decode, prefill, LOGIT_BYTES * model.vocab_size
         )
@@ -137,4 +138,12 @@ def planner_of(
         raise TypeError(f"{unused[0]}: no option of plans; there are {', '.join(sorted(PLANNED))}")
     config = EngineConfig.create(model, **options)
     with closing(open_configs(config.model)) as checkpoint:
+        if config.model.dtype == "auto" and not _names_dtype(checkpoint.config):
+            # the weights would tell, which are not here; the chips' rates are for bfloat16
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
         return Planner(config, checkpoint, workload, few_layers, config.compile.progress)
+
+
+def _names_dtype(hf: Mapping[str, Any]) -> bool:
+    """Whether a config.json says what its weights are."""
+    return any(hf.get(name) is not None for name in ("dtype", "torch_dtype"))

@@ -10,7 +10,7 @@ import jax
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.lowering import Lowering
 from pallas_kernels.targets.compiled import CompiledText, Traffic
-from pallas_kernels.targets.work import memory_bytes, product_flops
+from pallas_kernels.targets.work import grouped_kernels, memory_bytes, product_flops
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Step:
         tokens: of its bucket.
         flops: of its products.
         nbytes: that it reads from and writes to the chip's memory.
+        grouped_kernels: products with experts' weights that are kernels.
         collectives: what it sends to other chips, by kind.
         temporaries: bytes of the chip's memory beside arguments and results.
         outputs: bytes of results that are no arguments updated in place.
@@ -31,6 +32,7 @@ class Step:
     tokens: int
     flops: float
     nbytes: float
+    grouped_kernels: int
     collectives: Mapping[str, Traffic]
     temporaries: int
     outputs: int
@@ -51,6 +53,7 @@ def compile_step(lowering: Lowering, bucket: Bucket, num_pages: int) -> Step:
         bucket.tokens,
         costs["flops"] if costs else product_flops(text),
         memory_bytes(text),
+        grouped_kernels(text),
         text.collectives(),
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -73,6 +76,7 @@ def on_line(first: Step, second: Step, share: float) -> Step:
         round(along("tokens")),
         along("flops"),
         along("nbytes"),
+        round(along("grouped_kernels")),
         {
             kind: Traffic(
                 round(one.count + share * (other.count - one.count)),

@@ -45,6 +45,15 @@ def product_flops(text: CompiledText) -> int:
     return sum(_dot_flops(text, one) for one in text.instructions if one.opcode == "dot")
 
 
+def grouped_kernels(text: CompiledText) -> int:
+    """How many products with experts' weights are kernels, `pallas_kernels.grouped_matmul`'s or XLA's own.
+
+    XLA for TPU makes one of a `ragged_dot`; elsewhere that becomes a dot with the weights of all experts.
+    """
+    calls = text.custom_calls().get("tpu_custom_call", [])
+    return sum("ragged-dot-none" in one.name or "grouped_matmul" in one.line for one in calls)
+
+
 def _dot_flops(text: CompiledText, dot: Instruction) -> int:
     left, contracted = text.by_name[dot.operands[0]], _CONTRACTED.search(dot.line)
     [sizes], [result] = _shapes(left.result), _shapes(dot.result)
