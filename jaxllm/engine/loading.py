@@ -33,7 +33,7 @@ from jaxllm.runner.identity import CannotIdentifyError, identify
 from jaxllm.runner.kept import KeptPrograms
 from jaxllm.runner.kernels import check_kernel, choose_attention, prepare_attention
 from jaxllm.runner.lowering import Lowering
-from jaxllm.runner.memory import measure
+from jaxllm.runner.memory import PROBE_PAGES, measure
 from jaxllm.runner.products import Products, check_products, choose_products, prepare_products
 from jaxllm.runner.programs import Programs, use_compilation_cache
 from jaxllm.runner.runner import Runner, allocate
@@ -145,11 +145,13 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
         merge = partial(abstract.merge, structure)
         lowering = make_lowering(config, model, merge, parameters, mesh, attention.backend, products.backend)
 
-        def kept(lowering: Lowering) -> KeptPrograms | None:
-            return threads.submit(_kept_programs, config, architecture, lowering).result()
+        def kept(lowering: Lowering, num_pages: int) -> KeptPrograms | None:
+            return threads.submit(_kept_programs, config, architecture, lowering, num_pages).result()
 
-        lowering, num_pages = fit_pages(config, lowering, lambda: measure(lowering, kept(lowering)))
-        programs = Programs(lowering.programs(num_pages), kept(lowering))
+        lowering, num_pages = fit_pages(
+            config, lowering, lambda: measure(lowering, kept(lowering, PROBE_PAGES))
+        )
+        programs = Programs(lowering.programs(num_pages), kept(lowering, num_pages))
         failed.callback(programs.close)
         first = list(lowering.first_programs if config.compile.compile_in_background else programs)
         laps.programs = lambda: (sum(key in programs for key in first), len(first))
@@ -202,7 +204,7 @@ def _compare_options(threads: ThreadPoolExecutor) -> None:
 
 
 def _kept_programs(
-    config: EngineConfig, architecture: type[CausalLM], lowering: Lowering
+    config: EngineConfig, architecture: type[CausalLM], lowering: Lowering, num_pages: int
 ) -> KeptPrograms | None:
     """Where programs are kept whole. Where they cannot be, jax keeps what XLA makes of them.
 
@@ -210,10 +212,11 @@ def _kept_programs(
     """
     if not config.compile.compilation_cache:
         return None
-    folder = config.compile.compilation_cache_dir or Path(platformdirs.user_cache_dir("jaxllm")) / "programs"
+    own = config.compile.compilation_cache_dir
+    folder = Path(platformdirs.user_cache_dir("jaxllm")) / "programs" if own is None else Path(own)
     try:
         if config.compile.keep_executables:
-            identity = identify(lowering, architecture)
+            identity = identify(lowering, architecture, num_pages)
             return KeptPrograms(folder / "whole", identity, list(lowering.mesh.devices.flat))
     except CannotIdentifyError as reason:
         logger.info("programs are traced at each start, because they cannot be kept whole: %s", reason)

@@ -40,8 +40,8 @@ class CannotIdentifyError(Exception):
     """Something that a program may depend on cannot be described; the message says what."""
 
 
-def identify(lowering: Lowering, architecture: type[CausalLM]) -> str:
-    """The text for the programs of a lowering.
+def identify(lowering: Lowering, architecture: type[CausalLM], num_pages: int) -> str:
+    """The text for the programs of a lowering, with pools of that many pages.
 
     To be called in a thread like those that trace: options of jax can be set for a thread alone.
 
@@ -57,6 +57,7 @@ def identify(lowering: Lowering, architecture: type[CausalLM]) -> str:
         "weights": lowering.params,
         "layout": lowering.layout,
         "sizes": lowering.sizes,
+        "pages": num_pages,
         "sampler": lowering.sampler,
         "attention": (backend.name, backend.attend, backend.layout),
         "products": products and (products.name, products.multiply),
@@ -94,6 +95,8 @@ def describe(value: Any) -> str:
             return f"{describe(type(value))}.{value.name}"
         case tuple() | list():
             return f"[{', '.join(map(describe, value))}]"
+        case frozenset():
+            return f"{{{', '.join(sorted(map(describe, value)))}}}"
         case Mapping():
             return f"{{{', '.join(sorted(f'{describe(k)}: {describe(v)}' for k, v in value.items()))}}}"
         case np.dtype():
