@@ -1,8 +1,12 @@
 """`jaxllm plan`: what a model would take and give on chips that need not be there."""
 
 import argparse
+import contextlib
 import json
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from jaxllm.cli.bench_options import add_report_flags, at_least_one, rate
@@ -49,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, part in get_type_hints(EngineConfig).items():
         fields = [f for owner, f in option_fields() if owner.name == name and f.name in PLANNED]
         add_flags(group, part, fields)
+    parser.add_argument(
+        "--save",
+        metavar="DIR",
+        type=Path,
+        help="keep all programs for hosts of that kind to start from (TPU slices of one host; "
+        "loading them there is untested)",
+    )
     add_report_flags(parser, picture="the mesh, a chip's memory and a step's time")
 
 
@@ -95,10 +106,29 @@ def run(arguments: argparse.Namespace) -> int:
     workload = Workload(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
     targets = [Target.parse(name) for name in arguments.target]
     options = given(arguments, [f for _, f in option_fields() if f.name in PLANNED])
+    with _without_messages():
+        for target in targets:
+            target.devices()
     planner = planner_of(arguments.model, workload, few_layers=arguments.few_layers, options=options)
     if arguments.search:
         return _search(arguments, planner, targets)
     return _plan(arguments, planner, targets[0])
+
+
+@contextlib.contextmanager
+def _without_messages() -> Iterator[None]:
+    """Without what compilers write to stderr when they are loaded: that there are no chips.
+
+    They do so by themselves, past Python and before any setting of theirs is read. Errors are raised.
+    """
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -110,6 +140,8 @@ def _check(arguments: argparse.Namespace) -> None:
         arguments.usage_error(
             f"--price-per-chip-hour: give it once, or for each of the {len(targets)} targets"
         )
+    if arguments.search and arguments.save:
+        arguments.usage_error("--save: keeps one layout's programs; leave out --search")
     if arguments.search:
         for name in ("tensor_parallel_size", "data_parallel_size"):
             if getattr(arguments, name, None) is not None:
@@ -125,15 +157,20 @@ def _prices(arguments: argparse.Namespace) -> list[float | None]:
 def _plan(arguments: argparse.Namespace, planner: "Planner", target: "Target") -> int:
     from jaxllm.plan.layout import Layout
     from jaxllm.plan.picture import draw_plan
+    from jaxllm.plan.saving import check_saving
     from jaxllm.plan.search import plan_or_advise
     from jaxllm.plan.table import plan_table
 
     size = planner.config.parallel.tensor_parallel_size
     layout = Layout.make(target, size, arguments.data_parallel_size)
+    if arguments.save:
+        check_saving(arguments.save, layout)
     plan = plan_or_advise(planner, layout, _prices(arguments)[0])
     print(json.dumps(plan.to_dict()) if arguments.json else plan_table(plan))
     if arguments.plot:
         draw_plan(plan, arguments.plot)
+    if arguments.save:
+        print(planner.save(plan, arguments.save), file=sys.stderr)
     return 0
 
 

@@ -216,12 +216,23 @@ def _kept_programs(
     folder = Path(platformdirs.user_cache_dir("jaxllm")) / "programs" if own is None else Path(own)
     try:
         if config.compile.keep_executables:
-            identity = identify(lowering, architecture, num_pages)
-            return KeptPrograms(folder / "whole", identity, list(lowering.mesh.devices.flat))
+            return keep_whole(folder, architecture, lowering, num_pages)
     except CannotIdentifyError as reason:
         logger.info("programs are traced at each start, because they cannot be kept whole: %s", reason)
     use_compilation_cache(folder)
     return None
+
+
+def keep_whole(
+    folder: Path, architecture: type[CausalLM], lowering: Lowering, num_pages: int
+) -> KeptPrograms:
+    """Where programs are kept whole in a cache folder.
+
+    Raises:
+        CannotIdentifyError: nobody could tell them from others.
+    """
+    identity = identify(lowering, architecture, num_pages)
+    return KeptPrograms(folder / "whole", identity, list(lowering.mesh.devices.flat))
 
 
 def _open(config: EngineConfig) -> Checkpoint:

@@ -96,7 +96,7 @@ def find_slice(target: Target, chips: int) -> Target:
     exact = [one for one in inside if one.num_chips == chips]
     # the most compact: its chips are nearest to each other
     exact.sort(key=lambda one: max(one.shape))
-    larger = [one for one in inside if chips < one.num_chips == inside[0].num_chips]
+    larger = [one for one in inside if one.num_chips > chips]
     if not exact and not larger:
         raise ValueError(
             f"tensor_parallel_size={chips}: {target} cannot be cut into slices of so many chips; it can into "

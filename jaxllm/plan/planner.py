@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jaxllm.plan.memory import count_requests, describe_memory, fit_memory, requ
 from jaxllm.plan.options import PLANNED
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.programs import StepPrograms, make_programs
+from jaxllm.plan.saving import save_programs
 from jaxllm.plan.source import open_configs
 from jaxllm.plan.step import Step
 from jaxllm.plan.workload import Workload
@@ -42,6 +44,7 @@ class Planner:
 
     config: EngineConfig
     checkpoint: Checkpoint
+    architecture: type[CausalLM]
     workload: Workload
     few_layers: bool = False
     progress: bool = True
@@ -86,21 +89,23 @@ class Planner:
 
     def programs(self, layout: Layout) -> tuple[DecoderConfig, StepPrograms]:
         """The model cut for the layout, and its programs, none of which is compiled yet."""
-        mesh, architecture = layout.mesh(), self.architecture
-        model = read_model(self.config, self.checkpoint, architecture, mesh)
+        mesh = layout.mesh()
+        model = read_model(self.config, self.checkpoint, self.architecture, mesh)
         if (dtype := jnp.dtype(model.dtype)) != jnp.bfloat16:
             raise ValueError(f"dtype={dtype.name}: rates are known for bfloat16; give dtype='bfloat16'")
         self.workload.check(self.config.model.max_model_len or model.max_position_embeddings)
-        return model, make_programs(self.config, architecture, model, mesh, few_layers=self.few_layers)
+        return model, make_programs(self.config, self.architecture, model, mesh, few_layers=self.few_layers)
 
-    @property
-    def architecture(self) -> type[CausalLM]:
-        """The class that serves the model.
-
-        Raises:
-            ValueError: none does; the message lists those there are.
-        """
-        return ModelRegistry.resolve(self.checkpoint.config)
+    def save(self, plan: Plan, folder: Path) -> str:
+        """Keeps all programs of a plan, see `jaxllm.plan.saving`, and says how an engine finds them."""
+        _, programs = self.programs(plan.layout)
+        lowering = programs.lowering.with_max_model_len(plan.max_model_len)
+        pages = plan.memory.num_pages
+        count = save_programs(folder, self.architecture, lowering, pages + 1, progress=self.progress)
+        return (
+            f"{count} programs are in {folder}; an engine with the same options and --num-pages {pages} "
+            f"--max-model-len {plan.max_model_len} --compilation-cache-dir {folder} looks for them there"
+        )
 
     def _requests(self, lowering: Lowering, num_pages: int) -> int:
         """At a time on each replica."""
@@ -132,7 +137,7 @@ def planner_of(
     Raises:
         CheckpointError: the model's config cannot be found, read or reached.
         TypeError: an option that no plan depends on, or that is unknown.
-        ValueError: an option out of range.
+        ValueError: an option out of range, or a model of a family that is not served.
     """
     if unused := sorted(set(options).difference(PLANNED)):
         raise TypeError(f"{unused[0]}: no option of plans; there are {', '.join(sorted(PLANNED))}")
@@ -141,7 +146,8 @@ def planner_of(
         if config.model.dtype == "auto" and not _names_dtype(checkpoint.config):
             # the weights would tell, which are not here; the chips' rates are for bfloat16
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
-        return Planner(config, checkpoint, workload, few_layers, config.compile.progress)
+        architecture = ModelRegistry.resolve(checkpoint.config)
+        return Planner(config, checkpoint, architecture, workload, few_layers, config.compile.progress)
 
 
 def _names_dtype(hf: Mapping[str, Any]) -> bool:

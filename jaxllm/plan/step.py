@@ -43,7 +43,7 @@ class Step:
 def compile_step(lowering: Lowering, bucket: Bucket, num_pages: int) -> Step:
     """Compiles a bucket's forward pass, and reads what came out."""
     begin = time.perf_counter()
-    with _anew():
+    with compiling_anew():
         compiled = lowering.forward(bucket, num_pages).compile()
     seconds = time.perf_counter() - begin
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
@@ -92,7 +92,7 @@ def on_line(first: Step, second: Step, share: float) -> Step:
 
 
 @contextmanager
-def _anew() -> Iterator[None]:
+def compiling_anew() -> Iterator[None]:
     """Without jax's cache on disk: a program for another chip cannot be loaded from there."""
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)

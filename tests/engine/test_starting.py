@@ -95,7 +95,7 @@ def test_a_second_start_traces_nothing(
         assert more.get_metrics()["programs_loaded"] == 0
         pages = more._core.runner._cache
         assert pages is not None
-        assert pages[0].shape[0] == 78 or pages[0].shape[1] == 78
+        assert 78 in pages[0].shape
 
 
 @pytest.fixture
