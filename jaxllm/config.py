@@ -120,12 +120,17 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model is laid out over devices."""
+    """How the model is laid out over devices: as many as the sizes' product."""
 
     tensor_parallel_size: int = option(1, "devices that share each layer's heads and columns")
+    expert_parallel_size: int = option(
+        1, "groups of such devices that share the experts; heads are cut over all of them"
+    )
+    pipeline_parallel_size: int = option(1, "groups of those, each with a run of the layers and its pages")
 
     def __post_init__(self) -> None:
-        _positive("tensor_parallel_size", self.tensor_parallel_size)
+        for size in dataclasses.fields(self):
+            _positive(size.name, getattr(self, size.name))
 
 
 class AttentionBackend(Protocol):

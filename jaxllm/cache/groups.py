@@ -45,7 +45,7 @@ class GroupSpec:
 class CacheLayout:
     """Where each layer's keys and values live.
 
-    slots: for each layer (its group, its pool array).
+    slots: for each layer, from the first on that it is for, (its group, its pool array).
     """
 
     groups: tuple[GroupSpec, ...]
@@ -55,6 +55,19 @@ class CacheLayout:
     def num_pools(self) -> int:
         """Pool arrays to make: as many as the largest group has layers."""
         return max(len(group.layers) for group in self.groups)
+
+    def part(self, layers: range) -> "CacheLayout":
+        """Where some of the layers, in order, live when the others live elsewhere.
+
+        The groups are the same, some of them perhaps without layers: they share page tables everywhere, and
+        the pages of an id are as many as there are parts.
+        """
+        groups = tuple(
+            GroupSpec(group.window, tuple(layer for layer in group.layers if layer in layers))
+            for group in self.groups
+        )
+        slots = [(g, groups[g].layers.index(layer)) for layer in layers for g in (self.slots[layer][0],)]
+        return CacheLayout(groups, tuple(slots))
 
 
 def group_layers(windows: Sequence[int | None]) -> CacheLayout:

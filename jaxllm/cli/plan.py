@@ -78,7 +78,9 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 def _add_search(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search")
     group.add_argument(
-        "--search", action="store_true", help="try all layouts of the targets that fit, and rank them"
+        "--search",
+        action="store_true",
+        help="try all layouts of the targets that fit, and rank them; experts are cut or whole",
     )
     group.add_argument(
         "--price-per-chip-hour",
@@ -143,7 +145,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.search and arguments.save:
         arguments.usage_error("--save: keeps one layout's programs; leave out --search")
     if arguments.search:
-        for name in ("tensor_parallel_size", "data_parallel_size"):
+        for name in ("tensor_parallel_size", "expert_parallel_size", "data_parallel_size"):
             if getattr(arguments, name, None) is not None:
                 arguments.usage_error(f"--{name.replace('_', '-')}: --search tries all; leave it out")
 
@@ -161,8 +163,10 @@ def _plan(arguments: argparse.Namespace, planner: "Planner", target: "Target") -
     from jaxllm.plan.search import plan_or_advise
     from jaxllm.plan.table import plan_table
 
-    size = planner.config.parallel.tensor_parallel_size
-    layout = Layout.make(target, size, arguments.data_parallel_size)
+    sizes = planner.config.parallel
+    layout = Layout.make(
+        target, sizes.tensor_parallel_size, sizes.expert_parallel_size, arguments.data_parallel_size
+    )
     if arguments.save:
         check_saving(arguments.save, layout)
     plan = plan_or_advise(planner, layout, _prices(arguments)[0])

@@ -13,13 +13,14 @@ import yaml
 from jaxllm.cli.flags import add_flags, flag_name, given
 from jaxllm.cli.options import add_engine_flags, engine_options
 from jaxllm.config import EngineConfig, option_fields
-from jaxllm.engine.vllm_options import MEANINGLESS, REFUSED, translate
+from jaxllm.engine.vllm_options import COMBINED, MEANINGLESS, REFUSED, translate
 from jaxllm.server.config import PARTS, AccessConfig, ServerConfig
 
 KEY_VARIABLE = "JAXLLM_API_KEY"
 """Environment variable with keys, apart by commas."""
 _OWN = {field.name for part in PARTS.values() for field in dataclasses.fields(part)}
-_VLLM_ONLY = sorted((set(REFUSED) | MEANINGLESS) - _OWN - {field.name for _, field in option_fields()})
+_VLLM = REFUSED.keys() | COMBINED | MEANINGLESS
+_VLLM_ONLY = sorted(_VLLM - _OWN - {field.name for _, field in option_fields()})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = arguments.model = arguments.model or arguments.model_flag
     if not model:
         arguments.usage_error("MODEL is missing: give it first, as --model, or in the --config file")
-    _check_vllm_flags(arguments)
-    options = engine_options(arguments)
+    options = _with_vllm_flags(arguments, engine_options(arguments))
     options.setdefault("progress", False)  # the log says how far loading is
     try:
         config = _server_config(arguments)
@@ -113,12 +113,13 @@ def _server_config(arguments: argparse.Namespace) -> ServerConfig:
     )
 
 
-def _check_vllm_flags(arguments: argparse.Namespace) -> None:
-    """Says what becomes of vLLM's flags that have no meaning here, or cannot be served."""
+def _with_vllm_flags(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """The engine's options, and what vLLM's flags ask for; says which of those have no meaning here."""
     found = {name: getattr(arguments, name) for name in _VLLM_ONLY if hasattr(arguments, name)}
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         try:
-            translate(found)
+            return translate(options | found)
         except NotImplementedError as error:
             arguments.usage_error(str(error))
+            raise  # not reached: a usage error ends the program

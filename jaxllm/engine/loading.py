@@ -1,7 +1,8 @@
 """From a config to an engine's parts: tokenizer, weights on the mesh, pages, compiled programs."""
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from jaxtyping import Array
 from converters.blank import BlankCheckpoint, locate_configs
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.tokenizer import TextTokenizer, open_tokenizer
-from jaxllm.config import EngineConfig
+from jaxllm.config import EngineConfig, ParallelConfig
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.inputs import InputProcessor, default_sampling_params, find_eos_token_ids
 from jaxllm.engine.laps import Laps
@@ -28,15 +29,18 @@ from jaxllm.models import abstract
 from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.models.loading import load_weights
 from jaxllm.models.registry import ModelRegistry
-from jaxllm.parallel import make_mesh
+from jaxllm.models.stages import Stage, StageWeights, load_stages, stage_merge, stage_parameters
+from jaxllm.parallel import adopt_mesh, make_mesh, stage_meshes
 from jaxllm.runner.identity import CannotIdentifyError, identify
 from jaxllm.runner.kept import KeptPrograms
 from jaxllm.runner.kernels import check_kernel, choose_attention, prepare_attention
 from jaxllm.runner.lowering import Lowering
 from jaxllm.runner.memory import PROBE_PAGES, measure
+from jaxllm.runner.pipeline import first_programs, make_programs
 from jaxllm.runner.products import Products, check_products, choose_products, prepare_products
-from jaxllm.runner.programs import Programs, use_compilation_cache
-from jaxllm.runner.runner import Runner, allocate
+from jaxllm.runner.programs import use_compilation_cache
+from jaxllm.runner.runner import Runner
+from jaxllm.runner.stage import StageRunner, allocate
 from pallas_kernels.paged_attention import Backend
 from pallas_kernels.registry import Choice
 
@@ -70,27 +74,33 @@ class WeightSource:
     config: EngineConfig
     architecture: type[CausalLM]
     model: DecoderConfig
-    mesh: Mesh
     parameters: Mapping[str, abstract.Parameter]
+    parts: Sequence[Mapping[str, abstract.Parameter]]
+    """Those of each stage."""
+    meshes: Sequence[Mesh]
+    """Of each stage."""
 
-    def __call__(self) -> tuple[Array, ...]:
+    def __call__(self) -> StageWeights:
         """Loads the weights, or makes random ones, each in its sharding."""
         with closing(_open(self.config)) as checkpoint:
             return self.load(checkpoint)
 
-    def load(self, checkpoint: Checkpoint) -> tuple[Array, ...]:
+    def load(self, checkpoint: Checkpoint) -> StageWeights:
         """The same, of a checkpoint that is open already."""
-        with jax.set_mesh(self.mesh):
+
+        def load(meshes: Mapping[str, Mesh]) -> tuple[Array, ...]:
             if self.config.model.load_format == "dummy":
-                return abstract.materialize(self.parameters, self.mesh, self.config.model.seed)
+                return abstract.materialize(self.parameters, meshes, self.config.model.seed)
             return load_weights(
                 checkpoint,
                 self.architecture.rules,
                 self.parameters,
                 self.model.geometry,
-                self.mesh,
+                meshes,
                 progress=self.config.compile.progress,
             )
+
+        return load_stages(load, self.parameters, self.parts, self.meshes)
 
 
 def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None = None) -> EngineParts:
@@ -100,7 +110,7 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
     enough programs to run every request; others go on being compiled, unless the config says otherwise.
 
     Args:
-        mesh: with the axes of `make_mesh`, to run on other devices than the first ones.
+        mesh: with axes of `make_mesh`, to run on other devices than the first ones.
         laps: written to as the parts of loading end, for somebody who looks on.
 
     Raises:
@@ -113,10 +123,11 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
     check_kernel(kernel)
     check_products(config.compile.matmul_backend)
     laps = Laps() if laps is None else laps
-    mesh = make_mesh(config.parallel.tensor_parallel_size) if mesh is None else mesh
+    mesh = _choose_mesh(config.parallel, mesh)
+    meshes = stage_meshes(mesh)
     laps.end("devices")
     prepare_attention(kernel, mesh)
-    prepare_products(config.compile.matmul_backend, mesh)
+    prepare_products(config.compile.matmul_backend, meshes[0])
     with (
         ThreadPoolExecutor(thread_name_prefix="load") as threads,
         # closed before the threads are waited for: so they end soon, if something has failed
@@ -126,47 +137,63 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
         _compare_options(threads)
         architecture = ModelRegistry.resolve(checkpoint.config)
         model = read_model(config, checkpoint, architecture, mesh)
-        choose = partial(choose_attention, kernel, model, mesh, config.cache.page_size)
+        choose = partial(choose_attention, kernel, model, meshes[0], config.cache.page_size)
         # what is wrong with somebody's own kernel shows before the weights are loaded
         attention = None if isinstance(kernel, str) else choose()
         laps.end("config")
         with waiting("Building the kernel for products", progress=progress):
-            products = choose_products(config.compile.matmul_backend, model, mesh)
-        with jax.set_mesh(mesh):
+            products = choose_products(config.compile.matmul_backend, model, meshes[0])
+        with jax.set_mesh(meshes[0]):
             structure, parameters = abstract.split(architecture, model, products.backend)
+        stages = [Stage(index, len(meshes)) for index in range(len(meshes))]
+        parts = [stage_parameters(architecture, model, parameters, stage) for stage in stages]
         laps.end("structure")
-        source = WeightSource(config, architecture, model, mesh, parameters)
+        source = WeightSource(config, architecture, model, parameters, parts, meshes)
         loaded = threads.submit(source.load, checkpoint)
         opened = threads.submit(_load_tokenizer, config, checkpoint)
         if attention is None:
             with waiting("Building the attention kernel", progress=progress):
                 attention = choose()
         laps.end("kernels")
-        merge = partial(abstract.merge, structure)
-        lowering = make_lowering(config, model, merge, parameters, mesh, attention.backend, products.backend)
+        lowerings = [
+            make_lowering(
+                config,
+                model,
+                stage_merge(structure, parameters, part, stage),
+                part,
+                stage_mesh,
+                attention.backend,
+                products.backend,
+                stage,
+            )
+            for stage, part, stage_mesh in zip(stages, parts, meshes, strict=True)
+        ]
 
         def kept(lowering: Lowering, num_pages: int) -> KeptPrograms | None:
             return threads.submit(_kept_programs, config, architecture, lowering, num_pages).result()
 
-        lowering, num_pages = fit_pages(
-            config, lowering, lambda: measure(lowering, kept(lowering, PROBE_PAGES))
+        lowerings, num_pages = fit_pages(
+            config, lowerings, lambda lowering: measure(lowering, kept(lowering, PROBE_PAGES))
         )
-        programs = Programs(lowering.programs(num_pages), kept(lowering, num_pages))
+        keeping = [kept(lowering, num_pages) for lowering in lowerings]
+        programs = make_programs(lowerings, num_pages, keeping)
         failed.callback(programs.close)
-        first = list(lowering.first_programs if config.compile.compile_in_background else programs)
+        first = first_programs(lowerings) if config.compile.compile_in_background else list(programs)
         laps.programs = lambda: (sum(key in programs for key in first), len(first))
         if not config.compile.enforce_eager:
             programs.begin()
-        state = threads.submit(allocate, programs)
+        states = [threads.submit(allocate, lowering, programs) for lowering in lowerings]
         laps.end("sizes")
         tokenizer = opened.result()
         generation, eos_config = checkpoint.generation_config, checkpoint.config
         laps.end("tokenizer")
         params = loaded.result()
         laps.end("weights")
-        runner = Runner(
-            lowering, params, num_pages, programs, state.result(), exact=config.compile.enforce_eager
-        )
+        runners = [
+            StageRunner(lowering, programs, part, state.result())
+            for lowering, part, state in zip(lowerings, params, states, strict=True)
+        ]
+        runner = Runner(runners, num_pages, programs, exact=config.compile.enforce_eager)
         laps.end("pages")
         programs.wait(first, progress=progress)
         programs.serve_beside()
@@ -174,15 +201,15 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
         failed.pop_all()
     core = EngineCore(
         runner,
-        make_scheduler(config, lowering, num_pages),
+        make_scheduler(config, runner.lowering, num_pages),
         None if tokenizer is None else Vocabulary(tokenizer),
-        depth=int(config.scheduler.async_scheduling),
+        depth=len(meshes) - 1 + int(config.scheduler.async_scheduling),
         seed=config.model.seed,
     )
     inputs = InputProcessor(
         tokenizer,
         vocab_size=model.vocab_size,
-        max_model_len=lowering.sizes.max_model_len,
+        max_model_len=runner.lowering.sizes.max_model_len,
         max_logprobs=config.model.max_logprobs,
         eos_token_ids=find_eos_token_ids(tokenizer, generation, eos_config),
         default_params=default_sampling_params(generation),
@@ -191,6 +218,34 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
     return EngineParts(
         config, model, mesh, attention, products, core, inputs, tokenizer, source, laps.seconds
     )
+
+
+def _choose_mesh(parallel: ParallelConfig, mesh: Mesh | None) -> Mesh:
+    """The mesh of the config, or somebody's own, which is to agree with it."""
+    sizes = {
+        "stage": ("pipeline_parallel_size", parallel.pipeline_parallel_size),
+        "expert": ("expert_parallel_size", parallel.expert_parallel_size),
+        "tensor": ("tensor_parallel_size", parallel.tensor_parallel_size),
+    }
+    if mesh is None:
+        mesh = make_mesh(
+            parallel.tensor_parallel_size,
+            expert_parallel_size=parallel.expert_parallel_size,
+            pipeline_parallel_size=parallel.pipeline_parallel_size,
+        )
+    else:
+        mesh = adopt_mesh(mesh)
+        for axis, (name, size) in sizes.items():
+            if size not in (1, mesh.shape[axis]):
+                raise ValueError(
+                    f"{name}={size}: the mesh has {mesh.shape[axis]} in its axis {axis!r}; leave it out"
+                )
+    if mesh.shape["stage"] > 1 and len({device.process_index for device in mesh.devices.flat}) > 1:
+        raise NotImplementedError(
+            f"pipeline_parallel_size={mesh.shape['stage']}: stages are not spread over several processes; "
+            "use tensor_parallel_size"
+        )
+    return mesh
 
 
 def _compare_options(threads: ThreadPoolExecutor) -> None:
@@ -272,6 +327,7 @@ def read_model(
     model = architecture.read_config(
         checkpoint.config, dtype=dtype, tensor_parallel_size=mesh.shape["tensor"], max_model_len=wanted
     )
+    model = dataclasses.replace(model, expert_parallel_size=mesh.shape["expert"])
     if wanted is not None and wanted > model.max_position_embeddings:
         raise ValueError(
             f"max_model_len={wanted}: the model has positions up to {model.max_position_embeddings}; lower it"

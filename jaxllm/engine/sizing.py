@@ -2,7 +2,8 @@
 
 import bisect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from jax.sharding import Mesh
 
@@ -11,6 +12,7 @@ from jaxllm.cache.manager import CacheManager
 from jaxllm.config import EngineConfig
 from jaxllm.models.abstract import Parameter
 from jaxllm.models.base import DecoderConfig
+from jaxllm.models.stages import WHOLE, Stage
 from jaxllm.runner.lowering import Lowering, Sizes
 from jaxllm.runner.memory import MemoryUse, count_pages, device_memory, page_bytes
 from jaxllm.runner.step import Merge
@@ -34,8 +36,13 @@ def make_lowering(
     mesh: Mesh,
     backend: Backend,
     products: ProductsBackend | None,
+    stage: Stage = WHOLE,
 ) -> Lowering:
-    """The programs, of the sizes that the config asks for."""
+    """The programs, of the sizes that the config asks for.
+
+    Args:
+        merge, parameters, mesh: of the stage.
+    """
     platform = mesh.devices.flat[0].platform
     defaults = CPU_DEFAULTS if platform == "cpu" else ACCELERATOR_DEFAULTS
     tokens = config.scheduler.max_num_batched_tokens or defaults["max_num_batched_tokens"]
@@ -44,7 +51,7 @@ def make_lowering(
         merge,
         tuple(parameter.kept(mesh) for parameter in parameters.values()),
         mesh,
-        group_layers(model.layer_windows),
+        group_layers(model.layer_windows).part(stage.layers(model.num_layers)),
         Sizes(
             max_num_seqs=config.scheduler.max_num_seqs or defaults["max_num_seqs"],
             max_num_batched_tokens=tokens,
@@ -56,16 +63,17 @@ def make_lowering(
         SamplerConfig(model.vocab_size, processors=registered_logits_processors()),
         backend,
         products,
+        stage,
     )
 
 
 def fit_pages(
     config: EngineConfig,
-    lowering: Lowering,
-    measure_use: Callable[[], MemoryUse],
+    stages: Sequence[Lowering],
+    measure_use: Callable[[Lowering], MemoryUse],
     memory_of: Callable[[Mesh], int] = device_memory,
-) -> tuple[Lowering, int]:
-    """As many pages as fit, the null page included, and no request longer than they hold.
+) -> tuple[list[Lowering], int]:
+    """As many pages as fit in every stage, the null page included, and no request longer than they hold.
 
     Args:
         measure_use, memory_of: see `jaxllm.runner.memory.count_pages`.
@@ -73,11 +81,14 @@ def fit_pages(
     Raises:
         ValueError: too few fit; the message has the numbers and the settings to change.
     """
-    page, mesh = page_bytes(lowering), lowering.mesh
-    num_pages = count_pages(config.cache, page, mesh, measure_use, memory_of)
+    num_pages = min(
+        count_pages(config.cache, page_bytes(stage), stage.mesh, partial(measure_use, stage), memory_of)
+        for stage in stages
+    )
+    lowering = stages[0]
     longest = longest_request(lowering, num_pages)
     if longest >= lowering.sizes.max_model_len:
-        return lowering, num_pages
+        return list(stages), num_pages
     if config.model.max_model_len is not None:
         raise ValueError(
             f"max_model_len={config.model.max_model_len}: {num_pages - 1} pages of {config.cache.page_size} "
@@ -87,7 +98,7 @@ def fit_pages(
         "the pages hold a request of at most %d tokens, fewer than the model's %d; max_model_len=%d",
         longest, lowering.sizes.max_model_len, longest,
     )  # fmt: skip
-    return lowering.with_max_model_len(longest), num_pages
+    return [stage.with_max_model_len(longest) for stage in stages], num_pages
 
 
 def longest_request(lowering: Lowering, num_pages: int) -> int:
@@ -112,4 +123,5 @@ def make_scheduler(config: EngineConfig, lowering: Lowering, num_pages: int) -> 
         max_model_len=sizes.max_model_len,
         policy=config.scheduler.policy,
         enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
+        num_stages=lowering.stage.count,
     )

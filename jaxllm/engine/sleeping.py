@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-import jax
 import numpy as np
-from jaxtyping import Array
 
 from jaxllm.engine.core import EngineCore
+from jaxllm.models.stages import StageWeights
 
 
 class Sleep:
@@ -17,10 +16,10 @@ class Sleep:
         load_weights: loads the weights once more, after a sleep that dropped them.
     """
 
-    def __init__(self, core: EngineCore, load_weights: Callable[[], tuple[Array, ...]]) -> None:
+    def __init__(self, core: EngineCore, load_weights: Callable[[], StageWeights]) -> None:
         self._core = core
         self._load_weights = load_weights
-        self._saved: tuple[np.ndarray, ...] | None = None
+        self._saved: tuple[tuple[np.ndarray, ...], ...] | None = None
         self.active = False
         """Whether the engine sleeps."""
 
@@ -48,11 +47,5 @@ class Sleep:
         """Puts the weights back, from the host's memory or from where they came, with empty pages."""
         if not self.active:
             return
-        runner = self._core.runner
-        if self._saved is None:
-            params = self._load_weights()
-        else:
-            shardings = tuple(shape.sharding for shape in runner.lowering.params)
-            params = tuple(jax.device_put(self._saved, shardings))
-        runner.wake(params)
+        self._core.runner.wake(self._load_weights() if self._saved is None else self._saved)
         self._saved, self.active = None, False

@@ -37,7 +37,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "data_parallel_size": ((1,), "run one engine for each replica"),
     "device": ((), "JAX chooses; start Python with JAX_PLATFORMS=cpu, cuda or tpu"),
     "disable_sliding_window": ((), "lower max_model_len to the window instead"),
-    "enable_expert_parallel": ((), "use tensor_parallel_size"),
     "enable_lora": ((), "merge the adapter into the weights"),
     "enable_prompt_embeds": ((), "pass text or token ids"),
     "guided_decoding_backend": ((), "outputs cannot be held to a grammar"),
@@ -54,7 +53,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_impl": (("vllm",), "models are jaxllm's own; ModelRegistry takes others"),
     "num_lookahead_slots": ((), "every token is sampled by the model itself"),
     "override_generation_config": (({},), "pass SamplingParams"),
-    "pipeline_parallel_size": ((1,), "use tensor_parallel_size"),
     "pooler_config": ((), "models generate text only"),
     "preemption_mode": (("recompute",), "preempted requests are computed again"),
     "quantization": (
@@ -72,6 +70,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tokenizer_revision": ((), "pass tokenizer= with a folder of that revision"),
 }
 """Arguments without effect here: values that do not ask for it, besides `_OFF`; what to do instead."""
+
+COMBINED = frozenset(("enable_expert_parallel",))
+"""Arguments that say what others mean."""
 
 MEANINGLESS = frozenset(
     (
@@ -118,6 +119,8 @@ def translate(options: Mapping[str, Any]) -> dict[str, Any]:
     translated: dict[str, Any] = {}
     meaningless = []
     for name, value in options.items():
+        if name in COMBINED:
+            continue  # with others, below
         if name in RENAMED or name in own:
             if value is not None:
                 translated[RENAMED.get(name, name)] = _value(name, value)
@@ -126,14 +129,24 @@ def translate(options: Mapping[str, Any]) -> dict[str, Any]:
         elif name in MEANINGLESS:
             meaningless.append(name)
         else:
-            near = difflib.get_close_matches(name, [*own, *RENAMED, *REFUSED, *MEANINGLESS], n=3)
+            near = difflib.get_close_matches(name, [*own, *RENAMED, *REFUSED, *COMBINED, *MEANINGLESS], n=3)
             raise TypeError(
                 f"unknown argument {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
             )
+    _lay_out_experts(translated, bool(options.get("enable_expert_parallel")))
     if meaningless:
         names = ", ".join(sorted(meaningless))
         warnings.warn(f"without meaning on JAX, and ignored: {names}", UserWarning, stacklevel=3)
     return {name: value for name, value in translated.items() if value is not None}
+
+
+def _lay_out_experts(translated: dict[str, Any], enabled: bool) -> None:
+    """In vLLM the devices of tensor parallelism share the experts, whole ones, if expert parallelism is on.
+
+    Here heads and columns are cut over the devices of both sizes, so the second one alone is the same.
+    """
+    if enabled and "tensor_parallel_size" in translated and "expert_parallel_size" not in translated:
+        translated["expert_parallel_size"] = translated.pop("tensor_parallel_size")
 
 
 def _value(name: str, value: Any) -> Any:

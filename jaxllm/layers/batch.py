@@ -22,12 +22,14 @@ class Batch:
         groups: where the keys of each cache group lie; layers of one kind share page ids and so a group.
         slots: for each layer its group, and the index of its pool in the cache. Static.
         backend: the attention kernel. Static.
+        first_layer: number of the layer that the first slot is for. Static.
     """
 
     positions: Int[Array, " tokens"]
     groups: tuple[RaggedBatch, ...]
     slots: tuple[tuple[int, int], ...] = field(metadata={"static": True})
     backend: Backend = field(metadata={"static": True})
+    first_layer: int = field(default=0, metadata={"static": True})
 
     @property
     def used(self) -> Bool[Array, " tokens"]:

@@ -8,13 +8,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.layers.packing import Packable, pack_parameter, packing_of
 from jaxllm.layers.parameter import parameter
-from jaxllm.parallel import partition_spec
+from jaxllm.parallel import EVERY_DEVICE, partition_spec
 from pallas_kernels.packed_matmul import Backend
 
 
-def padded_size(vocab_size: int, tensor_parallel_size: int) -> int:
-    """Rows of a table that is cut evenly over the devices."""
-    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
+def padded_size(vocab_size: int, shares: int) -> int:
+    """Rows of a table that is cut evenly over so many devices."""
+    return -(-vocab_size // shares) * shares
 
 
 def take_rows(table: Float[Array, "rows embed"], ids: Int[Array, " n"]) -> Float[Array, "n embed"]:
@@ -35,10 +35,8 @@ class Embedding(Packable):
     Reads rows for tokens, and as a language model's head gives the products with all rows.
     """
 
-    def __init__(
-        self, vocab_size: int, embed: int, *, tensor_parallel_size: int, dtype: jnp.dtype, rngs: nnx.Rngs
-    ) -> None:
-        rows = padded_size(vocab_size, tensor_parallel_size)
+    def __init__(self, vocab_size: int, embed: int, *, shares: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        rows = padded_size(vocab_size, shares)
         self.axes = ("vocab", "embed")
         self.weight = parameter((rows, embed), self.axes, dtype, rngs)
         self.vocab_size = vocab_size
@@ -50,10 +48,10 @@ class Embedding(Packable):
         """Each device looks up the tokens it holds; their sum is what all see, and no table moves."""
 
         def lookup(table: Array, tokens: Array) -> Array:
-            local = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+            local = tokens - jax.lax.axis_index(EVERY_DEVICE) * table.shape[0]
             mine = (local >= 0) & (local < table.shape[0])
             rows = take_rows(table, local)
-            return jax.lax.psum(jnp.where(mine[:, None], rows, 0), "tensor")
+            return jax.lax.psum(jnp.where(mine[:, None], rows, 0), EVERY_DEVICE)
 
         packing = packing_of(self.weight)
         if packing is not None:

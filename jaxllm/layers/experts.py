@@ -16,9 +16,13 @@ from jaxllm.layers.mlp import find_activation
 from jaxllm.layers.packing import Packable, keep_as_bits
 from jaxllm.layers.parameter import parameter, zeros
 from jaxllm.layers.router import Routing
-from jaxllm.parallel import Axes, partition_spec
+from jaxllm.parallel import EVERY_DEVICE, Axes, partition_spec
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.packed_matmul import Backend
+
+GATE_UP = ("experts", "embed", None, "expert_mlp")
+DOWN = ("experts", "expert_mlp", "embed")
+"""Logical axes of the weights."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,8 @@ class Experts(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         options: dict[str, Any] = {"bias": bias, "dtype": dtype, "rngs": rngs}
-        self.gate_up = ExpertLinear((experts, embed, 2, mlp), ("experts", "embed", None, "mlp"), **options)
-        self.down = ExpertLinear((experts, mlp, embed), ("experts", "mlp", "embed"), **options)
+        self.gate_up = ExpertLinear((experts, embed, 2, mlp), GATE_UP, **options)
+        self.down = ExpertLinear((experts, mlp, embed), DOWN, **options)
         self.gating = gating
 
     def __call__(
@@ -108,32 +112,38 @@ class Experts(nnx.Module):
         chosen = jnp.where(used[:, None], routing.experts, experts)
         weights = jnp.where(used[:, None], routing.weights, 0.0)
         run = sharded_experts(jax.sharding.get_abstract_mesh(), self.gating, self.gate_up.bias is not None)
-        bias = None if self.gate_up.bias is None else self.gate_up.bias[...]
-        out, load = run(x, chosen, weights, self.gate_up.weight[...], bias, self.down.weight[...])
-        if self.down.bias is not None:  # here, since each device has a part of what it is added to
-            biases = self.down.bias[...].astype(jnp.float32)[routing.experts]
-            out += (weights[:, :, None] * biases).sum(axis=1)
-        return out, load
+        gate_up, down = self.gate_up, self.down
+        bias = None if gate_up.bias is None or down.bias is None else (gate_up.bias[...], down.bias[...])
+        return run(x, chosen, weights, gate_up.weight[...], down.weight[...], bias)
 
 
 @functools.cache
 def sharded_experts(mesh: AbstractMesh, gating: Gating, bias: bool) -> Callable[..., tuple[Array, Array]]:
-    """`apply_experts` over the mesh. Layers that are alike share one function, so that it is traced once."""
-    whole = PartitionSpec()
-    gate_up = partition_spec(("experts", "embed", None, "mlp"))
-    gate_up_bias = partition_spec(("experts", None, "mlp")) if bias else None
-    down = partition_spec(("experts", "mlp", "embed"))
+    """`apply_experts` over the mesh. Layers that are alike share one function, so that it is traced once.
 
-    def part(*arrays: Array) -> tuple[Array, Array]:
-        out, load = apply_experts(*arrays, gating=gating)
-        return jax.lax.psum(out, "tensor"), load
+    Every device has all tokens, as attention left them, and adds up what its experts make of them; so it is
+    known where every token is, and the sum that any layer ends with brings the parts together.
+    """
+    whole = PartitionSpec()
+    biases = partition_spec(("experts", None, "expert_mlp")), partition_spec(("experts", "embed"))
+
+    def part(
+        x: Array, chosen: Array, weights: Array, gate_up: Array, down: Array, bias: tuple[Array, Array] | None
+    ) -> tuple[Array, Array]:
+        local = chosen - jax.lax.axis_index("expert") * len(gate_up)
+        mine = (local >= 0) & (local < len(gate_up))
+        local, weights = jnp.where(mine, local, len(gate_up)), jnp.where(mine, weights, 0.0)
+        if bias is not None:  # each device of an expert has a part of what the second bias is added to
+            bias = bias[0], jnp.where(jax.lax.axis_index("tensor") == 0, bias[1], 0)
+        out, load = apply_experts(x, local, weights, gate_up, down, bias, gating=gating)
+        return jax.lax.psum(out, EVERY_DEVICE), load
 
     return jax.jit(
         jax.shard_map(
             part,
             mesh=mesh,
-            in_specs=(whole, whole, whole, gate_up, gate_up_bias, down),
-            out_specs=(whole, whole),
+            in_specs=(whole, whole, whole, *map(partition_spec, (GATE_UP, DOWN)), biases if bias else None),
+            out_specs=(whole, partition_spec(("experts",))),
         )
     )
 
@@ -144,15 +154,16 @@ def apply_experts(
     chosen: Int32[Array, "tokens chosen"],
     weights: Float[Array, "tokens chosen"],
     gate_up: Shaped[Array, "experts embed 2 mlp"],
-    gate_up_bias: Float[Array, "experts 2 mlp"] | None,
     down: Shaped[Array, "experts mlp embed"],
+    bias: tuple[Float[Array, "experts 2 mlp"], Float[Array, "experts embed"]] | None,
     *,
     gating: Gating,
 ) -> tuple[Float[Array, "tokens embed"], Int32[Array, " experts"]]:
     """What a device's part of the experts adds to each token, in float32, and tokens of each expert.
 
     Args:
-        chosen: the experts of each token; those beyond the last stand for none.
+        chosen: the experts of each token; those beyond the last stand for none, and their weights are zero.
+        bias: of gate and up, and of what an expert gives.
     """
     count, embed = gate_up.shape[:2]
     order = jnp.argsort(chosen.reshape(-1), stable=True)
@@ -162,9 +173,11 @@ def apply_experts(
     rows = take_rows(x, order // chosen.shape[1])
     hidden = grouped_matmul(rows, gate_up.reshape(count, embed, -1), load)
     hidden = hidden.reshape(len(rows), 2, -1)
-    if gate_up_bias is not None:
-        hidden += gate_up_bias.astype(jnp.float32).at[expert].get(mode="clip")
+    if bias is not None:
+        hidden += bias[0].astype(jnp.float32).at[expert].get(mode="clip")
     hidden = gating(hidden[:, 0], hidden[:, 1]).astype(x.dtype)
     out = grouped_matmul(hidden, down, load)
+    if bias is not None:
+        out += bias[1].astype(jnp.float32).at[expert].get(mode="clip")
     out = out[jnp.argsort(order)].reshape(*chosen.shape, embed)
     return (weights[:, :, None] * out).sum(axis=1), load

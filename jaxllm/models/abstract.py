@@ -125,11 +125,19 @@ def merge(structure: Structure, leaves: Sequence[Array]) -> CausalLM:
     return nnx.merge(structure.graphdef, jax.tree.unflatten(jax.tree.structure(structure.state), leaves))
 
 
-def materialize(parameters: Mapping[str, Parameter], mesh: Mesh, seed: int) -> tuple[Array, ...]:
-    """Random weights, each made on the devices that hold it, in the order that `merge` takes them."""
+def materialize(
+    parameters: Mapping[str, Parameter], mesh: Mesh | Mapping[str, Mesh], seed: int
+) -> tuple[Array, ...]:
+    """Random weights, each made on the devices that hold it, in the order that `merge` takes them.
+
+    Args:
+        mesh: of all or of each parameter by its path.
+    """
+    meshes = dict.fromkeys(parameters, mesh) if isinstance(mesh, Mesh) else mesh
     keys = jax.random.split(jax.random.key(seed), len(parameters))
-    make = {parameter: _maker(parameter, mesh) for parameter in dict.fromkeys(parameters.values())}
-    return tuple(make[parameter](key) for parameter, key in zip(parameters.values(), keys, strict=True))
+    kinds = [(parameter, meshes[path]) for path, parameter in parameters.items()]
+    make = {kind: _maker(*kind) for kind in dict.fromkeys(kinds)}
+    return tuple(make[kind](key) for kind, key in zip(kinds, keys, strict=True))
 
 
 def _maker(parameter: Parameter, mesh: Mesh) -> Callable[[Array], Array]:

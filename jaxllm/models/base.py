@@ -30,6 +30,8 @@ class DecoderConfig:
         final_soft_cap: bounds the logits: `cap * tanh(logits / cap)`.
         mixture: for models with experts, how they are chosen and what they are like.
         dense_layers: layers of such a model that have one feed-forward layer instead.
+        tensor_parallel_size, expert_parallel_size: of the mesh. Heads and columns are cut over the product,
+            experts over the second, and an expert's columns over the first.
     """
 
     vocab_size: int
@@ -53,23 +55,37 @@ class DecoderConfig:
     final_soft_cap: float | None = None
     mixture: MixtureOptions | None = None
     dense_layers: frozenset[int] = frozenset()
+    expert_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         self._divides("num_attention_heads", self.num_heads, "num_key_value_heads", self.num_kv_heads)
-        size = self.tensor_parallel_size
-        self._divides("num_attention_heads", self.num_heads, "tensor_parallel_size", size)
-        self._divides("intermediate_size", self.intermediate_size, "tensor_parallel_size", size)
-        if self.mixture is not None:
-            self._divides("moe_intermediate_size", self.mixture.expert_size, "tensor_parallel_size", size)
-            name = "shared_expert_intermediate_size"
-            self._divides(name, self.mixture.shared_size, "tensor_parallel_size", size)
+        size, sizes = self.devices_per_layer, "tensor_parallel_size"
+        if self.expert_parallel_size > 1:
+            sizes = "tensor_parallel_size * expert_parallel_size"
+        self._check_experts(self.mixture, sizes)
+        self._divides("num_attention_heads", self.num_heads, sizes, size)
+        if self.mixture is None or self.dense_layers:
+            self._divides("intermediate_size", self.intermediate_size, sizes, size)
         if self.num_kv_heads >= size:
-            self._divides("num_key_value_heads", self.num_kv_heads, "tensor_parallel_size", size)
+            self._divides("num_key_value_heads", self.num_kv_heads, sizes, size)
         else:
-            self._divides("tensor_parallel_size", size, "num_key_value_heads", self.num_kv_heads)
+            self._divides(sizes, size, "num_key_value_heads", self.num_kv_heads)
         for name in ("layer_windows", "layer_ropes"):
             if len(getattr(self, name)) != self.num_layers:
                 raise ValueError(f"{name}: must have an entry for each of the {self.num_layers} layers")
+
+    def _check_experts(self, mixture: MixtureOptions | None, sizes: str) -> None:
+        """Experts are cut along the mesh's axis of their own, and each along the other."""
+        experts, tensor = self.expert_parallel_size, self.tensor_parallel_size
+        if mixture is not None:
+            self._divides("moe_intermediate_size", mixture.expert_size, "tensor_parallel_size", tensor)
+            self._divides("num_experts", mixture.routing.experts, "expert_parallel_size", experts)
+            shared = "shared_expert_intermediate_size"
+            self._divides(shared, mixture.shared_size, sizes, self.devices_per_layer)
+        elif experts > 1:
+            raise ValueError(
+                f"expert_parallel_size={experts}: the model has no experts; use tensor_parallel_size"
+            )
 
     @staticmethod
     def _divides(name: str, value: int, by: str, divisor: int) -> None:
@@ -77,9 +93,14 @@ class DecoderConfig:
             raise ValueError(f"{name}={value}: must be a multiple of {by}={divisor}")
 
     @property
+    def devices_per_layer(self) -> int:
+        """Devices that share each layer's heads and columns."""
+        return self.tensor_parallel_size * self.expert_parallel_size
+
+    @property
     def kv_copies(self) -> int:
         """How often each key-value head is repeated, so that every device owns one."""
-        return max(1, self.tensor_parallel_size // self.num_kv_heads)
+        return max(1, self.devices_per_layer // self.num_kv_heads)
 
     @property
     def cache_heads(self) -> int:
@@ -94,7 +115,7 @@ class DecoderConfig:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             vocab_size=self.vocab_size,
-            padded_vocab_size=padded_size(self.vocab_size, self.tensor_parallel_size),
+            padded_vocab_size=padded_size(self.vocab_size, self.devices_per_layer),
             kv_copies=self.kv_copies,
         )
 

@@ -1,7 +1,7 @@
 """The frame that families share: embedding, a stack of layers, a norm, a head."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -28,7 +28,13 @@ class Layer(Protocol):
 
 
 class Decoder(CausalLM):
-    """A stack of layers between an embedding and a head; a family gives `configure` and `make_layer`."""
+    """A stack of layers between an embedding and a head; a family gives `configure` and `make_layer`.
+
+    Attributes:
+        entrance: names of the parts that `embed` uses.
+    """
+
+    entrance: ClassVar[tuple[str, ...]] = ("embedding",)
 
     @classmethod
     def read_config(
@@ -74,13 +80,19 @@ class Decoder(CausalLM):
     def __call__(
         self, tokens: Int[Array, " tokens"], cache: Cache, batch: Batch
     ) -> tuple[Float[Array, "tokens embed"], Cache]:
-        x = self.embed(tokens, batch)
-        ropes = self.config.layer_ropes
-        distinct = dict.fromkeys(ropes)
-        rotations = {rope: None if rope is None else rope.rotation(batch.positions) for rope in distinct}
-        for layer, rope in zip(self.layers, ropes, strict=True):
-            x, cache = layer(x, cache, batch, rotations[rope])
+        x, cache = self.run_layers(self.embed(tokens, batch), cache, batch, range(self.config.num_layers))
         return self.norm(x), cache
+
+    def run_layers(
+        self, x: Float[Array, "tokens embed"], cache: Cache, batch: Batch, layers: range
+    ) -> tuple[Float[Array, "tokens embed"], Cache]:
+        """Runs the layers of these numbers, and returns what leaves the last of them."""
+        ropes = self.config.layer_ropes
+        distinct = dict.fromkeys(ropes[layer] for layer in layers)
+        rotations = {rope: None if rope is None else rope.rotation(batch.positions) for rope in distinct}
+        for layer in layers:
+            x, cache = self.layers[layer](x, cache, batch, rotations[ropes[layer]])
+        return x, cache
 
     def logits(self, hidden: Float[Array, "n embed"]) -> Float[Array, "n vocab"]:
         logits = (self.embedding if self.head is None else self.head).logits(hidden)
@@ -93,7 +105,7 @@ def make_embedding(config: DecoderConfig, rngs: nnx.Rngs) -> Embedding:
     return Embedding(
         config.vocab_size,
         config.hidden_size,
-        tensor_parallel_size=config.tensor_parallel_size,
+        shares=config.devices_per_layer,
         dtype=config.dtype,
         rngs=rngs,
     )

@@ -55,6 +55,7 @@ class GPT2(Decoder):
     """GPT2LMHeadModel."""
 
     rules = GPT2_RULES
+    entrance = ("embedding", "positions")
     make_layer = GPT2Layer
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:

@@ -26,7 +26,7 @@ def load_weights(
     rules: Table,
     parameters: Mapping[str, Parameter],
     geometry: Geometry,
-    mesh: Mesh,
+    mesh: Mesh | Mapping[str, Mesh],
     *,
     progress: bool = True,
 ) -> tuple[Array, ...]:
@@ -40,7 +40,7 @@ def load_weights(
         rules: the family's table, which says what becomes what.
         parameters: the model's, by path (see `jaxllm.models.split`).
         geometry: sizes that the rules' transforms need.
-        mesh: the devices.
+        mesh: the devices, of all or of each parameter by its path.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -49,8 +49,9 @@ def load_weights(
     Raises:
         CheckpointError: tensors that are missing, left over or of the wrong shape: all in one message.
     """
+    meshes = dict.fromkeys(parameters, mesh) if isinstance(mesh, Mesh) else mesh
     if isinstance(checkpoint, ShardedCheckpoint):
-        return restore_weights(checkpoint, parameters, geometry, mesh, progress=progress)
+        return restore_weights(checkpoint, parameters, geometry, meshes, progress=progress)
     origins = _assign(checkpoint, rules, parameters, geometry)
     total = sum(parameter.nbytes for parameter in parameters.values())
     # Preparing a parameter takes up to twice its size: its sources in the new dtype, and what they make.
@@ -73,7 +74,7 @@ def load_weights(
                 )
                 continue
             path, made = waiting.popleft()
-            arrays.append(place(made.result(), parameters[path], mesh))
+            arrays.append(place(made.result(), parameters[path], meshes[path]))
             del made
             for name in origins[path].sources:
                 checkpoint.release(name)

@@ -19,14 +19,15 @@ def restore_weights(
     checkpoint: ShardedCheckpoint,
     parameters: Mapping[str, Parameter],
     geometry: Geometry,
-    mesh: Mesh,
+    meshes: Mapping[str, Mesh],
     *,
     progress: bool = True,
 ) -> tuple[Array, ...]:
     """Restores every parameter; each device reads its part from disk.
 
     What is stored is what one device would hold. Where the mesh needs copies of key-value heads or a padded
-    vocabulary, the host reads the array, one at a time, and spreads it. The arguments are `load_weights`'s.
+    vocabulary, the host reads the array, one at a time, and spreads it. The arguments are `load_weights`'s,
+    with a mesh for each parameter.
 
     Raises:
         CheckpointError: arrays that are missing, left over or of the wrong shape, all in one message.
@@ -49,7 +50,7 @@ def restore_weights(
         for batch in _batches(direct):
             wanted = {
                 path: jax.ShapeDtypeStruct(
-                    parameter.shape, parameter.dtype, sharding=parameter.sharding(mesh)
+                    parameter.shape, parameter.dtype, sharding=parameter.sharding(meshes[path])
                 )
                 for path, parameter in batch.items()
             }
@@ -59,7 +60,7 @@ def restore_weights(
         for path, parameter in parameters.items():
             if path not in direct:
                 array = spread(checkpoint.read(path, parameter.dtype), parameter.axes, geometry)
-                restored[path] = place(array, parameter, mesh)
+                restored[path] = place(array, parameter, meshes[path])
                 bar.update(parameter.nbytes)
     return tuple(restored[path] for path in parameters)
 

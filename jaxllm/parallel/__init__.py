@@ -1,6 +1,6 @@
 """Meshes of devices, and the one table that lays logical axes over them."""
 
-from jaxllm.parallel.axes import Axes, partition_spec
-from jaxllm.parallel.mesh import make_mesh
+from jaxllm.parallel.axes import EVERY_DEVICE, Axes, partition_spec
+from jaxllm.parallel.mesh import adopt_mesh, make_mesh, stage_meshes
 
-__all__ = ["Axes", "make_mesh", "partition_spec"]
+__all__ = ["EVERY_DEVICE", "Axes", "adopt_mesh", "make_mesh", "partition_spec", "stage_meshes"]

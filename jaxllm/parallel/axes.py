@@ -7,12 +7,16 @@ from jax.sharding import PartitionSpec
 Axes = tuple[str | None, ...]
 """A name for each axis of an array; None where the axis has none and is never cut."""
 
-MESH_AXES: dict[str, str | None] = {
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "experts": None,
+EVERY_DEVICE = ("expert", "tensor")
+"""The mesh's axes that share what every layer has. Only experts are cut along one of them alone."""
+
+MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
+    "vocab": EVERY_DEVICE,
+    "heads": EVERY_DEVICE,
+    "kv_heads": EVERY_DEVICE,
+    "mlp": EVERY_DEVICE,
+    "experts": "expert",
+    "expert_mlp": "tensor",
     "embed": None,
     "positions": None,
 }

@@ -1,32 +1,75 @@
 """The mesh that a model is laid out on. One device is a mesh of one."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
+AXES = ("stage", "data", "expert", "tensor")
+"""Of every mesh, slowest first: neighbours share heads and columns, which takes a sum at each layer."""
 
-def make_mesh(tensor_parallel_size: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes `data` (of size one) and `tensor`.
+
+def make_mesh(
+    tensor_parallel_size: int = 1,
+    devices: Sequence[Any] | None = None,
+    *,
+    expert_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+) -> Mesh:
+    """A mesh with the axes `stage`, `data` (of size one), `expert` and `tensor`.
 
     Args:
-        tensor_parallel_size: devices that share each layer's heads and columns.
+        tensor_parallel_size: devices that share each layer's heads and columns, and each expert's.
         devices: to take them from, in order; by default all there are.
+        expert_parallel_size: groups of such devices that share the experts; of other layers all have a part.
+        pipeline_parallel_size: groups of those, each with a run of the layers.
 
     Raises:
         ValueError: there are fewer devices than asked for.
     """
     devices = jax.devices() if devices is None else devices
-    if len(devices) < tensor_parallel_size:
+    shape = (pipeline_parallel_size, 1, expert_parallel_size, tensor_parallel_size)
+    if len(devices) < math.prod(shape):
+        sizes = {
+            "pipeline_parallel_size": pipeline_parallel_size,
+            "expert_parallel_size": expert_parallel_size,
+            "tensor_parallel_size": tensor_parallel_size,
+        }
+        asked = " * ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
         raise ValueError(
-            f"tensor_parallel_size={tensor_parallel_size}: there are only {len(devices)} devices "
+            f"{asked}: there are only {len(devices)} devices "
             f"({devices[0].platform if devices else 'none'}); ask for that many or fewer"
         )
-    # Auto axes: shardings of activations are found by the compiler from those of the weights.
-    return jax.make_mesh(
-        (1, tensor_parallel_size),
-        ("data", "tensor"),
-        (AxisType.Auto, AxisType.Auto),
-        devices=devices[:tensor_parallel_size],
-    )
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[: math.prod(shape)])
+
+
+def adopt_mesh(mesh: Mesh) -> Mesh:
+    """Somebody's own mesh in the form of `make_mesh`: the same devices, the axes it lacks of size one.
+
+    Raises:
+        ValueError: an axis that is not one of `AXES`, or a data axis of more than one device.
+    """
+    for axis in mesh.axis_names:
+        if axis not in AXES:
+            raise ValueError(f"mesh: axis {axis!r} is not one of {', '.join(AXES)}")
+    if mesh.shape.get("data", 1) > 1:
+        raise ValueError(
+            f"mesh: axis 'data' has {mesh.shape['data']} devices and an engine is one replica; give each "
+            "replica a mesh of its own"
+        )
+    order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
+    shape = [mesh.shape.get(axis, 1) for axis in AXES]
+    return _auto(mesh.devices.transpose(order).reshape(shape))
+
+
+def stage_meshes(mesh: Mesh) -> list[Mesh]:
+    """The devices of each stage, as meshes of one stage."""
+    return [_auto(stage[None]) for stage in mesh.devices]
+
+
+def _auto(devices: np.ndarray) -> Mesh:
+    """Auto axes: shardings of activations are found by the compiler from those of the weights."""
+    return Mesh(devices, AXES, (AxisType.Auto,) * len(AXES))

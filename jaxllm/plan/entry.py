@@ -50,7 +50,11 @@ def make_plan(
     """
     workload = Workload(input_len, output_len, concurrency)
     planner = planner_of(model, workload, few_layers=few_layers, options=options)
+    parallel = planner.config.parallel
     layout = Layout.make(
-        Target.parse(target), planner.config.parallel.tensor_parallel_size, data_parallel_size
+        Target.parse(target),
+        parallel.tensor_parallel_size,
+        parallel.expert_parallel_size,
+        data_parallel_size,
     )
     return plan_or_advise(planner, layout, price_per_chip_hour)

@@ -79,7 +79,7 @@ class Estimator:
         """
         chip, bucket = self.layout.target.chip, self.buckets.fit(rows * tokens)
         step = self._step(bucket.tokens)
-        links = Links.of(self.layout.target, self.layout.torus, self.layout.tensor_parallel_size)
+        links = Links.of(self.layout.target, self.layout.torus, self.layout.replica_chips)
         return StepTime(
             Work(step.flops, step.nbytes).seconds(chip),
             self.kernels.work(rows, tokens, context).seconds(chip),

@@ -54,12 +54,13 @@ class Kernels:
         mixture = self.model.mixture
         if mixture is None:
             return Work()
-        experts, per_token = mixture.routing.experts, mixture.routing.per_token
-        used = expected_groups(experts, per_token, tokens)
+        routing, parts = mixture.routing, self.model.expert_parallel_size
+        used = expected_groups(routing.experts, routing.per_token, tokens) / parts
+        rows, experts = -(-tokens * routing.per_token // parts), routing.experts // parts
         size = mixture.expert_size // self.model.tensor_parallel_size
         products = [
-            self._product(tokens * per_token, experts, self.model.hidden_size, 2 * size),
-            self._product(tokens * per_token, experts, size, self.model.hidden_size),
+            self._product(rows, experts, self.model.hidden_size, 2 * size),
+            self._product(rows, experts, size, self.model.hidden_size),
         ]
         return Work(
             self.grouped / 2 * sum(map(grouped_flops, products)),

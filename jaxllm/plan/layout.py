@@ -17,55 +17,64 @@ class Layout:
 
     Attributes:
         target: all chips.
-        tensor_parallel_size: chips of a replica, which share each layer.
+        tensor_parallel_size, expert_parallel_size: a replica has as many chips as their product, see
+            `jaxllm.parallel.make_mesh`.
         data_parallel_size: replicas, which share requests and run the same programs.
         replica: the slice that a replica's programs are compiled for.
     """
 
     target: Target
     tensor_parallel_size: int
+    expert_parallel_size: int
     data_parallel_size: int
     replica: Target
 
     @classmethod
-    def make(cls, target: Target, tensor_parallel_size: int, data_parallel_size: int | None = None) -> Self:
+    def make(cls, target: Target, tensor: int, expert: int = 1, data: int | None = None) -> Self:
         """A layout that uses all chips.
 
         Args:
-            data_parallel_size: None: as many replicas as there are chips for.
+            tensor, expert, data: the sizes; without the last one as many replicas as there are chips for.
 
         Raises:
             ValueError: the sizes and the chips do not go together; the message names the one to change.
         """
-        chips, tensor = target.num_chips, tensor_parallel_size
-        if chips % tensor:
+        chips, size = target.num_chips, tensor * expert
+        sizes = f"tensor_parallel_size={tensor}"
+        if expert > 1:
+            sizes += f" * expert_parallel_size={expert}"
+        if chips % size:
+            known = ", ".join(map(str, divisors(chips)))
+            raise ValueError(f"{sizes}: must divide the {chips} chips of {target}, as {known} do")
+        if data is None:
+            data = chips // size
+        if size * data != chips:
             raise ValueError(
-                f"tensor_parallel_size={tensor}: must divide the {chips} chips of {target}, as "
-                f"{', '.join(map(str, divisors(chips)))} do"
+                f"data_parallel_size={data}: with {sizes} it makes {size * data} chips, and {target} has "
+                f"{chips}; data_parallel_size={chips // size} uses all of them"
             )
-        data = chips // tensor if data_parallel_size is None else data_parallel_size
-        if tensor * data != chips:
+        if target.chip.platform == "gpu" and size > CHIPS_PER_GPU_HOST:
             raise ValueError(
-                f"data_parallel_size={data}: with tensor_parallel_size={tensor} it makes {tensor * data} "
-                f"chips, and {target} has {chips}; data_parallel_size={chips // tensor} uses all of them"
+                f"{sizes}: a replica on {target.chip.name} stays within a host's {CHIPS_PER_GPU_HOST} chips, "
+                "because nothing is known of the network between hosts"
             )
-        if target.chip.platform == "gpu" and tensor > CHIPS_PER_GPU_HOST:
-            raise ValueError(
-                f"tensor_parallel_size={tensor}: a replica on {target.chip.name} stays within a host's "
-                f"{CHIPS_PER_GPU_HOST} chips, because nothing is known of the network between hosts"
-            )
-        return cls(target, tensor, data, find_slice(target, tensor))
+        return cls(target, tensor, expert, data, find_slice(target, size))
+
+    @property
+    def replica_chips(self) -> int:
+        """Chips of a replica."""
+        return self.tensor_parallel_size * self.expert_parallel_size
 
     @property
     def num_chips(self) -> int:
         """All of them."""
-        return self.tensor_parallel_size * self.data_parallel_size
+        return self.replica_chips * self.data_parallel_size
 
     @property
     def torus(self) -> tuple[int, ...]:
         """Chips of a replica along each of its axes that have more than one."""
-        if self.tensor_parallel_size < self.replica.num_chips:
-            return (self.tensor_parallel_size,)
+        if self.replica_chips < self.replica.num_chips:
+            return (self.replica_chips,)
         return tuple(size for size in self.replica.shape if size > 1)
 
     def mesh(self) -> Mesh:
@@ -74,13 +83,17 @@ class Layout:
         Raises:
             RuntimeError: the compiler for these chips is not installed.
         """
-        return make_mesh(self.tensor_parallel_size, self.replica.devices())
+        return make_mesh(
+            self.tensor_parallel_size,
+            self.replica.devices(),
+            expert_parallel_size=self.expert_parallel_size,
+        )
 
     def __str__(self) -> str:
-        return (
-            f"{self.target}, tensor_parallel_size={self.tensor_parallel_size}, "
-            f"data_parallel_size={self.data_parallel_size}"
-        )
+        sizes = ("tensor", "expert", "data")
+        named = (f"{name}_parallel_size={getattr(self, f'{name}_parallel_size')}" for name in sizes)
+        shown = (size for size in named if size != "expert_parallel_size=1")
+        return ", ".join([str(self.target), *shown])
 
 
 def find_slice(target: Target, chips: int) -> Target:
@@ -99,7 +112,7 @@ def find_slice(target: Target, chips: int) -> Target:
     larger = [one for one in inside if one.num_chips > chips]
     if not exact and not larger:
         raise ValueError(
-            f"tensor_parallel_size={chips}: {target} cannot be cut into slices of so many chips; it can into "
+            f"{chips} chips a replica: {target} cannot be cut into slices of so many; it can into "
             f"{', '.join(map(str, inside))}"
         )
     return (exact or larger)[0]

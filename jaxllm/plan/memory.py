@@ -68,7 +68,7 @@ def fit_memory(
         return layout.target.chip.usable_hbm
 
     try:
-        lowering, num_pages = fit_pages(config, lowering, lambda: use, usable)
+        [lowering], num_pages = fit_pages(config, [lowering], lambda _: use, usable)
     except ValueError as error:
         raise TooLargeError(str(error)) from error
     total = use.total + num_pages * page_bytes(lowering)

@@ -41,14 +41,12 @@ def _draw_chips(plan: Plan, axes: Any) -> None:
     axes.set_ylim(rows + 0.1, -0.1)
     axes.set_aspect("equal")
     axes.axis("off")
-    axes.set_title(
-        f"{layout.data_parallel_size} replicas of {layout.tensor_parallel_size} chips (replica.part)"
-    )
+    axes.set_title(f"{layout.data_parallel_size} replicas of {layout.replica_chips} chips (replica.part)")
 
 
 def _places(plan: Plan) -> list[tuple[int, int]]:
     """For each chip of the target, in row-major order, its replica and its number in it."""
-    target, size = plan.layout.target.shape, plan.layout.tensor_parallel_size
+    target, size = plan.layout.target.shape, plan.layout.replica_chips
     chips = plan.layout.num_chips
     if size == chips or len(target) == 1 or plan.layout.replica.num_chips != size:
         return [(index // size, index % size) for index in range(chips)]

@@ -50,6 +50,7 @@ class Plan:
             "target": str(self.layout.target),
             "chips": self.layout.num_chips,
             "tensor_parallel_size": self.layout.tensor_parallel_size,
+            "expert_parallel_size": self.layout.expert_parallel_size,
             "data_parallel_size": self.layout.data_parallel_size,
             "replica": str(self.layout.replica),
         }

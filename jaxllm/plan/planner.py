@@ -107,6 +107,12 @@ class Planner:
             f"--max-model-len {plan.max_model_len} --compilation-cache-dir {folder} looks for them there"
         )
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model is a mixture of experts."""
+        fields = ("num_experts", "num_local_experts", "n_routed_experts")
+        return any(self.checkpoint.config.get(name) for name in fields)
+
     def _requests(self, lowering: Lowering, num_pages: int) -> int:
         """At a time on each replica."""
         most, length = lowering.sizes.max_num_seqs, self.workload.length
@@ -121,7 +127,7 @@ class Planner:
 
     def _compile(self, programs: StepPrograms, kind: str, layout: Layout, tokens: int, pages: int) -> Step:
         size = programs.lowering.buckets.fit(tokens).tokens
-        what = f"Compiling for {layout.replica}, {layout.tensor_parallel_size} chips: {kind}, {size} tokens"
+        what = f"Compiling for {layout.replica}, {layout.replica_chips} chips: {kind}, {size} tokens"
         with waiting(what, progress=self.progress):
             return programs.step(tokens, pages)
 

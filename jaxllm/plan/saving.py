@@ -36,9 +36,9 @@ def check_saving(folder: Path, layout: Layout) -> None:
             f"--save: programs for {chip.name} are not kept, as they were not tuned on it; leave it out, and "
             "the first start there keeps its own"
         )
-    if layout.tensor_parallel_size > CHIPS_PER_HOST[chip.name]:
+    if layout.replica_chips > CHIPS_PER_HOST[chip.name]:
         raise NotImplementedError(
-            f"--save: tensor_parallel_size={layout.tensor_parallel_size} takes several hosts of {chip.name}, "
+            f"--save: a replica of {layout.replica_chips} chips takes several hosts of {chip.name}, "
             "and programs of several hosts are not kept; leave it out"
         )
     if folder.exists() and not folder.is_dir():

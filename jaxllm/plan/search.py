@@ -17,8 +17,7 @@ MOST_CHIPS = 64
 class Refusal:
     """A layout that does not serve the model, and why."""
 
-    target: str
-    tensor_parallel_size: int
+    layout: str
     reason: str
 
 
@@ -46,15 +45,24 @@ def search(planner: Planner, targets: Sequence[Target], prices: Sequence[float |
     """
     plans, refusals = [], []
     for target, price in zip(targets, prices, strict=True):
-        for size in divisors(target.num_chips):
+        for tensor, expert in _sizes(planner, target):
+            layout = f"{target}, tensor {tensor}, expert {expert}"
             try:
-                plans.append(planner.plan(Layout.make(target, size), price))
+                plans.append(planner.plan(Layout.make(target, tensor, expert), price))
             except (NotImplementedError, ValueError) as error:
-                refusals.append(Refusal(str(target), size, str(error)))
+                refusals.append(Refusal(layout, str(error)))
     if not plans:
-        reasons = "\n".join(f"  {r.target}, {r.tensor_parallel_size} chips: {r.reason}" for r in refusals)
+        reasons = "\n".join(f"  {one.layout}: {one.reason}" for one in refusals)
         raise ValueError(f"no layout serves {planner.config.model.model}:\n{reasons}")
     return Search(sorted(plans, key=_worth, reverse=True), refusals)
+
+
+def _sizes(planner: Planner, target: Target) -> Iterator[tuple[int, int]]:
+    """Tensor and expert parallel sizes. Experts are either cut or whole: what lies between is left out."""
+    for size in divisors(target.num_chips):
+        yield size, 1
+        if planner.has_experts and size > 1:
+            yield 1, size
 
 
 def plan_or_advise(planner: Planner, layout: Layout, price_per_chip_hour: float | None = None) -> Plan:
@@ -88,12 +96,12 @@ def _advice(planner: Planner, layout: Layout) -> str:
 
 def _larger(layout: Layout) -> Iterator[Layout]:
     """Layouts with more chips a replica, on the same target and then on larger ones."""
-    chip = layout.target.chip
+    chip, experts = layout.target.chip, layout.expert_parallel_size > 1
     slices = [Target.parse(f"{chip.name}:{name}") for name in chip.slices]
     for target in (layout.target, *(one for one in slices if one.num_chips > layout.target.num_chips)):
         for size in divisors(target.num_chips):
-            if layout.tensor_parallel_size < size <= MOST_CHIPS:
+            if layout.replica_chips < size <= MOST_CHIPS:
                 try:
-                    yield Layout.make(target, size)
+                    yield Layout.make(target, *((1, size) if experts else (size, 1)))
                 except ValueError:
                     continue

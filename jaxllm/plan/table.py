@@ -22,10 +22,21 @@ def plan_table(plan: Plan) -> str:
 
 def search_table(found: Search) -> str:
     """A line for each layout, best first, and the reasons against those left out."""
-    head = ["target", "tensor", "replicas", "weights", "requests", "TTFT", "TPOT", "tokens/s", "tokens/$"]
+    head = [
+        "target",
+        "tensor",
+        "expert",
+        "replicas",
+        "weights",
+        "requests",
+        "TTFT",
+        "TPOT",
+        "tokens/s",
+        "tokens/$",
+    ]
     rows = [_search_row(plan) for plan in found.plans]
     lines = [_aligned([head, *rows])]
-    lines += [f"{one.target}, tensor {one.tensor_parallel_size}: {one.reason}" for one in found.refusals]
+    lines += [f"{one.layout}: {one.reason}" for one in found.refusals]
     lines.append(NOTE)
     if drawn := next(filter(None, map(_extrapolated, found.plans)), None):
         lines.append(drawn)
@@ -37,6 +48,7 @@ def _search_row(plan: Plan) -> list[str]:
     return [
         str(layout.target),
         str(layout.tensor_parallel_size),
+        str(layout.expert_parallel_size),
         str(layout.data_parallel_size),
         _size(plan.memory.weights),
         str(found.requests * layout.data_parallel_size),
@@ -50,7 +62,7 @@ def _search_row(plan: Plan) -> list[str]:
 def _title(plan: Plan) -> str:
     layout = plan.layout
     return (
-        f"{plan.model} on {layout.target}: {layout.data_parallel_size} x {layout.tensor_parallel_size} of "
+        f"{plan.model} on {layout.target}: {layout.data_parallel_size} x {layout.replica_chips} of "
         f"{layout.num_chips} chips\n"
         f"{plan.dtype}, {plan.num_layers} layers, {_size(plan.weight_bytes)} of weights a replica, attention "
         f"backend {plan.attention_backend!r}, max_model_len={plan.max_model_len}"

@@ -57,6 +57,7 @@ def identify(lowering: Lowering, architecture: type[CausalLM], num_pages: int) -
         "model": lowering.model,
         "weights": lowering.params,
         "layout": lowering.layout,
+        "stage": lowering.stage,
         "sizes": lowering.sizes,
         "pages": num_pages,
         "sampler": lowering.sampler,

@@ -10,7 +10,7 @@ import tempfile
 import threading
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.experimental import serialize_executable
@@ -52,6 +52,23 @@ def compile_watched(lowered: Lowered) -> tuple[Compiled, bool]:
             jax.monitoring.unregister_event_listener(listen)
             jax.monitoring.unregister_event_duration_listener(listen)
     return compiled, _COMPILED in heard and _LISTENING in heard and _HIT not in heard
+
+
+class Kept(Protocol):
+    """Where programs are looked for before they are compiled, and left afterwards."""
+
+    @property
+    def num_loaded(self) -> int:
+        """Programs that were found."""
+        ...
+
+    def load(self, key: Any, /) -> Compiled | None:
+        """The program, if it is there and whole."""
+        ...
+
+    def compile(self, key: Any, lowered: Lowered, /) -> Compiled:
+        """Compiles a program, and keeps it for later processes."""
+        ...
 
 
 class KeptPrograms:
@@ -166,3 +183,23 @@ class KeptPrograms:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
             total -= size
+
+
+class KeptStages:
+    """The same for a model in stages: keys are pairs of the stage's number and its own key."""
+
+    def __init__(self, stages: Sequence[KeptPrograms]) -> None:
+        self._stages = stages
+
+    @property
+    def num_loaded(self) -> int:
+        """Programs that were found."""
+        return sum(stage.num_loaded for stage in self._stages)
+
+    def load(self, key: tuple[int, Hashable]) -> Compiled | None:
+        """The program, if it is there and whole."""
+        return self._stages[key[0]].load(key[1])
+
+    def compile(self, key: tuple[int, Hashable], lowered: Lowered) -> Compiled:
+        """Compiles a program, and keeps it for later processes."""
+        return self._stages[key[0]].compile(key[1], lowered)

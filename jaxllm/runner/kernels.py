@@ -102,7 +102,7 @@ def attention_problems(model: DecoderConfig, mesh: Mesh, page_size: int) -> list
     """One for each kind of attention layer that the model has."""
     device = mesh.devices.flat[0]
     dtype = jnp.dtype(model.dtype)
-    size = model.tensor_parallel_size
+    size = model.devices_per_layer
     geometry = PageGeometry(0, page_size, model.cache_heads // size, model.head_dim, dtype)
     return [
         Problem(

@@ -16,8 +16,17 @@ from jaxtyping import Array
 from jaxllm.cache.groups import CacheLayout
 from jaxllm.layers.attention import pages_spec
 from jaxllm.models.base import DecoderConfig
+from jaxllm.models.stages import WHOLE, Stage
 from jaxllm.runner.buckets import Bucket, Buckets
-from jaxllm.runner.step import DeviceRows, Merge, admit_row, run_forward, run_sampler, score_tokens
+from jaxllm.runner.step import (
+    DeviceRows,
+    Merge,
+    admit_row,
+    receive_tokens,
+    run_forward,
+    run_sampler,
+    score_tokens,
+)
 from jaxllm.runner.step_input import StepLayout
 from jaxllm.sampling.logprobs import token_logprobs
 from jaxllm.sampling.params import SamplingParams
@@ -46,20 +55,16 @@ class Sizes:
         return -(-self.max_model_len // self.page_size)
 
 
-def step_programs(bucket: Bucket) -> tuple[Hashable, ...]:
-    """Keys of the programs that a step of this bucket may run, besides those that serve all."""
-    return ("forward", bucket.tokens), ("sample", bucket.sampled), ("logprobs", bucket.sampled)
-
-
 @dataclass(frozen=True)
 class Lowering:
-    """The programs of one model on one mesh.
+    """The programs of one model, or of one stage of it, on one mesh.
 
     Attributes:
         params: shapes and shardings of the weights, in the order that `merge` takes them.
         layout: which layers share page tables, and which pool holds each layer's pages.
         backend: the attention kernel.
         products: what multiplies with weights, packed for it; None: XLA, with weights as they are.
+        stage: what of the model it is; by default all.
     """
 
     model: DecoderConfig
@@ -71,6 +76,7 @@ class Lowering:
     sampler: SamplerConfig
     backend: Backend
     products: ProductsBackend | None = None
+    stage: Stage = WHOLE
 
     def with_max_model_len(self, max_model_len: int) -> "Lowering":
         """The same for requests of another greatest length."""
@@ -111,9 +117,12 @@ class Lowering:
 
     def empty_rows(self) -> DeviceRows:
         """Rows that no request has yet. To be jitted."""
-        tokens = jnp.zeros((self.table_shape[1], self.sizes.max_model_len + 1), jnp.int32)
+        rows, stage = self.table_shape[1], self.stage
+        at_an_end = stage.is_first or stage.is_last
         return DeviceRows(
-            tokens, jnp.zeros(self.table_shape, jnp.int32), empty_state(self.sampler, self.table_shape[1])
+            jnp.zeros((rows, self.sizes.max_model_len + 1), jnp.int32) if at_an_end else None,
+            jnp.zeros(self.table_shape, jnp.int32),
+            empty_state(self.sampler, rows) if stage.is_last else None,
         )
 
     @cached_property
@@ -130,17 +139,30 @@ class Lowering:
             ("admit", tables): partial(self.admit, tables) for tables in (False, True)
         }
         found |= {"empty": partial(self.empty, num_pages), "score": self.score}
-        for bucket in (*self._first_buckets, *reversed(self.buckets.sizes)):
+        for bucket in self.buckets.sizes[::-1]:
             found["forward", bucket.tokens] = partial(self.forward, bucket, num_pages)
-            found["sample", bucket.sampled] = partial(self.sample, bucket.sampled)
-            found["logprobs", bucket.sampled] = partial(self.logprobs, bucket.sampled)
-        return {key: found[key] for key in dict.fromkeys([*self.first_programs, *found])}
+            for name, lower in self._after_forward.items():
+                found[name, bucket.sampled] = partial(lower, bucket.sampled)
+        rest = [key for key in found if key != "score"]
+        return {key: found[key] for key in dict.fromkeys([*self.first_programs, *rest])}
 
     @property
     def first_programs(self) -> list[Hashable]:
         """The fewest that run every request well: of the largest step, and of the smallest, which decodes."""
-        keys: list[Hashable] = [key for bucket in self._first_buckets for key in step_programs(bucket)]
-        return list(dict.fromkeys(["empty", *keys, ("admit", False), ("admit", True), "score"]))
+        keys = [key for bucket in self._first_buckets for key in self.step_programs(bucket)]
+        scores = ["score"] if self.stage.is_last else []
+        return list(dict.fromkeys(["empty", *keys, ("admit", False), ("admit", True), *scores]))
+
+    def step_programs(self, bucket: Bucket) -> list[Hashable]:
+        """Keys of the programs that a step of this bucket may run, besides those that serve all."""
+        return [("forward", bucket.tokens), *((name, bucket.sampled) for name in self._after_forward)]
+
+    @property
+    def _after_forward(self) -> dict[str, Callable[[int], Lowered]]:
+        """What the stage runs after a forward pass, for so many rows."""
+        if self.stage.is_last:
+            return {"sample": self.sample, "logprobs": self.logprobs}
+        return {"receive": self.receive} if self.stage.is_first else {}
 
     @property
     def _first_buckets(self) -> tuple[Bucket, Bucket]:
@@ -159,22 +181,33 @@ class Lowering:
         """A step's forward pass: cache and page tables are donated."""
         layout = self.step_layout(bucket)
         function = partial(
-            run_forward, merge=self.merge, layout=layout, slots=self.layout.slots, backend=self.backend
+            run_forward,
+            merge=self.merge,
+            layout=layout,
+            slots=self.layout.slots,
+            backend=self.backend,
+            stage=self.stage,
+            first_layer=self.stage.layers(self.model.num_layers).start,
         )
         cache = self.cache_shapes(num_pages)
         shardings = (tuple(pool.sharding for pool in cache), self.replicated, self.replicated)
         rows = self.rows_shapes
+        entering = rows.tokens if self.stage.is_first else self._hidden(bucket.tokens)
         packed = self._on_all(jax.ShapeDtypeStruct((layout.size,), jnp.int32))
-        return self._lower(function, (1, 2), shardings, self.params, cache, rows.tables, rows.tokens, packed)
+        return self._lower(function, (1, 2), shardings, self.params, cache, rows.tables, entering, packed)
 
     def sample(self, sampled: int) -> Lowered:
         """Samples after a forward pass: the rows' tokens and the sampler's state are donated."""
         function = partial(run_sampler, sampler=self.sampler)
-        ids = self._on_all(jax.ShapeDtypeStruct((sampled,), jnp.int32))
-        rows = self.rows_shapes
+        ids, rows = self._ids(sampled), self.rows_shapes
         return self._lower(
             function, (0, 1), self.replicated, rows.tokens, rows.sampler, self._logits(sampled), ids, ids
         )
+
+    def receive(self, sampled: int) -> Lowered:
+        """Takes what another stage has sampled: the rows' tokens are donated."""
+        ids = self._ids(sampled)
+        return self._lower(receive_tokens, (0,), self.replicated, self.rows_shapes.tokens, ids, ids, ids)
 
     def admit(self, with_tables: bool) -> Lowered:
         """Loads a row; most requests need none of the sampler's tables."""
@@ -190,17 +223,21 @@ class Lowering:
 
     def logprobs(self, sampled: int) -> Lowered:
         """Logprobs of the tokens that a step sampled."""
-        tokens = self._on_all(jax.ShapeDtypeStruct((sampled,), jnp.int32))
         function = partial(token_logprobs, k=self.sizes.num_logprobs)
-        return self._lower(function, (), self.replicated, self._logits(sampled), tokens)
+        return self._lower(function, (), self.replicated, self._logits(sampled), self._ids(sampled))
 
     def score(self) -> Lowered:
         """Logprobs of the tokens of prompts, after a step of the largest bucket."""
         tokens = self.buckets.largest.tokens
-        hidden = self._on_all(jax.ShapeDtypeStruct((tokens, self.model.hidden_size), self.model.dtype))
-        targets = self._on_all(jax.ShapeDtypeStruct((tokens,), jnp.int32))
         function = partial(score_tokens, merge=self.merge, k=self.sizes.num_logprobs)
+        hidden, targets = self._hidden(tokens), self._ids(tokens)
         return self._lower(function, (), self.replicated, self.params, hidden, targets)
+
+    def _ids(self, count: int) -> jax.ShapeDtypeStruct:
+        return self._on_all(jax.ShapeDtypeStruct((count,), jnp.int32))
+
+    def _hidden(self, tokens: int) -> jax.ShapeDtypeStruct:
+        return self._on_all(jax.ShapeDtypeStruct((tokens, self.model.hidden_size), self.model.dtype))
 
     def _logits(self, sampled: int) -> jax.ShapeDtypeStruct:
         return self._on_all(jax.ShapeDtypeStruct((sampled, self.model.vocab_size), jnp.float32))

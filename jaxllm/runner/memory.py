@@ -32,7 +32,7 @@ class MemoryUse:
     state: int
     """Rows on the device: known tokens, sampling parameters, counts."""
     temporaries: int
-    """Of the largest step: activations, and the outputs of two steps in flight."""
+    """Of the largest step: activations, and the outputs of the steps in flight, one more than stages."""
 
     @property
     def total(self) -> int:
@@ -61,7 +61,7 @@ def memory_use(lowering: Lowering, temporaries: int, outputs: int) -> MemoryUse:
     return MemoryUse(
         weights=bytes_per_device(lowering.params),
         state=bytes_per_device(lowering.rows_shapes),
-        temporaries=temporaries + 2 * outputs,
+        temporaries=temporaries + (1 + lowering.stage.count) * outputs,
     )
 
 

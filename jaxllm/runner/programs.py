@@ -13,7 +13,7 @@ import jax
 from jax.stages import Compiled, Lowered
 from tqdm import tqdm
 
-from jaxllm.runner.kept import KeptPrograms
+from jaxllm.runner.kept import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,7 @@ class Programs:
         seconds: from `begin` until the last program was there.
     """
 
-    def __init__(
-        self, sources: Mapping[Hashable, Callable[[], Lowered]], kept: KeptPrograms | None = None
-    ) -> None:
+    def __init__(self, sources: Mapping[Hashable, Callable[[], Lowered]], kept: Kept | None = None) -> None:
         self.compiled_late = 0
         self.seconds = 0.0
         self._sources = dict(sources)

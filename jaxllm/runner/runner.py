@@ -1,6 +1,7 @@
-"""Runs the scheduler's plans on the devices: weights, pages, rows, and the programs that bind them."""
+"""Runs the scheduler's plans on the devices, through all stages of the model."""
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,14 +10,12 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.lowering import Lowering, step_programs
+from jaxllm.runner.lowering import Lowering
 from jaxllm.runner.programs import Programs
-from jaxllm.runner.step import DeviceRows, Forward, Logprobs
+from jaxllm.runner.stage import StageRunner
+from jaxllm.runner.step import Forward, Logprobs
 from jaxllm.sampling.state import RowSettings
 from jaxllm.scheduler.plan import PageUpdate, StepPlan
-
-DeviceState = tuple[tuple[Array, ...] | None, DeviceRows | None]
-"""Pages and rows; None while the engine sleeps."""
 
 
 @dataclass(frozen=True)
@@ -28,41 +27,44 @@ class Admission:
     settings: RowSettings
 
 
-def allocate(programs: Programs) -> DeviceState:
-    """Empty pages and rows, each made in its place."""
-    programs.wait(["empty"])
-    return programs["empty"]()
+@dataclass(frozen=True)
+class Returning:
+    """Tokens that the last stage samples, on their way to the first, which need not wait for them yet."""
+
+    rows: frozenset[int]
+    """On the device."""
+    ids: Array
+    lengths: Array
+    tokens: Array
 
 
 class Runner:
     """Holds the device's state. Methods start work there and return before it is done.
 
+    A step goes through the stages one after the other; as each has devices of its own, several steps of
+    different rows can be under way at a time.
+
     Args:
-        lowering: what the programs are made of.
-        params: the weights, in the shapes and shardings that the lowering has.
+        stages: in order, each with programs of the same sizes; where the model is not cut, one.
         num_pages: of the pool, the null page included.
-        programs: those of the lowering; the first of them have been made, others may be made meanwhile.
-        state: what `allocate` returns.
+        programs: those of all stages; the first of them have been made, others may be made meanwhile.
         exact: take the bucket that fits a step best, and compile it where nobody has; otherwise the best of
             those that are there.
     """
 
     def __init__(
-        self,
-        lowering: Lowering,
-        params: tuple[Array, ...],
-        num_pages: int,
-        programs: Programs,
-        state: DeviceState,
-        *,
-        exact: bool = False,
+        self, stages: Sequence[StageRunner], num_pages: int, programs: Programs, *, exact: bool = False
     ) -> None:
-        self.lowering = lowering
+        self.stages = tuple(stages)
         self.num_pages = num_pages
         self.programs = programs
-        self._params: tuple[Array, ...] | None = params
         self._exact = exact
-        self._cache, self._rows = state
+        self._returning: deque[Returning] = deque()
+
+    @property
+    def lowering(self) -> Lowering:
+        """Of the last stage, which samples; sizes are the same in all."""
+        return self.stages[-1].lowering
 
     def dispatch(
         self, plan: StepPlan, admissions: Mapping[int, Admission], *, scores: bool = False
@@ -74,21 +76,39 @@ class Runner:
             admissions: for each row that the plan gives to a request, that request.
             scores: `score` will be called with it.
         """
+        self._receive(plan)
         whole, grown = _split_updates(plan, admissions)
         for row, admission in admissions.items():
             self._admit(row, admission, whole[row])
         bucket = self._choose_bucket(plan.num_tokens, scores=scores)
         packed = self.lowering.step_layout(bucket).pack(plan, grown)
         packed_at = time.perf_counter()
-        rows = self._rows
-        assert rows is not None
-        forward = self.programs["forward", bucket.tokens]
-        self._cache, tables, output = forward(self._params, self._cache, rows.tables, rows.tokens, packed)
-        sample = self.programs["sample", bucket.sampled]
-        tokens, state, sampled = sample(rows.tokens, rows.sampler, output.logits, output.rows, output.lengths)
-        self._rows = DeviceRows(tokens, tables, state)
+        first, *others = self.stages
+        entered = output = first.forward(bucket, None, packed)
+        for stage in others:
+            output = stage.forward(bucket, output.hidden, packed)
+        sampled = self.stages[-1].sample(output)
+        if others:
+            self._send(plan, entered, sampled)
         sampled.copy_to_host_async()
         return DispatchedStep(plan, output, sampled, packed_at)
+
+    def _send(self, plan: StepPlan, entered: Forward, sampled: Array) -> None:
+        """Sends the sampled tokens to the first stage."""
+        rows = frozenset(row.row for row in plan.rows if row.samples)
+        tokens = jax.device_put(sampled, self.stages[0].lowering.replicated)
+        self._returning.append(Returning(rows, entered.rows, entered.lengths, tokens))
+
+    def _receive(self, plan: StepPlan) -> None:
+        """Has the first stage take the tokens that the plan needs, and those that should be there by now.
+
+        Not those of the newest steps, which other stages still work on: it would wait, and do nothing.
+        """
+        rows = {row.row for row in plan.rows}
+        needed = max((n for n, step in enumerate(self._returning, 1) if step.rows & rows), default=0)
+        for _ in range(max(needed, len(self._returning) - len(self.stages) + 1)):
+            step = self._returning.popleft()
+            self.stages[0].receive(step.ids, step.lengths, step.tokens)
 
     def _choose_bucket(self, num_tokens: int, *, scores: bool) -> Bucket:
         """The smallest bucket whose programs are there and that holds so many tokens."""
@@ -98,7 +118,7 @@ class Runner:
         if self._exact:
             return buckets.fit(num_tokens)
         fitting = buckets.holding(num_tokens)
-        there = (b for b in fitting if all(key in self.programs for key in step_programs(b)))
+        there = (bucket for bucket in fitting if all(stage.is_ready(bucket) for stage in self.stages))
         return next(there, buckets.largest)
 
     def _admit(self, row: int, admission: Admission, updates: Sequence[PageUpdate]) -> None:
@@ -108,46 +128,43 @@ class Runner:
             tables[update.group, update.index : update.index + len(update.pages)] = update.pages
         tokens = np.zeros(self.lowering.sizes.max_model_len + 1, np.int32)
         tokens[: len(admission.token_ids)] = admission.token_ids
-        admit = self.programs["admit", admission.settings.tables is not None]
-        self._rows = admit(self._rows, np.int32(row), tokens, tables, admission.settings)
+        for stage in self.stages:
+            stage.admit(row, tokens, tables, admission.settings)
 
     def logprobs(self, step: "DispatchedStep") -> Logprobs:
         """Logprobs of the step's sampled tokens, of the model's own distribution."""
-        return self.programs["logprobs", len(step.tokens)](step.forward.logits, step.tokens)
+        return self.stages[-1].logprobs(step.forward, step.tokens)
 
     def score(self, step: "DispatchedStep", targets: Mapping[int, int]) -> Logprobs:
         """Logprobs of given tokens: `targets` maps a token's index in the flat batch to the one after it."""
         ids = np.zeros(len(step.forward.hidden), np.int32)
         ids[list(targets)] = list(targets.values())
-        return self.programs["score"](self._params, step.forward.hidden, ids)
+        return self.stages[-1].score(step.forward, ids)
 
-    def sleep(self, *, keep_weights: bool) -> tuple[np.ndarray, ...] | None:
-        """Frees the device: pages and rows are dropped, weights are returned in host memory or dropped."""
-        params, self._params = self._params, None
-        saved = tuple(np.array(p) for p in params) if keep_weights and params is not None else None
-        self._drop((params, self._cache, self._rows))
-        self._cache = self._rows = None
-        return saved
+    def sleep(self, *, keep_weights: bool) -> tuple[tuple[np.ndarray, ...], ...] | None:
+        """Frees the device: pages and rows are dropped, weights are returned in host memory or dropped.
+
+        The weights are those of each stage.
+        """
+        self._returning.clear()
+        saved = [stage.sleep(keep_weights=keep_weights) for stage in self.stages]
+        return tuple(part for part in saved if part is not None) or None
 
     def reset(self) -> None:
         """Starts over with empty pages and rows, after a step has failed that may have taken the old ones."""
-        self._cache, self._rows = allocate(self.programs)
+        self._returning.clear()
+        for stage in self.stages:
+            stage.reset()
 
-    def wake(self, params: tuple[Array, ...]) -> None:
-        """Takes the weights again, with empty pages and rows."""
-        self._params = params
-        self._cache, self._rows = allocate(self.programs)
+    def wake(self, params: Sequence[Sequence[Array | np.ndarray]]) -> None:
+        """Takes each stage's weights again, with empty pages and rows."""
+        for stage, part in zip(self.stages, params, strict=True):
+            stage.wake(part)
 
     def close(self) -> None:
         """Frees all device memory. The runner is of no use afterwards."""
         self.programs.close()
         self.sleep(keep_weights=False)
-
-    @staticmethod
-    def _drop(arrays: object) -> None:
-        """Deletes arrays at once, whoever else still refers to them."""
-        for array in jax.tree.leaves(arrays):
-            array.delete()
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from jaxtyping import Array, Float, Int32
 
 from jaxllm.layers.batch import Batch, Cache
 from jaxllm.models.base import CausalLM
+from jaxllm.models.stages import Stage, StageModel
 from jaxllm.runner.step_input import StepLayout
 from jaxllm.sampling.logprobs import token_logprobs
 from jaxllm.sampling.sampler import sample
 from jaxllm.sampling.state import RowSettings, SamplerConfig, SamplerState, load_row
 from pallas_kernels.paged_attention import Backend, RaggedBatch, locate_tokens
 
-Merge = Callable[[tuple[Array, ...]], CausalLM]
-"""Makes the model of its weights, while a program is traced."""
+Merge = Callable[[tuple[Array, ...]], CausalLM | StageModel]
+"""Makes the model, or what a stage runs of it, of its weights, while a program is traced."""
 
 Logprobs = tuple[Array, Array, Array, Array]
 """What `token_logprobs` returns: the tokens' own, their ranks, the likeliest ids and their logprobs."""
@@ -29,40 +30,49 @@ SCORED_TOGETHER = 64
 class DeviceRows(NamedTuple):
     """What the device knows of each running request; the last row is a spare one for padding."""
 
-    tokens: Int32[Array, "rows length"]
-    """Known tokens by position, prompt and output."""
+    tokens: Int32[Array, "rows length"] | None
+    """Known tokens by position, prompt and output. Stages between the first and the last have none."""
     tables: Int32[Array, "groups rows pages"]
     """Page ids by position, for each group of layers."""
-    sampler: SamplerState
+    sampler: SamplerState | None
+    """Of the last stage."""
 
 
 class Forward(NamedTuple):
     """What a step's forward pass leaves for the programs after it."""
 
-    logits: Float[Array, "sampled vocab"]
+    logits: Float[Array, "sampled vocab"] | None
+    """Of the last stage."""
     rows: Int32[Array, " sampled"]
     """Row on the device that each row of the logits is sampled for; the spare one where none is."""
     lengths: Int32[Array, " sampled"]
     """Known tokens of that row: the position of the next one."""
     hidden: Float[Array, "tokens embed"]
+    """After the last norm, or what the next stage takes."""
 
 
 def run_forward(
     params: tuple[Array, ...],
     cache: Cache,
     tables: Int32[Array, "groups rows pages"],
-    tokens: Int32[Array, "rows length"],
+    entering: Int32[Array, "rows length"] | Float[Array, "tokens embed"],
     packed: Int32[Array, " size"],
     *,
     merge: Merge,
     layout: StepLayout,
     slots: tuple[tuple[int, int], ...],
     backend: Backend,
+    stage: Stage,
+    first_layer: int,
 ) -> tuple[Cache, Int32[Array, "groups rows pages"], Forward]:
-    """Runs a ragged batch through the model: the cache and the page tables are updated.
+    """Runs a ragged batch through the model, or a stage of it: the cache and the page tables are updated.
 
     The inputs are gathered from the rows' known tokens on the device, so a step can be started before the
     host has seen the tokens of the one before.
+
+    Args:
+        entering: the rows' known tokens, or hidden states where the stage is not the first.
+        slots: of the stage's layers, from `first_layer` on.
     """
     step = layout.unpack(packed)
     entries = tables.reshape(-1).at[step.table_index].set(step.table_page, mode="drop")
@@ -72,20 +82,21 @@ def run_forward(
     )
     place = locate_tokens(groups[0], layout.bucket.tokens)
     positions = jnp.where(place.valid, place.position, 0)
-    inputs = jnp.where(place.valid, tokens[step.row_ids[place.row], positions], 0)
+    if stage.is_first:
+        entering = jnp.where(place.valid, entering[step.row_ids[place.row], positions], 0)
 
     model = merge(params)
-    hidden, cache = model(inputs, cache, Batch(positions, groups, slots, backend))
+    hidden, cache = model(entering, cache, Batch(positions, groups, slots, backend, first_layer))
 
     # Padded to what the sampler takes before the product: padding the logits would copy all of them.
     def padded(x: Array, fill: int | Array) -> Array:
         return jnp.pad(x, (0, layout.bucket.sampled - layout.bucket.rows), constant_values=fill)
 
-    spare = tokens.shape[0] - 1
+    spare = layout.table_shape[1] - 1
     last = padded(jnp.maximum(step.query_start[1:] - 1, 0), 0)
     rows = padded(jnp.where(step.samples, step.row_ids, spare), spare)
-    forward = Forward(model.logits(hidden[last]), rows, padded(step.kv_lens, 0), hidden)
-    return cache, tables, forward
+    logits = model.logits(hidden[last]) if stage.is_last else None
+    return cache, tables, Forward(logits, rows, padded(step.kv_lens, 0), hidden)
 
 
 def run_sampler(
@@ -100,13 +111,23 @@ def run_sampler(
     """Chooses each row's next token and writes it where the next step finds it."""
     recent = _recent(tokens, rows, lengths, sampler.limits.bad_word_tokens)
     chosen, state = sample(logits, state, rows, lengths, recent, processors=sampler.processors)
-    return tokens.at[rows, lengths].set(chosen, mode="drop"), state, chosen
+    return receive_tokens(tokens, rows, lengths, chosen), state, chosen
 
 
 def _recent(tokens: Array, rows: Array, lengths: Array, count: int) -> Int32[Array, "rows count"]:
     """The last `count` known tokens of each row, -1 where there are fewer."""
     position = lengths[:, None] - count + jnp.arange(count)
     return jnp.where(position >= 0, tokens[rows[:, None], position], -1)
+
+
+def receive_tokens(
+    tokens: Int32[Array, "rows length"],
+    rows: Int32[Array, " sampled"],
+    lengths: Int32[Array, " sampled"],
+    chosen: Int32[Array, " sampled"],
+) -> Int32[Array, "rows length"]:
+    """Writes what the last stage sampled where the first one finds it."""
+    return tokens.at[rows, lengths].set(chosen, mode="drop")
 
 
 def admit_row(
@@ -118,9 +139,9 @@ def admit_row(
 ) -> DeviceRows:
     """Gives a row to a request: its known tokens, its pages, and its sampling parameters."""
     return DeviceRows(
-        rows.tokens.at[row].set(tokens),
+        None if rows.tokens is None else rows.tokens.at[row].set(tokens),
         rows.tables.at[:, row].set(tables),
-        load_row(rows.sampler, row, settings),
+        None if rows.sampler is None else load_row(rows.sampler, row, settings),
     )
 
 

@@ -6,6 +6,7 @@ requests first and then for waiting ones, in the policy's order.
 """
 
 import heapq
+import itertools
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
@@ -60,6 +61,7 @@ class Scheduler:
         max_model_len: int,
         policy: Policy = "fcfs",
         enable_chunked_prefill: bool = True,
+        num_stages: int = 1,
     ) -> None:
         """Makes a scheduler without requests.
 
@@ -70,6 +72,7 @@ class Scheduler:
             enable_chunked_prefill: a prompt may be spread over several steps. Otherwise it waits for a step
                 with room for all of it; only preempted requests are then computed in pieces, because their
                 outputs may have made them longer than a step.
+            num_stages: steps that the model's stages work on at a time, if no request is in two of them.
 
         Raises:
             ValueError: a limit below 1, or an unknown policy.
@@ -78,6 +81,7 @@ class Scheduler:
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens,
             "max_model_len": max_model_len,
+            "num_stages": num_stages,
         }
         for name, value in limits.items():
             if value < 1:
@@ -90,6 +94,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.policy = policy
         self.enable_chunked_prefill = enable_chunked_prefill
+        self.num_stages = num_stages
         self.requests: dict[str, Request] = {}
         """All unfinished requests, by id."""
         self.running: list[Request] = []
@@ -235,18 +240,25 @@ class Scheduler:
         return plan
 
     def _continue_running(self, draft: StepDraft) -> None:
-        index = 0
-        while index < len(self.running) and draft.budget:
+        under_way = self._under_way()
+        index, share = 0, -(-len(self.running) // self.num_stages)
+        while index < len(self.running) and draft.budget and share:
             request = self.running[index]
             index += 1
             # at every step, so that a prompt's pages can be found as soon as they have been computed
             self.cache.advance(request.tables, request.chain, request.token_ids, request.num_computed_tokens)
             wanted = min(request.num_missing_tokens, draft.budget)
-            if wanted:
+            if wanted and request.request_id not in under_way:
                 count = self._make_room(request, wanted, draft)
                 draft.short |= count < wanted
                 if count:
                     self._plan_row(request, count, draft)
+                    share -= 1
+
+    def _under_way(self) -> set[str]:
+        """Requests whose next tokens other stages still compute: with them the first stage would wait."""
+        others = itertools.islice(reversed(self._in_flight), self.num_stages - 1)
+        return {row.request_id for plan, _ in others for row in plan.rows if row.samples}
 
     def _make_room(self, request: Request, wanted: int, draft: StepDraft) -> int:
         """How many of the wanted tokens there are pages for, after preempting requests behind this one.

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from jaxllm.cli.main import main
-from jaxllm.config import EngineConfig
+from jaxllm.config import EngineConfig, ParallelConfig
 from jaxllm.server.config import ServerConfig
 
 
@@ -35,7 +35,8 @@ def test_flags_as_for_vllm(served: list[Any]) -> None:
     argv = (
         "serve m --gpu-memory-utilization 0.5 --max-model-len 64 --block-size 32 --no-enable-prefix-caching"
     )
-    argv += " --served-model-name a b --api-key k1 k2 --pipeline-parallel-size 1"
+    argv += " --served-model-name a b --api-key k1 k2 --pipeline-parallel-size 2"
+    argv += " --tensor-parallel-size 4 --enable-expert-parallel"
     with pytest.warns(UserWarning, match="swap_space"):
         assert main([*argv.split(), "--swap-space", "4"]) == 0
     config, engine = served
@@ -43,6 +44,7 @@ def test_flags_as_for_vllm(served: list[Any]) -> None:
     assert engine.cache.enable_prefix_caching is False
     assert config.access.served_model_name == ["a", "b"]
     assert config.access.api_key == ("k1", "k2")
+    assert engine.parallel == ParallelConfig(expert_parallel_size=4, pipeline_parallel_size=2)
 
 
 def test_a_file_of_flags_and_the_command_line_before_it(served: list[Any], tmp_path: Path) -> None:
@@ -76,7 +78,7 @@ def test_keys_from_the_environment(served: list[Any], monkeypatch: pytest.Monkey
         (["m", "--page-size", "3"], "page_size=3"),
         (["m", "--enable-lora"], "enable_lora"),
         (["m", "--quantization", "awq"], "quantization='awq'"),
-        (["m", "--pipeline-parallel-size", "2"], "pipeline_parallel_size=2"),
+        (["m", "--pipeline-parallel-size", "0"], "pipeline_parallel_size=0"),
         (["m", "--no-such-flag"], "--no-such-flag"),
         (["m", "--config", "/no/such/file"], "/no/such/file"),
     ],

@@ -9,7 +9,7 @@ from small import CHECKPOINTS, OPTIONS, golden, greedy
 from jaxllm import LLM, BeamSearchParams, SamplingParams
 from jaxllm.config import EngineConfig, option_fields
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.vllm_options import MEANINGLESS, REFUSED, RENAMED, translate
+from jaxllm.engine.vllm_options import COMBINED, MEANINGLESS, REFUSED, RENAMED, translate
 
 
 class Recorder:
@@ -56,13 +56,14 @@ def test_arguments_are_mapped_to_our_own() -> None:
         "max_num_seqs": None,
         "quantization": None,
         "cpu_offload_gb": 0.0,
-        "pipeline_parallel_size": 1,
+        "pipeline_parallel_size": 2,
         "use_tqdm_on_load": False,
         "attention_backend": "xla",
     }
     translated = translate(given)
     assert translated == {
         "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 2,
         "dtype": "float16",
         "max_model_len": 100,
         "memory_utilization": 0.5,
@@ -78,6 +79,14 @@ def test_arguments_are_mapped_to_our_own() -> None:
         "attention_backend": "xla",
     }
     EngineConfig.create("model", **translated)
+
+
+def test_expert_parallelism_takes_the_devices_of_tensor_parallelism() -> None:
+    given = {"tensor_parallel_size": 4, "enable_expert_parallel": True}
+    assert translate(given) == {"expert_parallel_size": 4}
+    assert translate(given | {"enable_expert_parallel": False}) == {"tensor_parallel_size": 4}
+    own = {"tensor_parallel_size": 2, "expert_parallel_size": 4}
+    assert translate(own | {"enable_expert_parallel": True}) == own
 
 
 def test_other_spellings_of_values() -> None:
@@ -114,7 +123,7 @@ def test_what_nobody_knows_is_refused_with_the_nearest_names() -> None:
 
 def test_every_argument_has_one_fate() -> None:
     own = {field.name for _, field in option_fields()}
-    fates = [*RENAMED, *REFUSED, *MEANINGLESS]
+    fates = [*RENAMED, *REFUSED, *COMBINED, *MEANINGLESS]
     assert len(fates) == len(set(fates))
     assert set(RENAMED.values()) <= own
     assert not own & set(fates)

@@ -75,7 +75,7 @@ def test_a_second_start_traces_nothing(
         patched.setattr("jaxllm.runner.lowering.Lowering._lower", None)  # whoever traces fails
         with caching_engine(tmp_path) as second:
             assert second.get_metrics()["programs_loaded"] == count
-            pages = second._core.runner._cache
+            pages = second._core.runner.stages[0].arrays[1]
             assert pages is not None
             assert answers(second) == expected
             assert pages[0].is_deleted(), "the cache is not updated in place"

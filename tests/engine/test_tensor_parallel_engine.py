@@ -78,10 +78,9 @@ def test_cut_engine(model: str, devices: int, on_one_device: dict[str, list[list
 def check_shards(engine: Engine, devices: int) -> None:
     """Each device holds its part of every matrix and every page; vectors of the model's width are whole."""
     runner = engine._core.runner
-    assert runner._params is not None
-    assert runner._cache is not None
+    params, cache, _ = runner.stages[0].arrays
     hidden = runner.lowering.model.hidden_size
-    for array in (*runner._params, *runner._cache):
+    for array in (*params, *cache):
         assert len(array.addressable_shards) == devices
         sizes = {shard.data.size for shard in array.addressable_shards}
         whole = array.ndim == 1 and array.size <= hidden
@@ -92,7 +91,7 @@ def check_shards(engine: Engine, devices: int) -> None:
         runner.num_pages, sizes.page_size, model.cache_heads, model.head_dim, jnp.dtype(model.dtype)
     )
     pool = runner.lowering.backend.layout.array(geometry)
-    assert {(pool.shape, pool.dtype) for pool in runner._cache} == {(pool.shape, pool.dtype)}
+    assert {(pool.shape, pool.dtype) for pool in cache} == {(pool.shape, pool.dtype)}
 
 
 def check_collectives(engine: Engine, layers: int) -> None:
@@ -123,7 +122,7 @@ def test_a_mesh_of_other_devices(on_one_device: dict[str, list[list[int]]]) -> N
     with Engine.from_pretrained(str(CHECKPOINTS / "llama"), mesh=mesh, **(options | SIZES)) as engine:
         assert run(engine, "llama") == on_one_device["llama"]
         runner = engine._core.runner
-        arrays = jax.tree.leaves((runner._params, runner._cache, runner._rows))
+        arrays = jax.tree.leaves(runner.stages[0].arrays)
         assert {device for array in arrays for device in array.devices()} == set(jax.devices()[4:6])
 
 

@@ -11,14 +11,14 @@ from jaxllm.parallel import make_mesh, partition_spec
 
 
 def test_axes_lie_where_the_table_says() -> None:
-    assert partition_spec(("embed", "kv_heads", None)) == PartitionSpec(None, "tensor", None)
+    assert partition_spec(("embed", "kv_heads", None)) == PartitionSpec(None, ("expert", "tensor"), None)
     with pytest.raises(ValueError, match="'width' is not one of vocab, heads"):
         partition_spec(("embed", "width"))
 
 
 def test_mesh_takes_the_first_devices() -> None:
     mesh = make_mesh(4, jax.devices()[2:])
-    assert mesh.shape == {"data": 1, "tensor": 4}
+    assert mesh.shape == {"stage": 1, "data": 1, "expert": 1, "tensor": 4}
     assert list(mesh.devices.flat) == jax.devices()[2:6]
     with pytest.raises(ValueError, match="tensor_parallel_size=9: there are only 8 devices"):
         make_mesh(9)

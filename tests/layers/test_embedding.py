@@ -14,7 +14,7 @@ from jaxllm.parallel import make_mesh
 @pytest.mark.parametrize("devices", [1, 4])
 def test_rows_and_logits(devices: int, dtype: str) -> None:
     with jax.set_mesh(make_mesh(devices)):
-        table = Embedding(10, 6, tensor_parallel_size=devices, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+        table = Embedding(10, 6, shares=devices, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
         weight = np.asarray(table.weight[...].astype(jnp.float32))
         assert weight.shape == (12 if devices == 4 else 10, 6)
         tokens = jnp.asarray([9, 0, 3, 3])

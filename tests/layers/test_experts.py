@@ -14,6 +14,8 @@ from jaxllm.parallel import make_mesh, partition_spec
 from pallas_kernels.packed_matmul import as_backend
 
 EXPERTS, EMBED, MLP, CHOSEN, TOKENS = 6, 32, 24, 2, 40
+Sizes = tuple[int, int]
+"""Devices along the axes tensor and expert."""
 
 
 def make(*, bias: bool = False, gating: Gating = Gating(), dtype: str = "float32") -> Experts:  # noqa: B008
@@ -39,9 +41,10 @@ def choose(seed: int = 2) -> Routing:
     return Routing(jnp.asarray(chosen, jnp.int32), jnp.asarray(random.random(chosen.shape), jnp.float32))
 
 
-def run(experts: Experts, x: Array, routing: Routing, used: int = TOKENS, devices: int = 1) -> Array:
+def run(experts: Experts, x: Array, routing: Routing, used: int = TOKENS, sizes: Sizes = (1, 1)) -> Array:
     """The layer in a program, its weights cut over devices."""
-    mesh = make_mesh(devices)
+    tensor, expert = sizes
+    mesh = make_mesh(tensor, expert_parallel_size=expert)
     with jax.set_mesh(mesh):
         graph, state = nnx.split(experts)
 
@@ -76,11 +79,12 @@ def expect(experts: Experts, x: Array, routing: Routing, gating: Gating) -> np.n
     return np.einsum("tx,txe->te", weights, out)
 
 
-@pytest.mark.parametrize(("devices", "biased"), [(1, False), (2, False), (8, False), (1, True), (4, True)])
-def test_equals_all_experts_for_all_tokens(devices: int, biased: bool) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1), (8, 1), (1, 6), (4, 2)])
+def test_equals_all_experts_for_all_tokens(sizes: Sizes, biased: bool) -> None:
     gating = Gating(limit=0.8, alpha=1.7) if biased else Gating()
     experts, x, routing = make(bias=biased, gating=gating), tokens(), choose()
-    out = run(experts, x, routing, devices=devices)
+    out = run(experts, x, routing, sizes=sizes)
     np.testing.assert_allclose(out, expect(experts, x, routing, gating), atol=1e-5)
 
 

@@ -25,6 +25,7 @@ def test_a_replica_has_the_most_compact_slice(target: str, chips: int, found: st
 def test_all_chips_are_used() -> None:
     layout = Layout.make(Target.parse("v5e:8x8"), 16)
     assert (layout.data_parallel_size, str(layout.replica), layout.torus) == (4, "v5e:4x4", (4, 4))
+    assert Layout.make(Target.parse("v5e:8x8"), 1, 16).replica_chips == 16
     assert Layout.make(Target.parse("v5e:2x4"), 2).torus == (2,)
     assert Layout.make(Target.parse("v5p:2x2x1"), 4).torus == (2, 2)
 
@@ -39,7 +40,7 @@ def test_all_chips_are_used() -> None:
 )
 def test_sizes_that_do_not_go_together(target: str, tensor: int, data: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Layout.make(Target.parse(target), tensor, data)
+        Layout.make(Target.parse(target), tensor, data=data)
 
 
 def test_divisors() -> None:

@@ -133,13 +133,13 @@ def test_search(model: Callable[..., str], capsys: pytest.CaptureFixture[str]) -
     worth = [plan["estimate"]["tokens_per_dollar"] for plan in found["plans"]]
     assert worth == sorted(worth, reverse=True)
     [refused] = found["refused"]
-    assert refused["tensor_parallel_size"] == 4
+    assert refused["layout"] == "v5e:2x2, tensor 4, expert 1"
     assert "num_attention_heads=2: must be a multiple of tensor_parallel_size=4" in refused["reason"]
 
     assert main(["plan", model(**heads), *targets, "--search", *SMALL]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("target")
-    assert "v5e:2x2, tensor 4: num_attention_heads=2" in printed
+    assert "v5e:2x2, tensor 4, expert 1: num_attention_heads=2" in printed
 
 
 @pytest.mark.usefixtures("steps")

@@ -131,6 +131,7 @@ class Setup:
     chunked: bool = True
     caching: bool = True
     depth: int = 0
+    num_stages: int = 1
 
 
 class Simulation:
@@ -152,6 +153,7 @@ class Simulation:
             max_model_len=setup.max_model_len,
             policy=setup.policy,
             enable_chunked_prefill=setup.chunked,
+            num_stages=setup.num_stages,
         )
         self.device = Device(self.groups, setup.page_size)
         self.pending: deque[tuple[StepPlan, list[list[int]]]] = deque()

@@ -21,6 +21,8 @@ SETUPS = {
     "whole prompts, mixed groups": Setup(windows=(None, 6), chunked=False, budget=40, num_pages=40),
     "no prefix cache": Setup(caching=False, num_pages=20),
     "priority": Setup(policy="priority", windows=(None, 7), num_pages=34, max_num_seqs=6),
+    "two stages": Setup(num_stages=2, windows=(None, 7), num_pages=60, max_num_seqs=6),
+    "three stages, tiny pool": Setup(num_stages=3, num_pages=17, max_num_seqs=6),
     "pages of one token": Setup(page_size=1, windows=(None, 3), num_pages=100),
 }
 

@@ -1,0 +1,122 @@
+"""One stage of a model on its devices: weights, pages, rows, and the programs that bind them."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int32
+
+from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.lowering import Lowering
+from jaxllm.runner.programs import Programs
+from jaxllm.runner.step import DeviceRows, Forward, Logprobs
+from jaxllm.sampling.state import RowSettings
+
+DeviceState = tuple[tuple[Array, ...], DeviceRows]
+"""Pages and rows."""
+
+
+def allocate(lowering: Lowering, programs: Programs) -> DeviceState:
+    """A stage's empty pages and rows, each made in its place."""
+    key = lowering.stage.key("empty")
+    programs.wait([key])
+    return programs[key]()
+
+
+class StageRunner:
+    """Holds a stage's state. Methods start work on its devices and return before it is done.
+
+    Args:
+        lowering: what the programs are made of.
+        programs: those of all stages.
+        params: the weights, in the shapes and shardings that the lowering has.
+        state: what `allocate` returns.
+    """
+
+    def __init__(
+        self, lowering: Lowering, programs: Programs, params: tuple[Array, ...], state: DeviceState
+    ) -> None:
+        self.lowering = lowering
+        self._key = lowering.stage.key
+        self._programs = programs
+        self._params: tuple[Array, ...] | None = params
+        self._cache: tuple[Array, ...] | None
+        self._rows: DeviceRows | None
+        self._cache, self._rows = state
+
+    @property
+    def arrays(self) -> tuple[tuple[Array, ...], tuple[Array, ...], DeviceRows]:
+        """Weights, pages and rows, as they are between two steps.
+
+        Raises:
+            RuntimeError: there are none while the engine sleeps.
+        """
+        if self._params is None or self._cache is None or self._rows is None:
+            raise RuntimeError("the device's memory has been given back")
+        return self._params, self._cache, self._rows
+
+    def is_ready(self, bucket: Bucket) -> bool:
+        """Whether all programs for such a step are there."""
+        return all(self._key(key) in self._programs for key in self.lowering.step_programs(bucket))
+
+    def forward(self, bucket: Bucket, hidden: Array | None, packed: Int32[np.ndarray, " size"]) -> Forward:
+        """Runs a step.
+
+        Args:
+            hidden: what left the stage before, on that one's devices; None for the first.
+            packed: what `StepLayout.pack` makes.
+        """
+        params, cache, rows = self.arrays
+        entering = rows.tokens if hidden is None else jax.device_put(hidden, self.lowering.replicated)
+        program = self._programs[self._key(("forward", bucket.tokens))]
+        self._cache, tables, output = program(params, cache, rows.tables, entering, packed)
+        self._rows = rows._replace(tables=tables)
+        return output
+
+    def sample(self, output: Forward) -> Int32[Array, " sampled"]:
+        """Chooses the tokens after a forward pass of the last stage, and writes them into its rows."""
+        _, _, rows = self.arrays
+        program = self._programs[self._key(("sample", len(output.rows)))]
+        tokens, state, sampled = program(
+            rows.tokens, rows.sampler, output.logits, output.rows, output.lengths
+        )
+        self._rows = rows._replace(tokens=tokens, sampler=state)
+        return sampled
+
+    def receive(self, ids: Array, lengths: Array, tokens: Array) -> None:
+        """Writes tokens that another stage has chosen into the rows `ids`, which had `lengths` tokens."""
+        _, _, rows = self.arrays
+        program = self._programs[self._key(("receive", len(tokens)))]
+        self._rows = rows._replace(tokens=program(rows.tokens, ids, lengths, tokens))
+
+    def admit(self, row: int, tokens: np.ndarray, tables: np.ndarray, settings: RowSettings) -> None:
+        """Gives a row to a request; what the stage keeps nothing of is not sent to it."""
+        program = self._programs[self._key(("admit", settings.tables is not None))]
+        self._rows = program(self._rows, np.int32(row), tokens, tables, settings)
+
+    def logprobs(self, output: Forward, tokens: Array) -> Logprobs:
+        """Logprobs of the tokens that `sample` chose."""
+        return self._programs[self._key(("logprobs", len(tokens)))](output.logits, tokens)
+
+    def score(self, output: Forward, ids: Int32[np.ndarray, " tokens"]) -> Logprobs:
+        """Logprobs of `ids[i]` as the token after number i of the flat batch."""
+        return self._programs[self._key("score")](self._params, output.hidden, ids)
+
+    def sleep(self, *, keep_weights: bool) -> tuple[np.ndarray, ...] | None:
+        """Frees the devices: pages and rows are dropped, weights are returned in host memory or dropped."""
+        params, self._params = self._params, None
+        saved = tuple(np.array(p) for p in params) if keep_weights and params is not None else None
+        for array in jax.tree.leaves((params, self._cache, self._rows)):
+            array.delete()  # at once, whoever else still refers to it
+        self._cache = self._rows = None
+        return saved
+
+    def reset(self) -> None:
+        """Empties pages and rows."""
+        self._cache, self._rows = allocate(self.lowering, self._programs)
+
+    def wake(self, params: Sequence[Array | np.ndarray]) -> None:
+        """Takes the weights again, with empty pages and rows."""
+        shardings = tuple(shape.sharding for shape in self.lowering.params)
+        self._params = tuple(jax.device_put(tuple(params), shardings))
+        self.reset()
