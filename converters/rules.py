@@ -29,6 +29,7 @@ class Geometry:
         kv_copies: how many times each key-value head is repeated, so that every device owns one.
         vocab_size: rows of the checkpoint's embedding table.
         padded_vocab_size: rows of the engine's, a multiple of the devices that share it.
+        plain_dim, rotated_dim: of a head's query in latent attention, see `converters.latent`.
     """
 
     num_heads: int
@@ -37,6 +38,8 @@ class Geometry:
     vocab_size: int
     padded_vocab_size: int
     kv_copies: int = 1
+    plain_dim: int = 0
+    rotated_dim: int = 0
 
     @property
     def group(self) -> int:
@@ -91,15 +94,18 @@ class Table:
     """A family's rules.
 
     Attributes:
-        rules: one for each kind of parameter; a rule whose target a model lacks is not used.
+        rules: one for each kind of parameter, or several, of which the first whose sources are there is
+            used; one whose target a model lacks is not.
         ignored: regular expressions of tensors that may be left unread, such as rotary `inv_freq` buffers.
         renames: (written, stored) beginnings of names: where the name in a rule is not in the checkpoint, it
             is looked for with each beginning replaced in turn.
+        extra_layers: layers of the checkpoint beyond the model's may be left unread.
     """
 
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    extra_layers: bool = False
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
@@ -114,7 +120,9 @@ class Table:
             parameters: the model's paths, such as `layers.0.attention.qkv.weight`.
             tensors: the checkpoint's names, such as `model.layers.0.self_attn.q_proj.weight`.
         """
-        rules = {rule.target: rule for rule in self.rules}
+        rules: dict[str, list[Rule]] = {}
+        for rule in self.rules:
+            rules.setdefault(rule.target, []).append(rule)
         names = set(tensors)
         experts = _count_experts(names)
         origins: dict[str, Origin] = {}
@@ -125,16 +133,27 @@ class Table:
             if target not in rules:
                 missing.append(f"{path} (a parameter that no rule makes)")
                 continue
-            wanted = list(_each_expert(rules[target].sources, layer, experts))
-            found = {name: stored for name in wanted if (stored := self._stored(name, names))}
-            missing += [name for name in wanted if name not in found]
-            read.update(found.values())
-            if len(found) == len(wanted):
-                origins[path] = Origin(tuple(found.values()), rules[target].transform)
+            tried = [self._try(rule, layer, experts, names) for rule in rules[target]]
+            found, lacking, transform = next((one for one in tried if not one[1]), tried[0])
+            missing += lacking
+            read.update(found)
+            if not lacking:
+                origins[path] = Origin(tuple(found), transform)
         allowed = [re.compile(pattern) for pattern in self.ignored]
+        if self.extra_layers:
+            allowed.append(_layers_from(_count_layers(parameters)))
         left = [name for name in tensors if name not in read]
         unread = [name for name in left if not any(p.fullmatch(name) for p in allowed)]
         return Assignment(origins, tuple(missing), tuple(unread))
+
+    def _try(
+        self, rule: Rule, layer: str, experts: int, names: set[str]
+    ) -> tuple[list[str], list[str], Transform]:
+        """A rule's sources as they are stored, those that are missing, and its transform."""
+        wanted = list(_each_expert(rule.sources, layer, experts))
+        stored = {name: self._stored(name, names) for name in wanted}
+        found = [name for name in stored.values() if name is not None]
+        return found, [name for name in wanted if stored[name] is None], rule.transform
 
     def _stored(self, name: str, names: set[str]) -> str | None:
         for written, stored in (("", ""), *self.renames):
@@ -155,6 +174,15 @@ def _count_experts(tensors: Collection[str]) -> int:
     """One more than the highest number of an expert; at least one, so that what is missing has a name."""
     numbers = (re.search(r"\.experts\.(\d{1,6})\.", name) for name in tensors)
     return max((int(number[1]) + 1 for number in numbers if number), default=1)
+
+
+def _count_layers(parameters: Collection[str]) -> int:
+    return max((int(layer) + 1 for path in parameters if (layer := _generalize(path)[1])), default=0)
+
+
+def _layers_from(first: int) -> re.Pattern[str]:
+    """Names in layers from number `first` on, a few of which there may be."""
+    return re.compile(rf"model\.layers\.({'|'.join(str(first + n) for n in range(8))})\..*")
 
 
 def _each_expert(sources: Sequence[str], layer: str, experts: int) -> Iterator[str]:

@@ -168,6 +168,9 @@ class CompileConfig:
         "what multiplies with weights: 'xla', or the name of a registered kernel for packed weights; 'auto' "
         "packs them on CPU where it can be done, and takes 'xla' elsewhere",
     )
+    expert_metrics: bool = option(
+        False, "count the tokens that go to each expert of each layer, for models that have experts"
+    )
     progress: bool = option(True, "show progress bars while loading and compiling")
 
     def __post_init__(self) -> None:

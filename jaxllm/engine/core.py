@@ -300,6 +300,8 @@ class EngineCore:
     def _collect(self, done: InFlight) -> list[RequestOutput]:
         tokens = done.step.read()
         self._clock.read(done.step.packed_at)
+        if done.step.expert_load:
+            self.metrics.experts_used(np.concatenate(done.step.expert_load))
         logprobs = _Logprobs(done.logprobs)
         scores = _Logprobs(done.scores)
         touched: dict[str, OutputAssembler] = {}

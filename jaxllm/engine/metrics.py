@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int32, Int64
+
 from jaxllm.engine.step_clock import PARTS, StepTimes
 from pallas_kernels.registry import Choice
 
@@ -133,6 +136,8 @@ class Metrics:
         self.step_tokens = Histogram(_STEP_TOKEN_BOUNDS)
         self.step_time = Histogram()
         self.step_parts = {part: Histogram() for part in PARTS}
+        self.expert_tokens: Int64[np.ndarray, "layers experts"] | None = None
+        """Tokens that went to each expert, of the layers that have any; None while none were counted."""
 
     def request_arrived(self, num_prompt_tokens: int, *, arrival_time: float | None = None) -> RequestMetrics:
         """Counts a request and starts its own record.
@@ -205,6 +210,11 @@ class Metrics:
             self._totals["steps"] += 1
             self._totals["scheduled_tokens"] += times.num_tokens
 
+    def experts_used(self, tokens: Int32[np.ndarray, "layers experts"]) -> None:
+        """Counts how many tokens of a step went to each expert."""
+        seen = self.expert_tokens
+        self.expert_tokens = tokens.astype(np.int64) if seen is None else seen + tokens
+
     def snapshot(self, state: EngineState) -> dict[str, float]:
         """Everything counted, as one flat dict.
 
@@ -223,6 +233,8 @@ class Metrics:
         - `{name}_seconds_{mean,p50,p90,p99}` and `{name}_count` for each name of `time_in_queue`,
           `time_to_first_token`, `inter_token_latency`, `end_to_end_time`, `step_time`, and of
           `step_{schedule,pack,dispatch,wait,process,device,gap}`: the parts of a step, see `StepTimes`.
+        - `expert_tokens_total{layer="0",expert="0"}` and so on, where experts are counted (`expert_metrics`):
+          layers are numbered as they come, without those that have no experts.
         """
         counts = {f"{name}_total": float(value) for name, value in self._totals.items()}
         counts |= {f"requests_finished_{reason}_total": float(n) for reason, n in self._finished.items()}
@@ -247,7 +259,11 @@ class Metrics:
             counts |= _summary(name, getattr(self, name))
         for part, histogram in self.step_parts.items():
             counts |= _summary(f"step_{part}", histogram)
-        return counts
+        return counts | {
+            f"expert_tokens_total{metric_labels(layer=str(layer), expert=str(expert))}": float(tokens)
+            for layer, experts in enumerate(() if self.expert_tokens is None else self.expert_tokens)
+            for expert, tokens in enumerate(experts)
+        }
 
 
 def choice_metrics(name: str, choice: Choice[Any]) -> dict[str, float]:

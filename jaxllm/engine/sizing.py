@@ -42,7 +42,12 @@ def make_lowering(
 
     Args:
         merge, parameters, mesh: of the stage.
+
+    Raises:
+        ValueError: experts are to be counted of a model that has none.
     """
+    if config.compile.expert_metrics and model.mixture is None:
+        raise ValueError("expert_metrics=True: this model has no experts; leave it out")
     platform = mesh.devices.flat[0].platform
     defaults = CPU_DEFAULTS if platform == "cpu" else ACCELERATOR_DEFAULTS
     tokens = config.scheduler.max_num_batched_tokens or defaults["max_num_batched_tokens"]
@@ -59,6 +64,7 @@ def make_lowering(
             page_size=config.cache.page_size,
             bucket_growth=defaults["bucket_growth"],
             num_logprobs=model.vocab_size if config.model.max_logprobs == -1 else config.model.max_logprobs,
+            count_experts=config.compile.expert_metrics,
         ),
         SamplerConfig(model.vocab_size, processors=registered_logits_processors()),
         backend,

@@ -113,7 +113,7 @@ class Attention(nnx.Module):
 
     def _attend(self, q: Array, k: Array, v: Array, cache: Cache, batch: Batch) -> tuple[Array, Cache]:
         """Each device attends with its own heads over its own part of the pages."""
-        group, pool = batch.slots[self.layer - batch.first_layer]
+        group, pool = batch.slot(self.layer)
         mesh = jax.sharding.get_abstract_mesh()
         attend = sharded_attention(
             mesh, self.options.scale, self.window, self.options.soft_cap, batch.backend

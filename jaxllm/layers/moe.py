@@ -56,7 +56,9 @@ class Mixture(nnx.Module):
         self.shared_gate = Linear((embed,), (1,), ("embed", None), dtype=dtype, rngs=rngs) if gated else None
 
     def __call__(self, x: Float[Array, "tokens embed"], batch: Batch) -> Float[Array, "tokens embed"]:
-        out, _ = self.experts(x, self.router(x), batch.used)
+        out, load = self.experts(x, self.router(x), batch.used)
+        if batch.expert_load is not None:
+            batch.expert_load.append(load)
         out = out.astype(x.dtype)
         if self.shared is None:
             return out

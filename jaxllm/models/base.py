@@ -12,9 +12,11 @@ from converters.rules import Geometry, Table
 from jaxllm.layers.attention import AttentionOptions
 from jaxllm.layers.batch import Batch, Cache
 from jaxllm.layers.embedding import padded_size
+from jaxllm.layers.latent_attention import LatentSizes
 from jaxllm.layers.moe import MixtureOptions
 from jaxllm.layers.norm import NormOptions
 from jaxllm.layers.rope import Rope
+from pallas_kernels.paged_attention import PageGeometry
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class DecoderConfig:
         embedding_scale: multiplies the embeddings of tokens.
         final_soft_cap: bounds the logits: `cap * tanh(logits / cap)`.
         mixture: for models with experts, how they are chosen and what they are like.
+        latent: for models with latent attention, its sizes; then `num_kv_heads` is 1, and `head_dim` that of
+            what is kept of a token.
         dense_layers: layers of such a model that have one feed-forward layer instead.
         tensor_parallel_size, expert_parallel_size: of the mesh. Heads and columns are cut over the product,
             experts over the second, and an expert's columns over the first.
@@ -54,6 +58,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     final_soft_cap: float | None = None
     mixture: MixtureOptions | None = None
+    latent: LatentSizes | None = None
     dense_layers: frozenset[int] = frozenset()
     expert_parallel_size: int = 1
 
@@ -117,7 +122,15 @@ class DecoderConfig:
             vocab_size=self.vocab_size,
             padded_vocab_size=padded_size(self.vocab_size, self.devices_per_layer),
             kv_copies=self.kv_copies,
+            plain_dim=self.latent.plain if self.latent else 0,
+            rotated_dim=self.latent.rotated if self.latent else 0,
         )
+
+    def pages(self, num_pages: int, page_size: int) -> PageGeometry:
+        """One layer's pool of pages on all devices."""
+        shared = self.latent is not None
+        dtype = jnp.dtype(self.dtype)
+        return PageGeometry(num_pages, page_size, self.cache_heads, self.head_dim, dtype, shared)
 
 
 class CausalLM(nnx.Module):

@@ -43,6 +43,10 @@ class Fields:
             raise ValueError(f"{name}: missing in the model's config.json, which must give it")
         return default
 
+    def is_null(self, name: str) -> bool:
+        """Whether the config says null, where that means something else than the default."""
+        return name in self._fields and self._fields[name] is None
+
     def whole(self, name: str, default: Any = _REQUIRED) -> int:
         """A count of at least one."""
         value = self.get(name, default)

@@ -59,6 +59,8 @@ class ModelRegistry:
 
 
 for _architecture, _model in {
+    "DeepseekV2ForCausalLM": "deepseek:DeepseekV2",
+    "DeepseekV3ForCausalLM": "deepseek:DeepseekV3",
     "GPT2LMHeadModel": "gpt2:GPT2",
     "Gemma2ForCausalLM": "gemma:Gemma2",
     "Gemma3ForCausalLM": "gemma:Gemma3",

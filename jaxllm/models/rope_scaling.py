@@ -122,15 +122,18 @@ def _yarn(parameters: Mapping[str, Any], context: _Context) -> tuple[NDArray[np.
     return frequencies, _yarn_magnitude(parameters, factor)
 
 
-def _yarn_magnitude(parameters: Mapping[str, Any], factor: float) -> float:
-    def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+def yarn_scale(factor: float, weight: float) -> float:
+    """By how much attention is sharpened for a context that is stretched by `factor`."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
+
+def _yarn_magnitude(parameters: Mapping[str, Any], factor: float) -> float:
     if parameters.get("attention_factor") is not None:
         return float(parameters["attention_factor"])
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return scale(parameters["mscale"]) / scale(parameters["mscale_all_dim"])
-    return scale(1.0)
+        whole, kept_out = parameters["mscale"], parameters["mscale_all_dim"]
+        return yarn_scale(factor, whole) / yarn_scale(factor, kept_out)
+    return yarn_scale(factor, 1.0)
 
 
 def _longrope(parameters: Mapping[str, Any], context: _Context) -> tuple[NDArray[np.float64], float]:

@@ -1,5 +1,6 @@
 """Which attention kernel a model runs on a mesh."""
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 
@@ -13,7 +14,6 @@ from pallas_kernels.paged_attention import (
     AttentionFunction,
     Backend,
     Kernel,
-    PageGeometry,
     Problem,
     RaggedBatch,
     as_backend,
@@ -88,7 +88,7 @@ def choose_attention(kernel: object, model: DecoderConfig, mesh: Mesh, page_size
         if kernel != "auto":
             with jax.set_mesh(mesh):
                 for problem in problems:
-                    _try(choice.backend, problem, model.attention.scale)
+                    _try(choice.backend, problem, model)
     except NotImplementedError as error:
         name = kernel if isinstance(kernel, str) else as_backend(kernel).name
         raise NotImplementedError(
@@ -103,7 +103,8 @@ def attention_problems(model: DecoderConfig, mesh: Mesh, page_size: int) -> list
     device = mesh.devices.flat[0]
     dtype = jnp.dtype(model.dtype)
     size = model.devices_per_layer
-    geometry = PageGeometry(0, page_size, model.cache_heads // size, model.head_dim, dtype)
+    whole = model.pages(0, page_size)
+    geometry = dataclasses.replace(whole, kv_heads=whole.kv_heads // size)
     return [
         Problem(
             platform_of(device.platform),
@@ -119,7 +120,7 @@ def attention_problems(model: DecoderConfig, mesh: Mesh, page_size: int) -> list
     ]
 
 
-def _try(backend: Backend, problem: Problem, scale: float) -> None:
+def _try(backend: Backend, problem: Problem, model: DecoderConfig) -> None:
     """Traces a call, so that what is wrong with a kernel shows before a model's weights are loaded.
 
     Raises:
@@ -128,9 +129,11 @@ def _try(backend: Backend, problem: Problem, scale: float) -> None:
     """
     tokens = 2
     geometry = problem.geometry
-    q, new = (
-        jax.ShapeDtypeStruct((tokens, heads, geometry.head_dim), problem.dtype)
-        for heads in (problem.heads, geometry.kv_heads)
+    value_dim = geometry.head_dim if model.latent is None else model.latent.latent
+    heads = (problem.heads, geometry.kv_heads, geometry.kv_heads, problem.heads)
+    dims = (geometry.head_dim, geometry.head_dim, value_dim, value_dim)
+    q, k, v, out = (
+        jax.ShapeDtypeStruct((tokens, *shape), problem.dtype) for shape in zip(heads, dims, strict=True)
     )
     sinks = jax.ShapeDtypeStruct((problem.heads,), problem.dtype) if problem.sinks else None
     pages = backend.layout.array(geometry.with_pages(2))
@@ -145,7 +148,7 @@ def _try(backend: Backend, problem: Problem, scale: float) -> None:
             v,
             pages,
             RaggedBatch(*counts),
-            scale=scale,
+            scale=model.attention.scale,
             sliding_window=problem.sliding_window,
             soft_cap=problem.soft_cap,
             sinks=sinks,
@@ -153,9 +156,9 @@ def _try(backend: Backend, problem: Problem, scale: float) -> None:
             v_scale=None,
         )
 
-    found = jax.eval_shape(call, q, new, new, pages, sinks, *counts)
+    found = jax.eval_shape(call, q, k, v, pages, sinks, *counts)
     shapes = [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(found)]
-    wanted = [f"{x.dtype}{list(x.shape)}" for x in (q, pages)]
+    wanted = [f"{x.dtype}{list(x.shape)}" for x in (out, pages)]
     if shapes != wanted or not isinstance(found, Sequence):
         raise TypeError(
             f"attention_backend={backend.name!r}: returned {', '.join(shapes)} instead of a pair, the output "

@@ -33,7 +33,7 @@ from jaxllm.sampling.params import SamplingParams
 from jaxllm.sampling.settings import row_settings
 from jaxllm.sampling.state import Feature, RowSettings, SamplerConfig, empty_state
 from pallas_kernels.packed_matmul import Backend as ProductsBackend
-from pallas_kernels.paged_attention import Backend, PageGeometry
+from pallas_kernels.paged_attention import Backend
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Sizes:
     """How many times as many tokens the next larger program takes."""
     num_logprobs: int
     """Likeliest tokens reported at a position where logprobs are asked for."""
+    count_experts: bool = False
+    """Forward passes count the tokens that go to each expert."""
 
     @property
     def table_width(self) -> int:
@@ -104,14 +106,7 @@ class Lowering:
 
     def cache_shapes(self, num_pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The pools of pages, the null page included."""
-        geometry = PageGeometry(
-            num_pages,
-            self.sizes.page_size,
-            self.model.cache_heads,
-            self.model.head_dim,
-            jnp.dtype(self.model.dtype),
-        )
-        pool = self.backend.layout.array(geometry)
+        pool = self.backend.layout.array(self.model.pages(num_pages, self.sizes.page_size))
         sharding = NamedSharding(self.mesh, pages_spec(self.backend.layout))
         return (jax.ShapeDtypeStruct(pool.shape, pool.dtype, sharding=sharding),) * self.layout.num_pools
 
@@ -188,6 +183,7 @@ class Lowering:
             backend=self.backend,
             stage=self.stage,
             first_layer=self.stage.layers(self.model.num_layers).start,
+            count_experts=self.sizes.count_experts,
         )
         cache = self.cache_shapes(num_pages)
         shardings = (tuple(pool.sharding for pool in cache), self.replicated, self.replicated)

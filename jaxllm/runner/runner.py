@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.lowering import Lowering
@@ -83,15 +83,16 @@ class Runner:
         bucket = self._choose_bucket(plan.num_tokens, scores=scores)
         packed = self.lowering.step_layout(bucket).pack(plan, grown)
         packed_at = time.perf_counter()
-        first, *others = self.stages
-        entered = output = first.forward(bucket, None, packed)
-        for stage in others:
-            output = stage.forward(bucket, output.hidden, packed)
-        sampled = self.stages[-1].sample(output)
-        if others:
-            self._send(plan, entered, sampled)
-        sampled.copy_to_host_async()
-        return DispatchedStep(plan, output, sampled, packed_at)
+        outputs = [self.stages[0].forward(bucket, None, packed)]
+        for stage in self.stages[1:]:
+            outputs.append(stage.forward(bucket, outputs[-1].hidden, packed))
+        sampled = self.stages[-1].sample(outputs[-1])
+        if len(self.stages) > 1:
+            self._send(plan, outputs[0], sampled)
+        expert_load = tuple(output.expert_load for output in outputs if output.expert_load is not None)
+        for array in (sampled, *expert_load):
+            array.copy_to_host_async()
+        return DispatchedStep(plan, outputs[-1], sampled, packed_at, expert_load)
 
     def _send(self, plan: StepPlan, entered: Forward, sampled: Array) -> None:
         """Sends the sampled tokens to the first stage."""
@@ -177,6 +178,8 @@ class DispatchedStep:
     """int32, for each row of the step the token sampled."""
     packed_at: float
     """When the host had made all ready that the programs take, on the clock of `time.perf_counter`."""
+    expert_load: tuple[Int32[Array, "layers experts"], ...]
+    """How many tokens went to each expert, where that is counted, of each stage with experts."""
 
     def is_done(self) -> bool:
         """Whether `read` would not wait."""

@@ -49,6 +49,8 @@ class Forward(NamedTuple):
     """Known tokens of that row: the position of the next one."""
     hidden: Float[Array, "tokens embed"]
     """After the last norm, or what the next stage takes."""
+    expert_load: Int32[Array, "layers experts"] | None = None
+    """Tokens that went to each expert, of the layers that have any; None where they are not counted."""
 
 
 def run_forward(
@@ -64,6 +66,7 @@ def run_forward(
     backend: Backend,
     stage: Stage,
     first_layer: int,
+    count_experts: bool = False,
 ) -> tuple[Cache, Int32[Array, "groups rows pages"], Forward]:
     """Runs a ragged batch through the model, or a stage of it: the cache and the page tables are updated.
 
@@ -86,7 +89,8 @@ def run_forward(
         entering = jnp.where(place.valid, entering[step.row_ids[place.row], positions], 0)
 
     model = merge(params)
-    hidden, cache = model(entering, cache, Batch(positions, groups, slots, backend, first_layer))
+    load: list[Array] | None = [] if count_experts else None
+    hidden, cache = model(entering, cache, Batch(positions, groups, slots, backend, load, first_layer))
 
     # Padded to what the sampler takes before the product: padding the logits would copy all of them.
     def padded(x: Array, fill: int | Array) -> Array:
@@ -95,8 +99,8 @@ def run_forward(
     spare = layout.table_shape[1] - 1
     last = padded(jnp.maximum(step.query_start[1:] - 1, 0), 0)
     rows = padded(jnp.where(step.samples, step.row_ids, spare), spare)
-    logits = model.logits(hidden[last]) if stage.is_last else None
-    return cache, tables, Forward(logits, rows, padded(step.kv_lens, 0), hidden)
+    logits, lengths = model.logits(hidden[last]) if stage.is_last else None, padded(step.kv_lens, 0)
+    return cache, tables, Forward(logits, rows, lengths, hidden, jnp.stack(load) if load else None)
 
 
 def run_sampler(

@@ -97,6 +97,8 @@ class EngineCollector(Collector):
         for part, histogram in engine.metrics.step_parts.items():
             text = "The device idle between steps." if part == "gap" else f"Of a step: {part}."
             yield _histogram(f"{prefix}:step_{part}_seconds", text, labels, histogram)
+        if engine.metrics.expert_tokens is not None:
+            yield _experts(f"{prefix}:expert_tokens", labels, engine.metrics.expert_tokens.tolist())
         yield self._cache_config(prefix)
 
     def _cache_config(self, prefix: str) -> Metric:
@@ -126,6 +128,15 @@ def _finished(name: str, labels: Mapping[str, str], reasons: Mapping[str, float]
     family = CounterMetricFamily(name, text, labels=[*labels, "finished_reason"])
     for reason, value in reasons.items():
         family.add_metric([*labels.values(), reason], value)
+    return family
+
+
+def _experts(name: str, labels: Mapping[str, str], tokens: list[list[int]]) -> Metric:
+    text = "Tokens that went to each expert, of the layers that have any."
+    family = CounterMetricFamily(name, text, labels=[*labels, "layer", "expert"])
+    for layer, experts in enumerate(tokens):
+        for expert, count in enumerate(experts):
+            family.add_metric([*labels.values(), str(layer), str(expert)], count)
     return family
 
 

@@ -48,7 +48,7 @@ __all__ = [
 def paged_attention(
     q: Float[Array, "tokens heads dim"],
     k: Float[Array, "tokens kv_heads dim"],
-    v: Float[Array, "tokens kv_heads dim"],
+    v: Float[Array, "tokens kv_heads value_dim"],
     pages: Shaped[Array, "..."],
     batch: RaggedBatch,
     *,
@@ -59,12 +59,13 @@ def paged_attention(
     k_scale: Scale | None = None,
     v_scale: Scale | None = None,
     backend: Kernel = "auto",
-) -> tuple[Float[Array, "tokens heads dim"], Shaped[Array, "..."]]:
+) -> tuple[Float[Array, "tokens heads value_dim"], Shaped[Array, "..."]]:
     """Writes the step's keys and values into the pages, then attends causally within each row.
 
     Args:
         q, k, v: of the step's tokens, flat, as `batch` lays them out; query head `h` reads kv head
-            `h * kv_heads // heads`.
+            `h * kv_heads // heads`. Values have as many dimensions as keys, unless the pages hold
+            keys alone (`PageGeometry.shared`): then `v` is the first dimensions of `k`, and is not read.
         pages: one layer's pool, as the backend's `layout` packs it.
         scale: multiplies the scores before the soft cap.
         sliding_window: a token at position p sees the positions j with p - sliding_window < j <= p.

@@ -12,7 +12,7 @@ from pallas_kernels.native import BuildError, Library, Source
 from pallas_kernels.paged_attention.backend import Backend
 from pallas_kernels.paged_attention.batch import RaggedBatch
 from pallas_kernels.paged_attention.layout import BITS, LogicalPages, PageGeometry, values_dtype
-from pallas_kernels.paged_attention.problem import Problem
+from pallas_kernels.paged_attention.problem import Problem, require_values
 from pallas_kernels.paged_attention.scales import Scale
 
 LIBRARY = Library(Source(Path(__file__).with_name("cpu.cc")), handlers=("PagedAttention",))
@@ -95,6 +95,7 @@ def _grouping(page_size: int, dtype: jnp.dtype) -> tuple[int, int, int]:
 
 def require(problem: Problem) -> None:
     """Raises NotImplementedError for what the kernel does not serve, or where it cannot be built."""
+    require_values(problem)
     if problem.platform != "cpu":
         raise NotImplementedError(f"platform {problem.platform}: serves cpu")
     geometry = problem.geometry

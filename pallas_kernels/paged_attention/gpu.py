@@ -17,7 +17,7 @@ from pallas_kernels.paged_attention.batch import RaggedBatch, locate_tokens
 from pallas_kernels.paged_attention.gpu_layout import PageMajor
 from pallas_kernels.paged_attention.gpu_plan import Geometry, Plan, Score, plan_ragged, plan_singles
 from pallas_kernels.paged_attention.layout import PageGeometry
-from pallas_kernels.paged_attention.problem import Problem
+from pallas_kernels.paged_attention.problem import Problem, require_values
 from pallas_kernels.paged_attention.scales import to_stored
 from pallas_kernels.tuning import Blocks, Tunable
 
@@ -126,6 +126,7 @@ def _sinks_of_rows(sinks: Array | None, plan: Plan, geometry: Geometry) -> Array
 
 def require(problem: Problem) -> None:
     """Raises NotImplementedError, with the reason, for what the kernels do not serve."""
+    require_values(problem)
     geometry = problem.geometry
     require_hopper(problem.platform, problem.device_kind)
     if problem.dtype != jnp.bfloat16:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 LogicalPages = Shaped[Array, "pages page_size 2*kv_heads dim"]
-"""Pages as the op defines them: k0, v0, k1, v1, ... on the heads axis."""
+"""Pages as the op defines them: k0, v0, k1, v1, ... on the heads axis; of keys alone k0, k1, ..."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,23 @@ class PageGeometry:
     kv_heads: int
     head_dim: int
     dtype: jnp.dtype
+    shared: bool = False
+    """Only keys are kept: a value is the first dimensions of its key (multi-head latent attention)."""
+
+    @property
+    def vectors(self) -> int:
+        """Kept for a token and a kv head: a key and a value, or one for both."""
+        return 1 if self.shared else 2
 
     @property
     def bytes_per_page(self) -> int:
         """Keys and values of one page, all heads, without padding."""
-        return 2 * self.page_size * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return self.vectors * self.page_size * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
     def logical_shape(self) -> tuple[int, int, int, int]:
         """Of `LogicalPages`."""
-        return (self.num_pages, self.page_size, 2 * self.kv_heads, self.head_dim)
+        return (self.num_pages, self.page_size, self.vectors * self.kv_heads, self.head_dim)
 
     def with_pages(self, num_pages: int) -> "PageGeometry":
         """The same pool with another number of pages."""
@@ -75,9 +82,11 @@ class Interleaved:
 
     def read(self, array: Array, kv_heads: int, head_dim: int) -> PageGeometry | None:
         """See `PageLayout`."""
-        if array.ndim != 4 or array.shape[2:] != (2 * kv_heads, head_dim):
+        if array.ndim != 4 or array.shape[2] not in (kv_heads, 2 * kv_heads) or array.shape[3] != head_dim:
             return None
-        return PageGeometry(array.shape[0], array.shape[1], kv_heads, head_dim, jnp.dtype(array.dtype))
+        count, size, heads, _ = array.shape
+        dtype = jnp.dtype(array.dtype)
+        return PageGeometry(count, size, kv_heads, head_dim, dtype, shared=heads == kv_heads)
 
     def pack(self, pages: LogicalPages) -> Array:
         """See `PageLayout`."""
@@ -92,6 +101,8 @@ class Interleaved:
 class HeadMajor:
     """`[kv_heads, pages, 2, page_size, head_dim]`: a head's page is one run of bytes, K and then V.
 
+    Where values are shared, the third axis is one long; `pack` and `unpack` are of keys and values.
+
     bfloat16 and float8 are kept as their bits: XLA on CPU turns a whole array of them into float32 and back
     for each scatter or gather on it.
     """
@@ -100,14 +111,17 @@ class HeadMajor:
 
     def array(self, geometry: PageGeometry) -> jax.ShapeDtypeStruct:
         """See `PageLayout`."""
-        shape = (geometry.kv_heads, geometry.num_pages, 2, geometry.page_size, geometry.head_dim)
+        pages = (geometry.num_pages, geometry.vectors, geometry.page_size, geometry.head_dim)
+        shape = (geometry.kv_heads, *pages)
         return jax.ShapeDtypeStruct(shape, BITS.get(geometry.dtype, geometry.dtype))
 
     def read(self, array: Array, kv_heads: int, head_dim: int) -> PageGeometry | None:
         """See `PageLayout`."""
-        if array.ndim != 5 or (array.shape[0], array.shape[2], array.shape[4]) != (kv_heads, 2, head_dim):
+        if array.ndim != 5 or (array.shape[0], array.shape[4]) != (kv_heads, head_dim):
             return None
-        return PageGeometry(array.shape[1], array.shape[3], kv_heads, head_dim, values_dtype(array.dtype))
+        _, count, vectors, size, _ = array.shape
+        dtype = values_dtype(array.dtype)
+        return PageGeometry(count, size, kv_heads, head_dim, dtype, shared=vectors == 1)
 
     def pack(self, pages: LogicalPages) -> Array:
         """See `PageLayout`."""

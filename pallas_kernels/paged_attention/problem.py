@@ -29,3 +29,13 @@ class Problem:
     sliding_window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
+
+
+def require_values(problem: Problem) -> None:
+    """Refuses pages that hold keys alone, for a backend that reads keys and values.
+
+    Raises:
+        NotImplementedError: they do.
+    """
+    if problem.geometry.shared:
+        raise NotImplementedError("pages of keys alone, as in multi-head latent attention: xla serves them")

@@ -14,8 +14,8 @@ MASKED = -1e30
 def paged_attention_reference(
     q: Float[Array, "tokens heads dim"],
     k: Float[Array, "tokens kv_heads dim"],
-    v: Float[Array, "tokens kv_heads dim"],
-    pages: Shaped[Array, "pages page_size 2*kv_heads dim"],
+    v: Float[Array, "tokens kv_heads value_dim"],
+    pages: Shaped[Array, "pages page_size vectors*kv_heads dim"],
     batch: RaggedBatch,
     *,
     scale: float,
@@ -24,7 +24,7 @@ def paged_attention_reference(
     sinks: Float[Array, " heads"] | None,
     k_scale: Float[Array, " kv_heads"] | None,
     v_scale: Float[Array, " kv_heads"] | None,
-) -> tuple[Float[Array, "tokens heads dim"], Shaped[Array, "pages page_size 2*kv_heads dim"]]:
+) -> tuple[Float[Array, "tokens heads value_dim"], Shaped[Array, "pages page_size vectors*kv_heads dim"]]:
     """See `paged_attention`; the pages are packed as `INTERLEAVED`."""
     tokens, heads, dim = q.shape
     page_size, kv_heads = pages.shape[1], k.shape[1]
@@ -33,11 +33,12 @@ def paged_attention_reference(
     page = batch.page_table[place.row, place.position // page_size]
     page = jnp.where(place.valid, page, pages.shape[0])  # out of range: dropped
     new = [to_stored(k, pages.dtype, k_scale), to_stored(v, pages.dtype, v_scale)]
-    new = jnp.stack(new, axis=2).reshape(tokens, 2 * kv_heads, dim)
+    vectors = pages.shape[2] // kv_heads  # one where values are shared with keys
+    new = jnp.stack(new[:vectors], axis=2).reshape(tokens, -1, dim)
     pages = pages.at[page, place.position % page_size].set(new, mode="drop")
 
     context = batch.page_table.shape[1] * page_size
-    kv = pages[batch.page_table].reshape(-1, context, kv_heads, 2, dim)[place.row].astype(jnp.float32)
+    kv = pages[batch.page_table].reshape(-1, context, kv_heads, vectors, dim)[place.row].astype(jnp.float32)
     key_position = jnp.arange(context)
     seen = key_position <= place.position[:, None]
     if sliding_window is not None:
@@ -45,7 +46,8 @@ def paged_attention_reference(
     seen &= place.valid[:, None]
     kv = jnp.where(seen[:, :, None, None, None], kv, 0.0)
     keys = kv[..., 0, :] if k_scale is None else kv[..., 0, :] * k_scale[:, None]
-    values = kv[..., 1, :] if v_scale is None else kv[..., 1, :] * v_scale[:, None]
+    values = kv[..., vectors - 1, : v.shape[2]]
+    values = values if v_scale is None else values * v_scale[:, None]
 
     grouped = q.astype(jnp.float32).reshape(tokens, kv_heads, heads // kv_heads, dim)
     exact = lax.Precision.HIGHEST
@@ -59,7 +61,7 @@ def paged_attention_reference(
     weights = jnp.where(seen[:, None, None, :], jnp.exp(scores - top), 0.0)
     total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - top)
     out = jnp.einsum("thgc,tchd->thgd", weights / total, values, precision=exact)
-    return out.reshape(q.shape).astype(q.dtype), pages
+    return out.reshape(tokens, heads, -1).astype(q.dtype), pages
 
 
 BACKEND = Backend("reference", paged_attention_reference)

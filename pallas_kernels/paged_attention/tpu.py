@@ -11,7 +11,7 @@ from pallas_kernels.devices import current_device
 from pallas_kernels.paged_attention import tpu_blocks
 from pallas_kernels.paged_attention.backend import Backend
 from pallas_kernels.paged_attention.batch import RaggedBatch
-from pallas_kernels.paged_attention.problem import Problem
+from pallas_kernels.paged_attention.problem import Problem, require_values
 from pallas_kernels.paged_attention.scales import Scale, to_stored
 from pallas_kernels.paged_attention.tpu_blocks import check_smem, make_plan
 from pallas_kernels.paged_attention.tpu_layout import (
@@ -40,6 +40,7 @@ def require(problem: Problem) -> None:
     Raises:
         NotImplementedError: they do not; the message says why.
     """
+    require_values(problem)
     geometry = problem.geometry
     _require_shapes(geometry.page_size, geometry.head_dim, problem.dtype, geometry.dtype)
     for decode in (True, False):

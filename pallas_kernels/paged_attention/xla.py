@@ -28,7 +28,7 @@ KEYS_IN_FLIGHT = 8192
 """Keys of all queries handled at once: with their values 12 MB for 3 heads of 64 in float32."""
 MOST_KEYS_PER_CHUNK = 512
 
-Pages = Shaped[Array, "kv_heads pages 2 page_size dim"]
+Pages = Shaped[Array, "kv_heads pages vectors page_size dim"]
 
 
 class Options(NamedTuple):
@@ -40,6 +40,7 @@ class Options(NamedTuple):
     sinks: Float[Array, " heads"] | None
     k_scale: Scale | None
     v_scale: Scale | None
+    value_dim: int
 
 
 class Softmax(NamedTuple):
@@ -47,13 +48,13 @@ class Softmax(NamedTuple):
 
     top: Float[Array, "tiles kv_heads queries"]
     total: Float[Array, "tiles kv_heads queries"]
-    out: Float[Array, "tiles kv_heads queries dim"]
+    out: Float[Array, "tiles kv_heads queries value_dim"]
 
 
 def paged_attention_xla(
     q: Float[Array, "tokens heads dim"],
     k: Float[Array, "tokens kv_heads dim"],
-    v: Float[Array, "tokens kv_heads dim"],
+    v: Float[Array, "tokens kv_heads value_dim"],
     pages: Pages,
     batch: RaggedBatch,
     *,
@@ -63,9 +64,9 @@ def paged_attention_xla(
     sinks: Float[Array, " heads"] | None,
     k_scale: Scale | None,
     v_scale: Scale | None,
-) -> tuple[Float[Array, "tokens heads dim"], Pages]:
+) -> tuple[Float[Array, "tokens heads value_dim"], Pages]:
     """See `paged_attention`; the pages are packed as `HEAD_MAJOR`."""
-    options = Options(scale, sliding_window, soft_cap, sinks, k_scale, v_scale)
+    options = Options(scale, sliding_window, soft_cap, sinks, k_scale, v_scale, v.shape[2])
     place = locate_tokens(batch, q.shape[0])
     pages = _write(k, v, pages, batch, place, options)
     if q.shape[0] <= MOST_SINGLE_TOKENS:
@@ -80,16 +81,16 @@ def _write(
 ) -> Pages:
     """Scatters the step's keys and values, one vector each, into the flat pool."""
     _, kv_heads, dim = k.shape
-    _, num_pages, _, page_size, _ = pages.shape
+    _, num_pages, vectors, page_size, _ = pages.shape
     page = batch.page_table[place.row, place.position // page_size]
     head = jnp.arange(kv_heads)[None, :, None]
-    half = jnp.arange(2)[None, None, :]
-    index = ((head * num_pages + page[:, None, None]) * 2 + half) * page_size
+    half = jnp.arange(vectors)[None, None, :]
+    index = ((head * num_pages + page[:, None, None]) * vectors + half) * page_size
     index = index + (place.position % page_size)[:, None, None]
-    index = jnp.where(place.valid[:, None, None], index, kv_heads * num_pages * 2 * page_size)
+    index = jnp.where(place.valid[:, None, None], index, kv_heads * num_pages * vectors * page_size)
     dtype = values_dtype(pages.dtype)
     new = [to_stored(k, dtype, options.k_scale), to_stored(v, dtype, options.v_scale)]
-    new = _to_bits(jnp.stack(new, axis=2).reshape(-1, dim))
+    new = _to_bits(jnp.stack(new[:vectors], axis=2).reshape(-1, dim))
     flat = pages.reshape(-1, dim).at[index.reshape(-1)].set(new, mode="drop")
     return flat.reshape(pages.shape)
 
@@ -120,7 +121,8 @@ def _attend_tiles(q: Array, pages: Pages, batch: RaggedBatch, options: Options) 
         result = _attend(block[None], last[None], batch.page_table[row][None], pages, options)
         return lax.dynamic_update_slice_in_dim(out, result[0], first, axis=0)
 
-    out = lax.fori_loop(0, tiles_before[-1], attend_tile, jnp.zeros(queries.shape, jnp.float32))
+    none = jnp.zeros((*queries.shape[:-1], options.value_dim), jnp.float32)
+    out = lax.fori_loop(0, tiles_before[-1], attend_tile, none)
     return out[: q.shape[0]]
 
 
@@ -130,7 +132,7 @@ def _attend(
     table: Int32[Array, "tiles columns"],
     pages: Pages,
     options: Options,
-) -> Float[Array, "tiles tokens heads dim"]:
+) -> Float[Array, "tiles tokens heads value_dim"]:
     """Attention of a dense block of queries; `last` is the last position that each may see, -1 for none."""
     tiles, tokens, heads, dim = q.shape
     kv_heads, _, _, page_size, _ = pages.shape
@@ -151,36 +153,38 @@ def _attend(
         ids = lax.dynamic_slice_in_dim(table, i * pages_per_chunk, pages_per_chunk, axis=1)
         position = i * keys_per_chunk + jnp.arange(keys_per_chunk)
         seen = (position <= last_per_query[..., None]) & (position >= first_per_query[..., None])
-        return _online_softmax(state, grouped, *_gather(pages, ids), seen, options.soft_cap)
+        keys, values = _gather(pages, ids, options.value_dim)
+        return _online_softmax(state, grouped, keys, values, seen, options.soft_cap)
 
     begins = jnp.where(last_per_query >= 0, first_per_query, jnp.iinfo(jnp.int32).max)
     first_chunk = jnp.maximum(begins.min(), 0) // keys_per_chunk
     num_chunks = (last.max() + keys_per_chunk) // keys_per_chunk
-    state = lax.fori_loop(first_chunk, num_chunks, attend_chunk, _start(grouped, options.sinks, tokens))
+    state = lax.fori_loop(first_chunk, num_chunks, attend_chunk, _start(grouped, options, tokens))
     # a query that sees nothing has a total of zero, and its output stays zero
     out = state.out / jnp.where(state.total > 0, state.total, 1.0)[..., None]
     if options.v_scale is not None:
         out *= options.v_scale[:, None, None]
-    out = out.reshape(tiles, kv_heads, tokens, group, dim).transpose(0, 2, 1, 3, 4)
-    return jnp.where((last >= 0)[..., None, None], out.reshape(q.shape), 0.0)
+    out = out.reshape(tiles, kv_heads, tokens, group, -1).transpose(0, 2, 1, 3, 4)
+    return jnp.where((last >= 0)[..., None, None], out.reshape(tiles, tokens, heads, -1), 0.0)
 
 
-def _start(grouped: Array, sinks: Float[Array, " heads"] | None, tokens: int) -> Softmax:
+def _start(grouped: Array, options: Options, tokens: int) -> Softmax:
     """An empty softmax, or one that has seen its head's sink: a score with no value."""
     tiles, kv_heads, queries, _ = grouped.shape
-    if sinks is None:
+    out = jnp.zeros_like(grouped, shape=(tiles, kv_heads, queries, options.value_dim))
+    if options.sinks is None:
         top = jnp.full(grouped.shape[:-1], MASKED)
-        return Softmax(top, jnp.zeros_like(top), jnp.zeros_like(grouped))
-    per_query = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, -1), (1, tokens))
+        return Softmax(top, jnp.zeros_like(top), out)
+    per_query = jnp.tile(options.sinks.astype(jnp.float32).reshape(kv_heads, -1), (1, tokens))
     top = jnp.broadcast_to(per_query, (tiles, kv_heads, queries))
-    return Softmax(top, jnp.ones_like(top), jnp.zeros_like(grouped))
+    return Softmax(top, jnp.ones_like(top), out)
 
 
 def _online_softmax(
     state: Softmax,
     q: Float[Array, "tiles kv_heads queries dim"],
     k: Float[Array, "tiles kv_heads keys dim"],
-    v: Float[Array, "tiles kv_heads keys dim"],
+    v: Float[Array, "tiles kv_heads keys value_dim"],
     seen: Bool[Array, "tiles queries keys"],
     soft_cap: float | None,
 ) -> Softmax:
@@ -199,19 +203,21 @@ def _online_softmax(
     return Softmax(top, state.total * rescale + weights.sum(axis=-1), state.out * rescale[..., None] + out)
 
 
-def _gather(pages: Pages, ids: Int32[Array, "tiles columns"]) -> tuple[Array, Array]:
-    """Keys and values of some pages, `[tiles, kv_heads, keys, dim]` in float32.
+def _gather(pages: Pages, ids: Int32[Array, "tiles columns"], value_dim: int) -> tuple[Array, Array]:
+    """Keys `[tiles, kv_heads, keys, dim]` and values of some pages, in float32.
 
     Flat halves of a head's page are gathered: from a pool of four axes XLA on CPU takes five times as long,
     and whole pages would have to be cut afterwards.
     """
-    kv_heads, num_pages, _, page_size, dim = pages.shape
-    index = 2 * (jnp.arange(kv_heads)[None, :, None] * num_pages + ids[:, None, :]).reshape(-1)
-    flat = pages.reshape(kv_heads * num_pages * 2, page_size * dim)
+    kv_heads, num_pages, vectors, page_size, dim = pages.shape
+    index = vectors * (jnp.arange(kv_heads)[None, :, None] * num_pages + ids[:, None, :]).reshape(-1)
+    flat = pages.reshape(kv_heads * num_pages * vectors, page_size * dim)
     shape = (ids.shape[0], kv_heads, -1, dim)
-    keys = jnp.take(flat, index, axis=0, mode="clip")
+    keys = _from_bits(jnp.take(flat, index, axis=0, mode="clip")).reshape(shape)
+    if vectors == 1:
+        return keys, keys[..., :value_dim]
     values = jnp.take(flat, index + 1, axis=0, mode="clip")
-    return _from_bits(keys).reshape(shape), _from_bits(values).reshape(shape)
+    return keys, _from_bits(values).reshape(shape)
 
 
 def _to_bits(x: Array) -> Array:

@@ -155,6 +155,22 @@ DENSE_CASES: dict[str, Case] = {
 
 _MIXTURE = {**_COMMON, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3}
 
+_DEEPSEEK = {
+    **_COMMON,
+    "num_key_value_heads": 8,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "rope_theta": 1000.0,
+}
+
 # New ones come last: a case's place decides about its weights.
 MIXTURE_CASES: dict[str, Case] = {
     "mixtral": Case(
@@ -218,6 +234,33 @@ MIXTURE_CASES: dict[str, Case] = {
                 "beta_fast": 4.0,
                 "beta_slow": 1.0,
                 "truncate": False,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    "deepseek-v2": Case(
+        "DeepseekV2ForCausalLM",
+        {
+            **_DEEPSEEK,
+            "q_lora_rank": None,
+            "topk_method": "group_limited_greedy",
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 4.0,
+        },
+    ),
+    "deepseek-v3": Case(
+        "DeepseekV3ForCausalLM",
+        {
+            **_DEEPSEEK,
+            "q_lora_rank": 40,
+            "attention_bias": True,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.7,
+                "beta_fast": 4.0,
+                "beta_slow": 1.0,
                 "original_max_position_embeddings": 32,
             },
         },

@@ -16,7 +16,7 @@ from jaxllm.models import CausalLM, DecoderConfig, Parameter, merge, split
 from jaxllm.parallel import make_mesh
 from jaxllm.runner.kernels import choose_attention
 from jaxllm.runner.products import choose_products
-from pallas_kernels.paged_attention import Kernel, PageGeometry, RaggedBatch
+from pallas_kernels.paged_attention import Kernel, RaggedBatch
 
 PAGE_SIZE = 4
 STEP_TOKENS = 24
@@ -68,9 +68,7 @@ class PagedRunner:
         pages = -(-max_tokens // PAGE_SIZE)
         order = 1 + np.random.RandomState(0).permutation(ROWS * pages)
         self.page_table = order.reshape(ROWS, pages).astype(np.int32)
-        geometry = PageGeometry(
-            1 + ROWS * pages, PAGE_SIZE, config.cache_heads, config.head_dim, config.dtype
-        )
+        geometry = config.pages(1 + ROWS * pages, PAGE_SIZE)
         self.backend = choose_attention(backend, config, self.mesh, PAGE_SIZE).backend
         pool = self.backend.layout.array(geometry)
         sharding = NamedSharding(self.mesh, pages_spec(self.backend.layout))

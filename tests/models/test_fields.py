@@ -11,7 +11,8 @@ from jaxllm.models.fields import resolve_dtype
 
 SLIDING = ("smollm3", "mistral", "qwen2", "gemma2", "gemma3", "phi3", "mixtral", "qwen2-moe", "gpt-oss")
 TIED = ("smollm3", "qwen3", "qwen3-moe", "gemma2", "gemma3", "gpt2")
-QWEN3_LIKE = ("qwen3-moe", "olmoe", "gpt-oss")
+LATENT = ("deepseek-v2", "deepseek-v3")
+QWEN3_LIKE = ("qwen3-moe", "olmoe", "gpt-oss", "deepseek-v2")
 
 # Fields of each family's config that must not be ignored, and values that the golden files do not have.
 CHANGES = [
@@ -25,8 +26,8 @@ CHANGES = [
         for name in CASES
     ),
     *((name, "rms_norm_eps", 1e-3) for name in CASES if name != "gpt2"),
-    *((name, "num_key_value_heads", 4) for name in CASES if name != "gpt2"),
-    *((name, "head_dim", 6) for name in CASES if name != "gpt2" and "phi3" not in name),
+    *((name, "num_key_value_heads", 4) for name in CASES if name not in ("gpt2", *LATENT)),
+    *((name, "head_dim", 6) for name in CASES if name not in ("gpt2", *LATENT) and "phi3" not in name),
     *((name, "hidden_act", "relu") for name in CASES if "gemma" not in name and "gpt" not in name),
     *(
         (name, "attention_bias", name not in ("llama", "gpt-oss"))
@@ -42,13 +43,23 @@ CHANGES = [
     *((name, "num_local_experts", 16) for name in ("mixtral", "gpt-oss")),
     *((name, "num_experts", 16) for name in ("qwen2-moe", "qwen3-moe", "olmoe")),
     *((name, "intermediate_size", 48) for name in MIXTURE_CASES),
-    *((name, "moe_intermediate_size", 24) for name in ("qwen2-moe", "qwen3-moe")),
+    *((name, "moe_intermediate_size", 24) for name in ("qwen2-moe", "qwen3-moe", *LATENT)),
     *((name, "norm_topk_prob", name != "qwen3-moe") for name in ("qwen2-moe", "qwen3-moe", "olmoe")),
     *((name, "decoder_sparse_step", 3) for name in ("qwen2-moe", "qwen3-moe")),
     *((name, "mlp_only_layers", [0, 1]) for name in ("qwen2-moe", "qwen3-moe")),
     ("qwen2-moe", "shared_expert_intermediate_size", 32),
     ("qwen2-moe", "qkv_bias", False),
     ("qwen2-moe", "use_sliding_window", False),
+    *((name, field, 4) for name in LATENT for field in ("kv_lora_rank", "v_head_dim", "qk_nope_head_dim")),
+    *((name, "q_lora_rank", 4) for name in LATENT),
+    *((name, "n_shared_experts", 3) for name in LATENT),
+    *((name, "n_routed_experts", 16) for name in LATENT),
+    *((name, "first_k_dense_replace", 2) for name in LATENT),
+    *((name, "routed_scaling_factor", 7.0) for name in LATENT),
+    ("deepseek-v2", "topk_method", "greedy"),
+    ("deepseek-v2", "mlp_bias", True),
+    ("deepseek-v3", "norm_topk_prob", False),
+    ("deepseek-v3", "q_lora_rank", None),
     ("gpt-oss", "swiglu_limit", 3.0),
     ("gpt-oss", "swiglu_alpha", 1.0),
     ("smollm3", "no_rope_layers", [0, 0, 1]),
@@ -139,6 +150,11 @@ def test_gemma3_with_a_vision_tower_reads_its_text_config() -> None:
         ("phi3", {"lm_head_bias": True}, "lm_head_bias=True"),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok=9: must be from 1 to the number of"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
+        ("deepseek-v2", {"norm_topk_prob": True}, "norm_topk_prob=True"),
+        ("deepseek-v3", {"topk_group": 5}, "topk_group=5: must be from 1 to n_group=4"),
+        ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ("deepseek-v3", {"rope_interleave": False}, "rope_interleave=False"),
         ("gpt-oss", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from converters.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from converters.errors import CheckpointError
@@ -114,6 +114,30 @@ def test_orbax_restores_what_safetensors_load(size: int, dtype: str, folder: Pat
     assert restored.keys() == expected.keys()
     for path, array in expected.items():
         np.testing.assert_array_equal(np.asarray(restored[path]), np.asarray(array), err_msg=path)
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path):
+    golden = Path(__file__).parent / "goldens" / "mixtral"
+    stored = load_file(golden / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+    save_file({key: array for key, array in stored.items() if key != name}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((golden / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=rf"1 missing: {name}$"):
+        load(open_checkpoint(str(tmp_path)))
+
+
+def test_layers_that_predict_further_ahead_are_left_unread(tmp_path: Path):
+    """DeepSeek-V3's layer 61; in layers that the model has, nothing may be left."""
+    golden = Path(__file__).parent / "goldens" / "deepseek-v3"
+    stored = load_file(golden / "model.safetensors")
+    (tmp_path / "config.json").write_text((golden / "config.json").read_text())
+    extra = {"model.layers.2.enorm.weight": stored["model.norm.weight"]}
+    save_file(stored | extra, tmp_path / "model.safetensors")
+    assert load(open_checkpoint(str(tmp_path)))
+    extra = {"model.layers.1.enorm.weight": stored["model.norm.weight"]}
+    save_file(stored | extra, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 left over: model\.layers\.1\.enorm\.weight"):
+        load(open_checkpoint(str(tmp_path)))
 
 
 def test_what_is_converted_keeps_its_settings(folder: Path, tmp_path: Path):

@@ -24,6 +24,11 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_theta": 100.0}}}),
     ("phi3", {"original_max_position_embeddings": 128}),
     ("gpt2", {"scale_attn_weights": False}),
+    ("qwen2-moe", {"norm_topk_prob": True}),
+    ("qwen3-moe", {"norm_topk_prob": False}),
+    ("gpt-oss", {"swiglu_limit": 1.6}),
+    ("deepseek-v2", {"topk_method": "greedy"}),
+    ("deepseek-v3", {"topk_group": 3}),
 ]
 
 

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 
 from jaxllm.models import CausalLM, DecoderConfig, ModelRegistry
 
-# All parts that are cut: biases, soft caps and a tied head, norms over all heads, learned positions, experts.
-FAMILIES = ("llama", "gemma2", "olmo2", "gpt2", "mixtral")
+# All parts that are cut: biases, soft caps and a tied head, norms over all heads, learned positions, sinks,
+# biased and shared experts, latents.
+FAMILIES = ("llama", "gemma2", "olmo2", "gpt2", "gpt-oss", "qwen2-moe", "deepseek-v3")
 COLLECTIVES = re.compile(
     r"= (\(.+?\)|[^\s{]+)\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
 )

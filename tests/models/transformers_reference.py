@@ -16,8 +16,10 @@ def make_model(case: Case, seed: int) -> Any:
     config.architectures = [case.architecture]
     model = cls._from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
+    # DeepSeek-V3's is no parameter, but part of the checkpoint.
+    corrections = [one for one in model.named_buffers() if one[0].endswith("correction_bias")]
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in [*model.named_parameters(), *corrections]:
             values = torch.randn(weight.shape, generator=generator) * _scale(name, weight)
             around_zero = weight.ndim > 1 or name.endswith(("bias", "sinks")) or "gemma" in config.model_type
             centre = 0.0 if around_zero else 1.0
