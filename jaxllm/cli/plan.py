@@ -98,6 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
 
+    import jax
+
     from jaxllm.bench.picture import check_plots
     from jaxllm.plan.planner import planner_of
     from jaxllm.plan.workload import Workload
@@ -109,6 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     targets = [Target.parse(name) for name in arguments.target]
     options = given(arguments, [f for _, f in option_fields() if f.name in PLANNED])
     with _without_messages():
+        jax.devices()
         for target in targets:
             target.devices()
     planner = planner_of(arguments.model, workload, few_layers=arguments.few_layers, options=options)
