@@ -11,35 +11,27 @@ NOTE = (
     "Memory, products and collectives are read from the compiled programs."
 )
 
+COLUMNS = (
+    "target", "tensor", "expert", "replicas", "weights", "requests", "TTFT", "TPOT", "tokens/s", "tokens/$",
+)  # fmt: skip
+
 
 def plan_table(plan: Plan) -> str:
     """Memory of a chip, a step's work, and what that gives."""
     parts = [_title(plan), _memory(plan), _steps(plan), _estimate(plan), NOTE]
-    if drawn := _extrapolated(plan):
-        parts.append(drawn)
+    if note := _extrapolated(plan):
+        parts.append(note)
     return "\n\n".join(parts)
 
 
 def search_table(found: Search) -> str:
     """A line for each layout, best first, and the reasons against those left out."""
-    head = [
-        "target",
-        "tensor",
-        "expert",
-        "replicas",
-        "weights",
-        "requests",
-        "TTFT",
-        "TPOT",
-        "tokens/s",
-        "tokens/$",
-    ]
     rows = [_search_row(plan) for plan in found.plans]
-    lines = [_aligned([head, *rows])]
+    lines = [_aligned([COLUMNS, *rows])]
     lines += [f"{one.layout}: {one.reason}" for one in found.refusals]
     lines.append(NOTE)
-    if drawn := next(filter(None, map(_extrapolated, found.plans)), None):
-        lines.append(drawn)
+    if note := next(filter(None, map(_extrapolated, found.plans)), None):
+        lines.append(note)
     return "\n".join(lines)
 
 
@@ -60,10 +52,8 @@ def _search_row(plan: Plan) -> list[str]:
 
 
 def _title(plan: Plan) -> str:
-    layout = plan.layout
     return (
-        f"{plan.model} on {layout.target}: {layout.data_parallel_size} x {layout.replica_chips} of "
-        f"{layout.num_chips} chips\n"
+        f"{plan.model} on {plan.layout}\n"
         f"{plan.dtype}, {plan.num_layers} layers, {_size(plan.weight_bytes)} of weights a replica, attention "
         f"backend {plan.attention_backend!r}, max_model_len={plan.max_model_len}"
     )

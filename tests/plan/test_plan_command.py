@@ -85,7 +85,7 @@ def test_one_layout(model: Callable[..., str], tmp_path: Path, capsys: pytest.Ca
     picture = tmp_path / "plan.png"
     assert main([*arguments, "--plot", str(picture), "--price-per-chip-hour", "1.2"]) == 0
     printed = capsys.readouterr().out
-    assert "on v5e:2x4: 4 x 2 of 8 chips" in printed
+    assert "on v5e:2x4, tensor_parallel_size=2, data_parallel_size=4" in printed
     for words in (
         "weights",
         "pages hold",
