@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, Self, get_args, get_type_hints
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
 Policy = Literal["fcfs", "priority"]
+ExpertExchange = Literal["auto", "sum", "all_to_all"]
 
 
 def option(default: Any, help: str, *, flag: bool = True) -> Any:
@@ -126,11 +127,18 @@ class ParallelConfig:
     expert_parallel_size: int = option(
         1, "groups of such devices that share the experts; heads are cut over all of them"
     )
+    expert_exchange: ExpertExchange = option(
+        "auto",
+        "how tokens meet the experts of several devices: all devices have all tokens and parts are summed, "
+        "or each sends its share of the tokens; 'auto' sends on TPU",
+    )
     pipeline_parallel_size: int = option(1, "groups of those, each with a run of the layers and its pages")
 
     def __post_init__(self) -> None:
-        for size in dataclasses.fields(self):
-            _positive(size.name, getattr(self, size.name))
+        _positive("tensor_parallel_size", self.tensor_parallel_size)
+        _positive("expert_parallel_size", self.expert_parallel_size)
+        _one_of("expert_exchange", self.expert_exchange, ExpertExchange)
+        _positive("pipeline_parallel_size", self.pipeline_parallel_size)
 
 
 class AttentionBackend(Protocol):

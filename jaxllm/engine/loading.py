@@ -25,6 +25,7 @@ from jaxllm.engine.laps import Laps
 from jaxllm.engine.sizing import fit_pages, make_lowering, make_scheduler
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.engine.waiting import waiting
+from jaxllm.layers.expert_exchange import exchange_ragged
 from jaxllm.models import abstract
 from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.models.loading import load_weights
@@ -314,6 +315,20 @@ def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> TextTokeniz
     )
 
 
+def _cut_experts(parallel: ParallelConfig, model: DecoderConfig, mesh: Mesh) -> DecoderConfig:
+    """The model with its experts cut over the mesh, and the way that tokens come to them."""
+    model = dataclasses.replace(model, expert_parallel_size=mesh.shape["expert"])
+    wanted, platform = parallel.expert_exchange, mesh.devices.flat[0].platform
+    if wanted == "all_to_all" and model.expert_parallel_size == 1:
+        raise ValueError("expert_exchange='all_to_all': needs an expert_parallel_size of at least 2")
+    if wanted == "all_to_all" and platform == "cpu":
+        raise NotImplementedError("expert_exchange='all_to_all': XLA on CPU cannot send rows so; use 'sum'")
+    sends = wanted == "all_to_all" or (wanted == "auto" and platform == "tpu")
+    if model.mixture is None or model.expert_parallel_size == 1 or not sends:
+        return model
+    return dataclasses.replace(model, mixture=dataclasses.replace(model.mixture, exchange=exchange_ragged))
+
+
 def read_model(
     config: EngineConfig, checkpoint: Checkpoint, architecture: type[CausalLM], mesh: Mesh
 ) -> DecoderConfig:
@@ -327,7 +342,7 @@ def read_model(
     model = architecture.read_config(
         checkpoint.config, dtype=dtype, tensor_parallel_size=mesh.shape["tensor"], max_model_len=wanted
     )
-    model = dataclasses.replace(model, expert_parallel_size=mesh.shape["expert"])
+    model = _cut_experts(config.parallel, model, mesh)
     if wanted is not None and wanted > model.max_position_embeddings:
         raise ValueError(
             f"max_model_len={wanted}: the model has positions up to {model.max_position_embeddings}; lower it"

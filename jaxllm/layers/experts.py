@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from jaxllm.layers.embedding import take_rows
+from jaxllm.layers.expert_exchange import Exchange, exchange_experts
 from jaxllm.layers.mlp import find_activation
 from jaxllm.layers.packing import Packable, keep_as_bits
 from jaxllm.layers.parameter import parameter, zeros
@@ -79,6 +80,7 @@ class Experts(nnx.Module):
     Args:
         experts, embed, mlp: sizes; `mlp` of one expert.
         bias: whether the products have biases.
+        exchange: how tokens come to the devices of their experts; None: every device has all tokens.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Experts(nnx.Module):
         *,
         gating: Gating,
         bias: bool = False,
+        exchange: Exchange | None = None,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
@@ -96,6 +99,7 @@ class Experts(nnx.Module):
         self.gate_up = ExpertLinear((experts, embed, 2, mlp), GATE_UP, **options)
         self.down = ExpertLinear((experts, mlp, embed), DOWN, **options)
         self.gating = gating
+        self.exchange = exchange
 
     def __call__(
         self, x: Float[Array, "tokens embed"], routing: Routing, used: Bool[Array, " tokens"]
@@ -108,42 +112,54 @@ class Experts(nnx.Module):
         Returns:
             The sums in float32, and how many tokens went to each expert.
         """
-        experts = self.gate_up.weight.shape[0]
+        mesh, experts = jax.sharding.get_abstract_mesh(), self.gate_up.weight.shape[0]
         chosen = jnp.where(used[:, None], routing.experts, experts)
         weights = jnp.where(used[:, None], routing.weights, 0.0)
-        run = sharded_experts(jax.sharding.get_abstract_mesh(), self.gating, self.gate_up.bias is not None)
         gate_up, down = self.gate_up, self.down
         bias = None if gate_up.bias is None or down.bias is None else (gate_up.bias[...], down.bias[...])
-        return run(x, chosen, weights, gate_up.weight[...], down.weight[...], bias)
+        run = sharded_experts(mesh, self.gating, bias is not None, self.exchange)
+        if self.exchange is None:
+            return run(x, chosen, weights, gate_up.weight[...], down.weight[...], bias)
+        spare = ((0, -len(x) % mesh.shape["expert"]), (0, 0))
+        tokens = jnp.pad(x, spare), jnp.pad(chosen, spare, constant_values=experts), jnp.pad(weights, spare)
+        out, load = run(*tokens, gate_up.weight[...], down.weight[...], bias)
+        return jax.lax.with_sharding_constraint(out, PartitionSpec())[: len(x)], load
 
 
 @functools.cache
-def sharded_experts(mesh: AbstractMesh, gating: Gating, bias: bool) -> Callable[..., tuple[Array, Array]]:
+def sharded_experts(
+    mesh: AbstractMesh, gating: Gating, bias: bool, exchange: Exchange | None
+) -> Callable[..., tuple[Array, Array]]:
     """`apply_experts` over the mesh. Layers that are alike share one function, so that it is traced once.
 
-    Every device has all tokens, as attention left them, and adds up what its experts make of them; so it is
-    known where every token is, and the sum that any layer ends with brings the parts together.
+    As attention leaves them, every device has all tokens. So each adds up what its own experts make of them,
+    and one sum, with which any layer ends, brings the parts together; or, with an exchange, each takes a
+    share of the tokens and sends it where its experts are.
     """
-    whole = PartitionSpec()
+    whole, shares = PartitionSpec(), partition_spec(("experts",))
     biases = partition_spec(("experts", None, "expert_mlp")), partition_spec(("experts", "embed"))
 
     def part(
         x: Array, chosen: Array, weights: Array, gate_up: Array, down: Array, bias: tuple[Array, Array] | None
     ) -> tuple[Array, Array]:
-        local = chosen - jax.lax.axis_index("expert") * len(gate_up)
-        mine = (local >= 0) & (local < len(gate_up))
-        local, weights = jnp.where(mine, local, len(gate_up)), jnp.where(mine, weights, 0.0)
         if bias is not None:  # each device of an expert has a part of what the second bias is added to
             bias = bias[0], jnp.where(jax.lax.axis_index("tensor") == 0, bias[1], 0)
-        out, load = apply_experts(x, local, weights, gate_up, down, bias, gating=gating)
+        apply = functools.partial(apply_experts, gate_up=gate_up, down=down, bias=bias, gating=gating)
+        if exchange is not None:
+            out, load = exchange_experts(x, chosen, weights, len(gate_up), apply, exchange)
+            return jax.lax.psum(out, "tensor"), load
+        local = chosen - jax.lax.axis_index("expert") * len(gate_up)
+        mine = (local >= 0) & (local < len(gate_up))
+        out, load = apply(x, jnp.where(mine, local, len(gate_up)), jnp.where(mine, weights, 0.0))
         return jax.lax.psum(out, EVERY_DEVICE), load
 
+    tokens = whole if exchange is None else shares
     return jax.jit(
         jax.shard_map(
             part,
             mesh=mesh,
-            in_specs=(whole, whole, whole, *map(partition_spec, (GATE_UP, DOWN)), biases if bias else None),
-            out_specs=(whole, partition_spec(("experts",))),
+            in_specs=(*[tokens] * 3, *map(partition_spec, (GATE_UP, DOWN)), biases if bias else None),
+            out_specs=(tokens, shares),
         )
     )
 

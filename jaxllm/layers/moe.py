@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxllm.layers.batch import Batch
+from jaxllm.layers.expert_exchange import Exchange
 from jaxllm.layers.experts import Experts, Gating
 from jaxllm.layers.linear import Linear
 from jaxllm.layers.mlp import GatedMLP
@@ -22,6 +23,7 @@ class MixtureOptions:
         bias: whether experts have biases.
         shared_size: width of the expert that every token goes through; 0: there is none.
         shared_gate: its output is multiplied by a number between 0 and 1 that depends on the token.
+        exchange: how tokens come to the devices of their experts; None: every device has all tokens.
     """
 
     routing: RoutingOptions
@@ -30,6 +32,7 @@ class MixtureOptions:
     bias: bool = False
     shared_size: int = 0
     shared_gate: bool = False
+    exchange: Exchange | None = None
 
 
 class Mixture(nnx.Module):
@@ -47,6 +50,7 @@ class Mixture(nnx.Module):
             options.expert_size,
             gating=options.gating,
             bias=options.bias,
+            exchange=options.exchange,
             dtype=dtype,
             rngs=rngs,
         )

@@ -79,7 +79,8 @@ class Estimator:
         """
         chip, bucket = self.layout.target.chip, self.buckets.fit(rows * tokens)
         step = self._step(bucket.tokens)
-        links = Links.of(self.layout.target, self.layout.torus, self.layout.replica_chips)
+        layout = self.layout
+        links = Links.of(layout.target, layout.torus, layout.replica_chips, layout.expert_parallel_size)
         return StepTime(
             Work(step.flops, step.nbytes).seconds(chip),
             self.kernels.work(rows, tokens, context).seconds(chip),

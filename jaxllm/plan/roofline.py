@@ -45,6 +45,7 @@ class Links:
 
     Attributes:
         size: chips.
+        expert_size: of these, those among which the experts are spread.
         bandwidth: bytes a second that each can send to others of the replica, over all links together.
         hops: from a chip to the farthest one.
         hop_seconds: latency of each.
@@ -52,13 +53,14 @@ class Links:
     """
 
     size: int
+    expert_size: int
     bandwidth: float
     hops: int
     hop_seconds: float
     base_seconds: float = 0.0
 
     @classmethod
-    def of(cls, target: Target, torus: tuple[int, ...], size: int) -> "Links":
+    def of(cls, target: Target, torus: tuple[int, ...], size: int, expert_size: int = 1) -> "Links":
         """Those of `size` chips.
 
         Args:
@@ -66,12 +68,14 @@ class Links:
         """
         chip = target.chip
         if chip.platform == "gpu":  # NVSwitch connects each with each
-            return cls(size, chip.interconnect / 2, max(0, size - 1), GPU_HOP_SECONDS, GPU_BASE_SECONDS)
+            hops = max(0, size - 1)
+            return cls(size, expert_size, chip.interconnect / 2, hops, GPU_HOP_SECONDS, GPU_BASE_SECONDS)
         one_way = chip.interconnect / 2 / (2 * len(target.shape))
         wraps = _wraps(torus)
         axes = zip(torus, wraps, strict=True)
         hops = sum(length // 2 if wrapped else length - 1 for length, wrapped in axes)
-        return cls(size, sum(one_way * (2 if wrapped else 1) for wrapped in wraps), hops, TPU_HOP_SECONDS)
+        bandwidth = sum(one_way * (2 if wrapped else 1) for wrapped in wraps)
+        return cls(size, expert_size, bandwidth, hops, TPU_HOP_SECONDS)
 
     def seconds(self, collectives: Mapping[str, Traffic]) -> float:
         """What collectives take, one after the other.
@@ -88,6 +92,8 @@ class Links:
                 sent, rounds = 2 * others * traffic.nbytes, 2
             case "all-gather" | "all-to-all":
                 sent, rounds = others * traffic.nbytes, 1
+            case "ragged-all-to-all":  # there and back; there is room for all rows, and one in so many comes
+                sent, rounds = 2 / (self.expert_size + 1) * traffic.nbytes, 1
             case "reduce-scatter":  # its result is one of the parts
                 sent, rounds = (self.size - 1) * traffic.nbytes, 1
             case "collective-permute":

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jaxtyping import Array
 
+from jaxllm.layers.expert_exchange import AXIS, Exchange
 from jaxllm.layers.experts import Experts, Gating
 from jaxllm.layers.packing import pack_layers
 from jaxllm.layers.router import Routing
@@ -18,10 +19,16 @@ Sizes = tuple[int, int]
 """Devices along the axes tensor and expert."""
 
 
-def make(*, bias: bool = False, gating: Gating = Gating(), dtype: str = "float32") -> Experts:  # noqa: B008
+def make(
+    *,
+    bias: bool = False,
+    gating: Gating = Gating(),  # noqa: B008
+    exchange: Exchange | None = None,
+    dtype: str = "float32",
+) -> Experts:
     """Experts with random weights of a size at which all of them matter."""
-    rngs = nnx.Rngs(0)
-    experts = Experts(EXPERTS, EMBED, MLP, gating=gating, bias=bias, dtype=jnp.dtype(dtype), rngs=rngs)
+    options = {"gating": gating, "bias": bias, "exchange": exchange}
+    experts = Experts(EXPERTS, EMBED, MLP, **options, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     random = np.random.default_rng(0)
     for layer, fan_in in ((experts.gate_up, EMBED), (experts.down, MLP)):
         weight = random.normal(size=layer.weight.shape) * fan_in**-0.5
@@ -84,6 +91,37 @@ def expect(experts: Experts, x: Array, routing: Routing, gating: Gating) -> np.n
 def test_equals_all_experts_for_all_tokens(sizes: Sizes, biased: bool) -> None:
     gating = Gating(limit=0.8, alpha=1.7) if biased else Gating()
     experts, x, routing = make(bias=biased, gating=gating), tokens(), choose()
+    out = run(experts, x, routing, sizes=sizes)
+    np.testing.assert_allclose(out, expect(experts, x, routing, gating), atol=1e-5)
+
+
+def exchange_padded(rows: Array, sizes: Array, capacity: int) -> Array:
+    """What `exchange_ragged` does, of parts that are padded to what any could be: XLA on CPU has that one."""
+    me, count = jax.lax.axis_index(AXIS), len(rows)
+    send, arriving = sizes[me], sizes[:, me]
+    index = (jnp.cumsum(send) - send)[:, None] + jnp.arange(count)
+    parts = jnp.where(
+        (jnp.arange(count) < send[:, None])[..., None], rows.at[index].get(mode="clip"), jnp.nan
+    )
+    parts = jax.lax.all_to_all(parts, AXIS, 0, 0)
+    device = jnp.searchsorted(jnp.cumsum(arriving), jnp.arange(capacity), side="right")
+    place = jnp.arange(capacity) - (jnp.cumsum(arriving) - arriving).at[device].get(mode="clip")
+    found = parts.at[device, place].get(mode="clip")
+    return jnp.where((device < len(sizes))[:, None], found, 0.0)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 2), (1, 6), (4, 2)])
+def test_tokens_come_to_their_experts_and_back(sizes: Sizes, biased: bool) -> None:
+    """Each device begins with a share of the tokens; 40 are no multiple of 6, and some are not used."""
+    gating = Gating(limit=0.8, alpha=1.7) if biased else Gating()
+    experts, x, routing = make(bias=biased, gating=gating, exchange=exchange_padded), tokens(), choose()
+    expected = expect(experts, x, routing, gating)
+    np.testing.assert_allclose(run(experts, x, routing, sizes=sizes), expected, atol=1e-5)
+    part = run(experts, x.at[33:].set(jnp.nan), routing, used=33, sizes=sizes)
+    np.testing.assert_allclose(part[:33], expected[:33], atol=1e-5)
+    np.testing.assert_array_equal(part[33:], 0.0)
+    routing = Routing(jnp.full((TOKENS, 1), 3, jnp.int32), jnp.ones((TOKENS, 1), jnp.float32))
     out = run(experts, x, routing, sizes=sizes)
     np.testing.assert_allclose(out, expect(experts, x, routing, gating), atol=1e-5)
 

@@ -35,6 +35,13 @@ def test_collectives_on_a_gpu_host() -> None:
     assert links.seconds(traffic) == pytest.approx((0.75 + 1.0) * 1e-3 + latency)
 
 
+def test_experts_rows_are_as_many_as_come_and_not_as_there_is_room_for() -> None:
+    links = Links.of(Target.parse("v5e:2x4"), (2, 4), 8, 8)
+    rows = 8_000_000  # bytes of a step, of which each chip sends an eighth, and gets it back
+    seconds = links.seconds({"ragged-all-to-all": Traffic(2, rows + rows // 8)})
+    assert seconds == pytest.approx(2 * 1e6 / 100e9 + 2 * 4e-6)
+
+
 def test_a_chip_alone_sends_nothing() -> None:
     assert Links.of(Target.parse("v5e"), (), 1).seconds({}) == 0.0
 
