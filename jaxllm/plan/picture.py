@@ -1,5 +1,6 @@
 """A plan as a picture: who is where on the chips, what fills one, and what a step's time goes to."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ def draw_plan(plan: Plan, file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
-    chips, memory, times = figure.subplots(1, 3, width_ratios=(1.3, 0.6, 1))
+    chips, memory, times = figure.subplots(1, 3, width_ratios=(1.3, 0.5, 1))
     figure.suptitle(f"{plan.model} on {plan.layout.target}, {plan.dtype}: an estimate, nothing was run")
     _draw_chips(plan, chips)
     _draw_memory(plan, memory)
@@ -31,43 +32,32 @@ def _draw_chips(plan: Plan, axes: Any) -> None:
     layout, colours = plan.layout, colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
     shape = (*layout.target.shape, 1, 1)[:3] if len(layout.target.shape) > 1 else (1, *layout.target.shape, 1)
     rows, columns, planes = shape
-    for index, (replica, part) in enumerate(_places(plan)):
+    for index, replica in enumerate(_replicas(plan)):
         row, column, plane = index // planes // columns, index // planes % columns, index % planes
         x = plane * (columns + 0.5) + column
         axes.add_patch(Rectangle((x, row), 0.92, 0.92, color=colours[replica % len(colours)]))
         if layout.num_chips <= LABELLED:
-            axes.text(x + 0.46, row + 0.46, f"{replica}.{part}", ha="center", va="center", fontsize=8)
+            axes.text(x + 0.46, row + 0.46, str(replica), ha="center", va="center", fontsize=8)
     axes.set_xlim(-0.1, planes * (columns + 0.5))
     axes.set_ylim(rows + 0.1, -0.1)
     axes.set_aspect("equal")
     axes.axis("off")
-    axes.set_title(f"{layout.data_parallel_size} replicas of {layout.replica_chips} chips (replica.part)")
+    axes.set_title(f"{layout.data_parallel_size} replicas of {layout.replica_chips} chips")
 
 
-def _places(plan: Plan) -> list[tuple[int, int]]:
-    """For each chip of the target, in row-major order, its replica and its number in it."""
-    target, size = plan.layout.target.shape, plan.layout.replica_chips
-    chips = plan.layout.num_chips
-    if size == chips or len(target) == 1 or plan.layout.replica.num_chips != size:
-        return [(index // size, index % size) for index in range(chips)]
-    # sorted alike, since slices are named with the shortest side first
-    order = sorted(range(len(target)), key=lambda axis: target[axis])
-    block = [0] * len(target)
-    for axis, length in zip(order, sorted(plan.layout.replica.shape), strict=True):
-        block[axis] = length
-    seen: dict[tuple[int, ...], int] = {}
-    counts: dict[int, int] = {}
-    places = []
-    for index in range(chips):
-        position, rest = [], index
-        for length in reversed(target):
-            position.append(rest % length)
-            rest //= length
-        corner = tuple(p // b for p, b in zip(reversed(position), block, strict=True))
-        replica = seen.setdefault(corner, len(seen))
-        places.append((replica, counts.setdefault(replica, 0)))
-        counts[replica] += 1
-    return places
+def _replicas(plan: Plan) -> list[int]:
+    """For each chip of the target, in row-major order, the replica that it belongs to."""
+    target, size, chips = plan.layout.target.shape, plan.layout.replica_chips, plan.layout.num_chips
+    if plan.layout.replica.num_chips != size:  # neighbours of a slice that several replicas share
+        return [index // size for index in range(chips)]
+    # a replica's shortest side lies along the target's
+    axes = sorted(range(len(target)), key=target.__getitem__)
+    block = dict(zip(axes, sorted(plan.layout.replica.shape), strict=True))
+    numbers: dict[tuple[int, ...], int] = {}
+    return [
+        numbers.setdefault(tuple(place // block[axis] for axis, place in enumerate(position)), len(numbers))
+        for position in itertools.product(*map(range, target))
+    ]
 
 
 def _draw_memory(plan: Plan, axes: Any) -> None:
@@ -79,7 +69,7 @@ def _draw_memory(plan: Plan, axes: Any) -> None:
         axes.bar([0], [size], bottom=bottom, label=f"{name} {size:.2f} GB", color=colour)
         bottom += size
     axes.set(title="a chip's memory", ylabel="GB", xticks=[])
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
 
 
 def _draw_times(plan: Plan, axes: Any) -> None:
