@@ -20,14 +20,16 @@ class BlankCheckpoint:
     """A checkpoint that has no tensors; see `Checkpoint`."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the configs of a folder.
+        """Reads the configs of a folder, or a file that is one.
 
         Raises:
             CheckpointError: there is no `config.json`, or it cannot be read.
         """
-        self.path = path
-        self.config: dict[str, Any] = without_quantization(read_json(path / "config.json"))
-        self.generation_config: dict[str, Any] = read_json(path / "generation_config.json", optional=True)
+        self.path = path if path.is_dir() else path.parent
+        file = path / "config.json" if path.is_dir() else path
+        self.config: dict[str, Any] = without_quantization(read_json(file))
+        beside = self.path / "generation_config.json"
+        self.generation_config: dict[str, Any] = read_json(beside, optional=True)
         self.tensors: Mapping[str, TensorInfo] = {}
         self.dtype = published_dtype(self.config, self.tensors)
 

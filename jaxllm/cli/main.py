@@ -17,6 +17,7 @@ COMMANDS = {
     "complete": "complete a prompt with a server's model",
     "run-batch": "answer a file of requests in OpenAI's batch format",
     "convert": "write a checkpoint that restores quickly and sharded",
+    "plan": "say what a model would take and give on chips that need not be there",
     "bench": "measure speed, and how it grows",
     "env": "show versions, devices, caches and kernels, for a bug report",
 }

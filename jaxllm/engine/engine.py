@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from jaxllm.plan.plan import Plan
     from jaxllm.structured.grammar import Grammar
 
 
@@ -75,6 +76,13 @@ class Engine:
             ValueError: an option out of range, or one that does not suit the model or the machine.
         """
         return cls(load_parts(EngineConfig.create(model, **options), mesh))
+
+    @classmethod
+    def plan(cls, model: str, target: str, **options: Any) -> "Plan":
+        """What a model takes and gives on chips that need not be there; see `jaxllm.plan.entry.make_plan`."""
+        from jaxllm.plan.entry import make_plan
+
+        return make_plan(model, target, **options)
 
     # Whole answers
 

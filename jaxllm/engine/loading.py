@@ -36,6 +36,7 @@ from jaxllm.runner.identity import CannotIdentifyError, identify
 from jaxllm.runner.kept import KeptPrograms
 from jaxllm.runner.kernels import check_kernel, choose_attention, prepare_attention
 from jaxllm.runner.lowering import Lowering
+from jaxllm.runner.memory import PROBE_PAGES, measure
 from jaxllm.runner.pipeline import first_programs, make_programs
 from jaxllm.runner.products import Products, check_products, choose_products, prepare_products
 from jaxllm.runner.programs import use_compilation_cache
@@ -138,7 +139,7 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
     ):
         _compare_options(threads)
         architecture = ModelRegistry.resolve(checkpoint.config)
-        model = _read_model(config, checkpoint, architecture, mesh)
+        model = read_model(config, checkpoint, architecture, mesh)
         choose = partial(choose_attention, kernel, model, meshes[0], config.cache.page_size)
         # what is wrong with somebody's own kernel shows before the weights are loaded
         attention = None if isinstance(kernel, str) else choose()
@@ -171,11 +172,14 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
             for stage, part, stage_mesh in zip(stages, parts, meshes, strict=True)
         ]
 
-        def kept(lowering: Lowering) -> KeptPrograms | None:
-            return threads.submit(_kept_programs, config, architecture, lowering).result()
+        def kept(lowering: Lowering, num_pages: int) -> KeptPrograms | None:
+            return threads.submit(_kept_programs, config, architecture, lowering, num_pages).result()
 
-        lowerings, num_pages = fit_pages(config, lowerings, kept)
-        programs = make_programs(lowerings, num_pages, [kept(lowering) for lowering in lowerings])
+        lowerings, num_pages = fit_pages(
+            config, lowerings, lambda lowering: measure(lowering, kept(lowering, PROBE_PAGES))
+        )
+        keeping = [kept(lowering, num_pages) for lowering in lowerings]
+        programs = make_programs(lowerings, num_pages, keeping)
         failed.callback(programs.close)
         first = first_programs(lowerings) if config.compile.compile_in_background else list(programs)
         laps.programs = lambda: (sum(key in programs for key in first), len(first))
@@ -277,7 +281,7 @@ def _compare_options(threads: ThreadPoolExecutor) -> None:
 
 
 def _kept_programs(
-    config: EngineConfig, architecture: type[CausalLM], lowering: Lowering
+    config: EngineConfig, architecture: type[CausalLM], lowering: Lowering, num_pages: int
 ) -> KeptPrograms | None:
     """Where programs are kept whole. Where they cannot be, jax keeps what XLA makes of them.
 
@@ -285,15 +289,27 @@ def _kept_programs(
     """
     if not config.compile.compilation_cache:
         return None
-    folder = config.compile.compilation_cache_dir or Path(platformdirs.user_cache_dir("jaxllm")) / "programs"
+    own = config.compile.compilation_cache_dir
+    folder = Path(platformdirs.user_cache_dir("jaxllm")) / "programs" if own is None else Path(own)
     try:
         if config.compile.keep_executables:
-            identity = identify(lowering, architecture)
-            return KeptPrograms(folder / "whole", identity, list(lowering.mesh.devices.flat))
+            return keep_whole(folder, architecture, lowering, num_pages)
     except CannotIdentifyError as reason:
         logger.info("programs are traced at each start, because they cannot be kept whole: %s", reason)
     use_compilation_cache(folder)
     return None
+
+
+def keep_whole(
+    folder: Path, architecture: type[CausalLM], lowering: Lowering, num_pages: int
+) -> KeptPrograms:
+    """Where programs are kept whole in a cache folder.
+
+    Raises:
+        CannotIdentifyError: nobody could tell them from others.
+    """
+    identity = identify(lowering, architecture, num_pages)
+    return KeptPrograms(folder / "whole", identity, list(lowering.mesh.devices.flat))
 
 
 def _open(config: EngineConfig) -> Checkpoint:
@@ -334,9 +350,14 @@ def _cut_experts(parallel: ParallelConfig, model: DecoderConfig, mesh: Mesh) -> 
     return dataclasses.replace(model, mixture=dataclasses.replace(model.mixture, exchange=exchange_ragged))
 
 
-def _read_model(
+def read_model(
     config: EngineConfig, checkpoint: Checkpoint, architecture: type[CausalLM], mesh: Mesh
 ) -> DecoderConfig:
+    """The model's sizes, cut for the mesh.
+
+    Raises:
+        ValueError: it cannot be cut so, or has something that is not supported.
+    """
     dtype = checkpoint.dtype if config.model.dtype == "auto" else jnp.dtype(config.model.dtype)
     wanted = config.model.max_model_len
     model = architecture.read_config(

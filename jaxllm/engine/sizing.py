@@ -3,6 +3,7 @@
 import bisect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from jax.sharding import Mesh
 
@@ -12,9 +13,8 @@ from jaxllm.config import EngineConfig
 from jaxllm.models.abstract import Parameter
 from jaxllm.models.base import DecoderConfig
 from jaxllm.models.stages import WHOLE, Stage
-from jaxllm.runner.kept import KeptPrograms
 from jaxllm.runner.lowering import Lowering, Sizes
-from jaxllm.runner.memory import count_pages, measure, page_bytes
+from jaxllm.runner.memory import MemoryUse, count_pages, device_memory, page_bytes
 from jaxllm.runner.step import Merge
 from jaxllm.sampling import SamplerConfig, registered_logits_processors
 from jaxllm.scheduler.scheduler import Scheduler
@@ -74,18 +74,21 @@ def make_lowering(
 
 
 def fit_pages(
-    config: EngineConfig, stages: Sequence[Lowering], kept: Callable[[Lowering], KeptPrograms | None]
+    config: EngineConfig,
+    stages: Sequence[Lowering],
+    measure_use: Callable[[Lowering], MemoryUse],
+    memory_of: Callable[[Mesh], int] = device_memory,
 ) -> tuple[list[Lowering], int]:
     """As many pages as fit in every stage, the null page included, and no request longer than they hold.
 
     Args:
-        kept: called where a program has to be compiled to see how much memory it needs.
+        measure_use, memory_of: see `jaxllm.runner.memory.count_pages`.
 
     Raises:
         ValueError: too few fit; the message has the numbers and the settings to change.
     """
     num_pages = min(
-        count_pages(config.cache, page_bytes(stage), stage.mesh, lambda: measure(stage, kept(stage)))  # noqa: B023
+        count_pages(config.cache, page_bytes(stage), stage.mesh, partial(measure_use, stage), memory_of)
         for stage in stages
     )
     lowering = stages[0]

@@ -20,13 +20,22 @@ def padded_size(vocab_size: int, shares: int) -> int:
 def take_rows(table: Float[Array, "rows embed"], ids: Int[Array, " n"]) -> Float[Array, "n embed"]:
     """`table[ids]`, for ids in range.
 
-    Two-byte rows are taken as bits: a gather on a bfloat16 array makes XLA on CPU turn the whole of it into
-    float32 and back, at every step.
+    On CPU two-byte rows are taken as bits: a gather on a bfloat16 array makes XLA turn the whole of it into
+    float32 and back, at every step. For TPU it is the bits that XLA would write anew, all of them.
     """
     if table.dtype.itemsize != 2:
-        return table.at[ids].get(mode="clip")
-    bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
-    return jax.lax.bitcast_convert_type(bits.at[ids].get(mode="clip"), table.dtype)
+        return _take(table, ids)
+    return jax.lax.platform_dependent(table, ids, cpu=_take_bits, default=_take)
+
+
+def _take(table: Array, ids: Array) -> Array:
+    return table.at[ids].get(mode="clip")
+
+
+def _take_bits(table: Array, ids: Array) -> Array:
+    return jax.lax.bitcast_convert_type(
+        _take(jax.lax.bitcast_convert_type(table, jnp.uint16), ids), table.dtype
+    )
 
 
 class Embedding(Packable):

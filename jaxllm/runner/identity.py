@@ -30,9 +30,10 @@ PACKAGES = ("converters", "jaxllm", "pallas_kernels")
 """Whose code is hashed."""
 CODE = frozenset((".py", ".cc", ".h", ".json"))
 DISTRIBUTIONS = ("flax", "jax", "jaxlib", "ml_dtypes", "numpy")
-ENVIRONMENT = ("XLA_", "LIBTPU_", "TPU_", "CUDA_", "NVIDIA_")
-"""Beginnings of variables that XLA and its runtimes read by themselves; jax's own are in its config."""
-HARMLESS = ("jax_compilation_cache", "jax_persistent_cache", "jax_log", "jax_logging")
+ENVIRONMENT = ("XLA_", "LIBTPU_", "TPU_MEGACORE", "CUDA_", "NVIDIA_")
+"""Beginnings of variables that XLA and its runtimes read by themselves; jax's own are in its config.
+Others of TPUs say which machine it is, which the devices say, too."""
+HARMLESS = ("jax_compilation_cache", "jax_persistent_cache", "jax_log", "jax_logging", "jax_platforms")
 """Beginnings of options of jax that leave programs as they are."""
 
 
@@ -40,8 +41,8 @@ class CannotIdentifyError(Exception):
     """Something that a program may depend on cannot be described; the message says what."""
 
 
-def identify(lowering: Lowering, architecture: type[CausalLM]) -> str:
-    """The text for the programs of a lowering.
+def identify(lowering: Lowering, architecture: type[CausalLM], num_pages: int) -> str:
+    """The text for the programs of a lowering, with pools of that many pages.
 
     To be called in a thread like those that trace: options of jax can be set for a thread alone.
 
@@ -58,12 +59,12 @@ def identify(lowering: Lowering, architecture: type[CausalLM]) -> str:
         "layout": lowering.layout,
         "stage": lowering.stage,
         "sizes": lowering.sizes,
+        "pages": num_pages,
         "sampler": lowering.sampler,
         "attention": (backend.name, backend.attend, backend.layout),
         "products": products and (products.name, products.multiply),
         "mesh": lowering.mesh,
         "machine": _machine(lowering.mesh),
-        "native": native.built_keys(),
         "versions": {name: version(name) for name in DISTRIBUTIONS} | {"python": sys.version},
         "options": {k: str(v) for k, v in jax.config.values.items() if not k.startswith(HARMLESS)},
         "environment": {k: v for k, v in os.environ.items() if k.startswith(ENVIRONMENT)},
@@ -73,12 +74,19 @@ def identify(lowering: Lowering, architecture: type[CausalLM]) -> str:
 
 
 def _machine(mesh: Mesh) -> Mapping[str, Any]:
+    """Of chips all that their client says, whether they are here or only compiled for; of a CPU its own."""
     device = mesh.devices.flat[0]
-    return {
-        "device": (device.platform, device.device_kind, jax.device_count()),
+    found = {
+        "device": (device.platform, device.device_kind, device.client.device_count()),
         "runtime": device.client.platform_version,
-        "cores": (os.cpu_count(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None),
-        "processor": native.processor() if device.platform == "cpu" else None,
+    }
+    if device.platform != "cpu":
+        return found
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return found | {
+        "cores": (os.cpu_count(), usable),
+        "processor": native.processor(),
+        "native": native.built_keys(),
     }
 
 

@@ -50,14 +50,18 @@ def device_memory(mesh: Mesh) -> int:
 def measure(lowering: Lowering, kept: KeptPrograms | None = None) -> MemoryUse:
     """Compiles the largest forward pass, unless `kept` has it, and reads what it needs."""
     probe = partial(lowering.forward, lowering.buckets.largest, PROBE_PAGES)
-    compiled = Programs({"probe": probe}, kept)["probe"]
-    analysis = compiled.memory_analysis()
+    analysis = Programs({"probe": probe}, kept)["probe"].memory_analysis()
     assert analysis is not None, "the backend tells no sizes"
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return memory_use(lowering, analysis.temp_size_in_bytes, outputs)
+
+
+def memory_use(lowering: Lowering, temporaries: int, outputs: int) -> MemoryUse:
+    """What there is besides the pages, with the largest forward pass's temporaries and outputs."""
     return MemoryUse(
         weights=bytes_per_device(lowering.params),
         state=bytes_per_device(lowering.rows_shapes),
-        temporaries=analysis.temp_size_in_bytes + (1 + lowering.stage.count) * outputs,
+        temporaries=temporaries + (1 + lowering.stage.count) * outputs,
     )
 
 
@@ -74,12 +78,19 @@ def bytes_per_device(shapes: Any) -> int:
     )
 
 
-def count_pages(config: CacheConfig, page: int, mesh: Mesh, measure_use: Callable[[], MemoryUse]) -> int:
+def count_pages(
+    config: CacheConfig,
+    page: int,
+    mesh: Mesh,
+    measure_use: Callable[[], MemoryUse],
+    memory_of: Callable[[Mesh], int] = device_memory,
+) -> int:
     """The number of pages, the null page included.
 
     Args:
         page: bytes of a page on each device.
         measure_use: called where the pages are to fill what other things leave of the device's memory.
+        memory_of: tells how much each device of a mesh has.
 
     Raises:
         ValueError: not even one page fits; the message has the numbers and the settings to change.
@@ -92,7 +103,7 @@ def count_pages(config: CacheConfig, page: int, mesh: Mesh, measure_use: Callabl
         budget, source = CPU_CACHE_BYTES, "the default on CPU"
     else:
         share = config.memory_utilization or DEFAULT_UTILIZATION
-        use, whole = measure_use(), device_memory(mesh)
+        use, whole = measure_use(), memory_of(mesh)
         budget = int(whole * share) - use.total
         source = (
             f"memory_utilization={share} of {whole} bytes, less weights ({use.weights}), rows ({use.state}) "

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from pallas_kernels.bench import Options, Prepared, Workload
 from pallas_kernels.grouped_matmul.problem import Problem
+from pallas_kernels.grouped_matmul.work import grouped_bytes, grouped_flops
 from pallas_kernels.models import get_model
 
 DEFAULTS = {
@@ -37,14 +38,12 @@ class Product:
     @property
     def nbytes(self) -> float:
         """Weights of the groups that have rows, rows and results, each once."""
-        one, used = self.problem, sum(size > 0 for size in self.sizes)
-        rows = one.inputs * one.dtype.itemsize + one.outputs * one.out_dtype.itemsize
-        return used * one.inputs * one.outputs * one.weight_dtype.itemsize + one.tokens * rows
+        return grouped_bytes(self.problem, sum(size > 0 for size in self.sizes))
 
     @property
     def flops(self) -> float:
         """Of the rows there are."""
-        return 2.0 * self.problem.tokens * self.problem.inputs * self.problem.outputs
+        return grouped_flops(self.problem)
 
     def prepare(self, backend: Any, function: Callable[..., Any], copies: int) -> Prepared:
         """A program of `copies` products with weights of their own, each of which waits for the last."""

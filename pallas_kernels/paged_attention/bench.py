@@ -15,6 +15,7 @@ from pallas_kernels.models import ModelShape, get_model
 from pallas_kernels.paged_attention.batch import RaggedBatch
 from pallas_kernels.paged_attention.layout import PageGeometry, PageLayout
 from pallas_kernels.paged_attention.problem import Problem
+from pallas_kernels.paged_attention.work import attention_bytes, attention_flops
 
 DEFAULTS = {
     "cpu": Options("smollm2-135m", (1, 32), (256, 2048, 8192), (512,), 16),
@@ -46,25 +47,14 @@ class Step:
         return -(-self.context // self.problem.geometry.page_size)
 
     @property
-    def seen(self) -> int:
-        """Keys that the tokens of a row see, summed over them."""
-        ends = np.arange(self.context - self.tokens + 1, self.context + 1)
-        return int(np.minimum(ends, self.problem.sliding_window or self.context).sum())
-
-    @property
     def flops(self) -> float:
         """Of both products of all rows, for the keys that are seen and no others."""
-        return 4.0 * self.rows * self.seen * self.problem.heads * self.problem.geometry.head_dim
+        return attention_flops(self.problem, self.rows, self.tokens, self.context)
 
     @property
     def nbytes(self) -> float:
         """Keys and values that are seen, read once; those that are new, written; queries and outputs."""
-        geometry = self.problem.geometry
-        window = self.problem.sliding_window
-        keys = self.context if window is None else min(self.context, window + self.tokens - 1)
-        token = geometry.bytes_per_page / geometry.page_size
-        queries = 2 * self.tokens * self.problem.heads * geometry.head_dim * self.problem.dtype.itemsize
-        return self.rows * ((keys + self.tokens) * token + queries)
+        return attention_bytes(self.problem, self.rows, self.tokens, self.context)
 
     def prepare(self, backend: Any, function: Callable[..., Any], copies: int) -> Prepared:
         """A program of `copies` layers with pages of their own; a layer's output is the next one's query."""

@@ -154,13 +154,13 @@ class CompiledText:
 def array_bytes(result: str) -> int:
     """Bytes of the largest array in a type as it is printed: "bf16[16,128]{1,0}" has 4,096."""
     sizes = [
-        math.prod(map(int, filter(None, dims.split(",")))) * _bits(dtype) // 8
+        math.prod(map(int, filter(None, dims.split(",")))) * bits_of(dtype) // 8
         for dtype, dims in _ARRAY.findall(result)
     ]
     return max(sizes, default=0)
 
 
-def _bits(dtype: str) -> int:
+def bits_of(dtype: str) -> int:
     """Of an element: 16 for "bf16", 8 for "f8e4m3fn" and "pred"."""
     digits = re.search(r"\d+", dtype)
     return int(digits[0]) if digits else 8

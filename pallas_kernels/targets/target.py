@@ -67,7 +67,7 @@ class Target:
             return self._gpu_devices()
         except (ImportError, RuntimeError) as error:
             raise RuntimeError(
-                f"cannot compile for {self}: {error}; the compilers come with pip install 'jaxllm[aot]'"
+                f"cannot compile for {self}: {error}; the compilers come with pip install 'jaxllm[plan]'"
             ) from error
 
     def mesh(self, shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:

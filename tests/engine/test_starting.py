@@ -91,6 +91,11 @@ def test_a_second_start_traces_nothing(
     # what is made for anything else is not found
     with caching_engine(tmp_path, max_model_len=60, enforce_eager=True) as other:
         assert other.get_metrics()["programs_loaded"] == 0
+    with caching_engine(tmp_path, num_pages=77, enforce_eager=True) as more:
+        assert more.get_metrics()["programs_loaded"] == 0
+        pages = more._core.runner._cache
+        assert pages is not None
+        assert 78 in pages[0].shape
 
 
 @pytest.fixture

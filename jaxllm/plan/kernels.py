@@ -1,0 +1,82 @@
+"""What a model's Pallas kernels have to do, counted from sizes: compilers cannot look into them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxllm.models.base import DecoderConfig
+from jaxllm.plan.roofline import Work
+from jaxllm.runner.kernels import attention_problems
+from pallas_kernels.grouped_matmul import Problem as GroupedProblem
+from pallas_kernels.grouped_matmul.work import expected_groups, grouped_bytes, grouped_flops
+from pallas_kernels.paged_attention import Problem
+from pallas_kernels.paged_attention.work import attention_bytes, attention_flops
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of all layers, on one chip.
+
+    Attributes:
+        attention: of each layer.
+        model: cut for the mesh.
+        grouped: products with experts' weights that are kernels, of all layers.
+    """
+
+    attention: Sequence[Problem]
+    model: DecoderConfig
+    grouped: int
+
+    @classmethod
+    def of(cls, model: DecoderConfig, mesh: Mesh, page_size: int, grouped: int) -> Self:
+        """Those of a model that is cut for the mesh."""
+        kinds = {problem.sliding_window: problem for problem in attention_problems(model, mesh, page_size)}
+        return cls([kinds[window] for window in model.layer_windows], model, grouped)
+
+    def work(self, rows: int, tokens: int, context: int) -> Work:
+        """Of a step whose rows are all alike.
+
+        Args:
+            tokens: new ones of each row.
+            context: keys of each row, the new tokens' included.
+        """
+        attention = Work(
+            sum(attention_flops(problem, rows, tokens, context) for problem in self.attention),
+            sum(attention_bytes(problem, rows, tokens, context) for problem in self.attention),
+        )
+        return attention + self._experts(rows * tokens)
+
+    def _experts(self, tokens: int) -> Work:
+        """Half of the products lead into the experts, half out of them. Tokens are spread at random."""
+        mixture = self.model.mixture
+        if mixture is None:
+            return Work()
+        routing, parts = mixture.routing, self.model.expert_parallel_size
+        used = expected_groups(routing.experts, routing.per_token, tokens) / parts
+        rows, experts = -(-tokens * routing.per_token // parts), routing.experts // parts
+        size = mixture.expert_size // self.model.tensor_parallel_size
+        products = [
+            self._product(rows, experts, self.model.hidden_size, 2 * size),
+            self._product(rows, experts, size, self.model.hidden_size),
+        ]
+        return Work(
+            self.grouped / 2 * sum(map(grouped_flops, products)),
+            self.grouped / 2 * sum(grouped_bytes(product, used) for product in products),
+        )
+
+    def _product(self, rows: int, experts: int, inputs: int, outputs: int) -> GroupedProblem:
+        dtype, device = jnp.dtype(self.model.dtype), self.attention[0]
+        return GroupedProblem(
+            device.platform,
+            device.device_kind,
+            rows,
+            experts,
+            inputs,
+            outputs,
+            dtype,
+            dtype,
+            jnp.dtype(jnp.float32),
+        )

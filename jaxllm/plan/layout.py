@@ -1,0 +1,129 @@
+"""How the chips of a target are shared out: replicas of the model, each cut over some of the chips."""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+from jax.sharding import Mesh
+
+from jaxllm.parallel import make_mesh
+from pallas_kernels.targets import Target
+from pallas_kernels.targets.target import CHIPS_PER_GPU_HOST
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Chips as the model is laid out on them.
+
+    Attributes:
+        target: all chips.
+        tensor_parallel_size, expert_parallel_size: a replica has as many chips as their product, see
+            `jaxllm.parallel.make_mesh`.
+        data_parallel_size: replicas, which share requests and run the same programs.
+        replica: the slice that a replica's programs are compiled for.
+    """
+
+    target: Target
+    tensor_parallel_size: int
+    expert_parallel_size: int
+    data_parallel_size: int
+    replica: Target
+
+    @classmethod
+    def make(cls, target: Target, tensor: int, expert: int = 1, data: int | None = None) -> Self:
+        """A layout that uses all chips.
+
+        Args:
+            tensor, expert, data: the sizes; without the last one as many replicas as there are chips for.
+
+        Raises:
+            ValueError: the sizes and the chips do not go together; the message names the one to change.
+        """
+        chips, size = target.num_chips, tensor * expert
+        sizes = f"tensor_parallel_size={tensor}"
+        if expert > 1:
+            sizes += f" * expert_parallel_size={expert}"
+        if chips % size:
+            known = ", ".join(map(str, divisors(chips)))
+            raise ValueError(f"{sizes}: must divide the {chips} chips of {target}, as {known} do")
+        if data is None:
+            data = chips // size
+        if size * data != chips:
+            raise ValueError(
+                f"data_parallel_size={data}: with {sizes} it makes {size * data} chips, and {target} has "
+                f"{chips}; data_parallel_size={chips // size} uses all of them"
+            )
+        if target.chip.platform == "gpu" and size > CHIPS_PER_GPU_HOST:
+            raise ValueError(
+                f"{sizes}: a replica on {target.chip.name} stays within a host's {CHIPS_PER_GPU_HOST} chips, "
+                "because nothing is known of the network between hosts"
+            )
+        return cls(target, tensor, expert, data, find_slice(target, size))
+
+    @property
+    def replica_chips(self) -> int:
+        """Chips of a replica."""
+        return self.tensor_parallel_size * self.expert_parallel_size
+
+    @property
+    def num_chips(self) -> int:
+        """All of them."""
+        return self.replica_chips * self.data_parallel_size
+
+    @property
+    def torus(self) -> tuple[int, ...]:
+        """Chips of a replica along each of its axes that have more than one."""
+        if self.replica_chips < self.replica.num_chips:
+            return (self.replica_chips,)
+        return tuple(size for size in self.replica.shape if size > 1)
+
+    def mesh(self) -> Mesh:
+        """A replica's mesh, of chips that need not be there.
+
+        Raises:
+            RuntimeError: the compiler for these chips is not installed.
+        """
+        return make_mesh(
+            self.tensor_parallel_size,
+            self.replica.devices(),
+            expert_parallel_size=self.expert_parallel_size,
+        )
+
+    def __str__(self) -> str:
+        sizes = ("tensor", "expert", "data")
+        named = (f"{name}_parallel_size={getattr(self, f'{name}_parallel_size')}" for name in sizes)
+        shown = (size for size in named if size != "expert_parallel_size=1")
+        return ", ".join([str(self.target), *shown])
+
+
+def find_slice(target: Target, chips: int) -> Target:
+    """The slice that some chips of a target make, or the smallest one that they are a part of.
+
+    Raises:
+        ValueError: the target cannot be cut into such slices.
+    """
+    if chips == target.num_chips:
+        return target
+    known = [Target.parse(f"{target.chip.name}:{name}") for name in target.chip.slices]
+    inside = [one for one in known if _tiles(target.shape, one.shape)]
+    exact = [one for one in inside if one.num_chips == chips]
+    # the most compact: its chips are nearest to each other
+    exact.sort(key=lambda one: max(one.shape))
+    larger = [one for one in inside if one.num_chips > chips]
+    if not exact and not larger:
+        raise ValueError(
+            f"{chips} chips a replica: {target} cannot be cut into slices of so many; it can into "
+            f"{', '.join(map(str, inside))}"
+        )
+    return (exact or larger)[0]
+
+
+def divisors(number: int) -> list[int]:
+    """All whole numbers that divide it."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _tiles(shape: tuple[int, ...], part: tuple[int, ...]) -> bool:
+    return math.prod(part) <= math.prod(shape) and all(
+        size % piece == 0 for size, piece in zip(sorted(shape), sorted(part), strict=True)
+    )

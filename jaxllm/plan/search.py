@@ -1,0 +1,107 @@
+"""Which layouts of which chips serve a model best."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from jaxllm.plan.layout import Layout, divisors
+from jaxllm.plan.memory import TooLargeError, require_weights
+from jaxllm.plan.plan import Plan
+from jaxllm.plan.planner import Planner
+from pallas_kernels.targets import Target
+
+MOST_CHIPS = 64
+"""Of a replica that is advised: models have no more heads to share."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A layout that does not serve the model, and why."""
+
+    layout: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """All layouts that were tried.
+
+    Attributes:
+        plans: best first: by output tokens per dollar where prices were given, else by output tokens/s.
+    """
+
+    plans: Sequence[Plan]
+    refusals: Sequence[Refusal]
+
+
+def search(planner: Planner, targets: Sequence[Target], prices: Sequence[float | None]) -> Search:
+    """Plans every layout of the targets.
+
+    Args:
+        prices: of a chip-hour, for each target.
+
+    Raises:
+        RuntimeError: the compiler for a target is not installed.
+        ValueError: no layout serves the model; the message has the reasons.
+    """
+    plans, refusals = [], []
+    for target, price in zip(targets, prices, strict=True):
+        for tensor, expert in _sizes(planner, target):
+            layout = f"{target}, tensor {tensor}, expert {expert}"
+            try:
+                plans.append(planner.plan(Layout.make(target, tensor, expert), price))
+            except (NotImplementedError, ValueError) as error:
+                refusals.append(Refusal(layout, str(error)))
+    if not plans:
+        reasons = "\n".join(f"  {one.layout}: {one.reason}" for one in refusals)
+        raise ValueError(f"no layout serves {planner.config.model.model}:\n{reasons}")
+    return Search(sorted(plans, key=_worth, reverse=True), refusals)
+
+
+def _sizes(planner: Planner, target: Target) -> Iterator[tuple[int, int]]:
+    """Tensor and expert parallel sizes. Experts are either cut or whole: what lies between is left out."""
+    for size in divisors(target.num_chips):
+        yield size, 1
+        if planner.has_experts and size > 1:
+            yield 1, size
+
+
+def plan_or_advise(planner: Planner, layout: Layout, price_per_chip_hour: float | None = None) -> Plan:
+    """The plan for a layout; where the model is too large for it, the error says what would hold it.
+
+    Raises:
+        TooLargeError: it is.
+    """
+    try:
+        return planner.plan(layout, price_per_chip_hour)
+    except TooLargeError as error:
+        message = f"{planner.config.model.model} on {layout}: {error}; {_advice(planner, layout)}"
+        raise TooLargeError(message) from error
+
+
+def _worth(plan: Plan) -> tuple[float, float]:
+    found = plan.estimate
+    return (found.tokens_per_dollar or 0.0, found.output_tokens_per_second)
+
+
+def _advice(planner: Planner, layout: Layout) -> str:
+    """What holds a model's weights where a layout does not, in words."""
+    for other in _larger(layout):
+        try:
+            require_weights(planner.config, other, planner.programs(other)[1].lowering)
+        except (NotImplementedError, ValueError):
+            continue
+        return f"{other} would hold them"
+    return f"no slice of {layout.target.chip.name} that could be tried would hold them"
+
+
+def _larger(layout: Layout) -> Iterator[Layout]:
+    """Layouts with more chips a replica, on the same target and then on larger ones."""
+    chip, experts = layout.target.chip, layout.expert_parallel_size > 1
+    slices = [Target.parse(f"{chip.name}:{name}") for name in chip.slices]
+    for target in (layout.target, *(one for one in slices if one.num_chips > layout.target.num_chips)):
+        for size in divisors(target.num_chips):
+            if layout.replica_chips < size <= MOST_CHIPS:
+                try:
+                    yield Layout.make(target, *((1, size) if experts else (size, 1)))
+                except ValueError:
+                    continue

@@ -1,0 +1,102 @@
+"""A step's program as the compiler made it: what it has to do, send and keep on each chip."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import jax
+
+from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.lowering import Lowering
+from pallas_kernels.targets.compiled import CompiledText, Traffic
+from pallas_kernels.targets.work import grouped_kernels, memory_bytes, product_flops
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward pass on one chip, without what kernels of Pallas do: XLA cannot look into them.
+
+    Attributes:
+        tokens: of its bucket.
+        flops: of its products.
+        nbytes: that it reads from and writes to the chip's memory.
+        grouped_kernels: products with experts' weights that are kernels.
+        collectives: what it sends to other chips, by kind.
+        temporaries: bytes of the chip's memory beside arguments and results.
+        outputs: bytes of results that are no arguments updated in place.
+        code: bytes of the program; 0 where the compiler does not tell.
+        compile_seconds: that tracing and compiling took.
+    """
+
+    tokens: int
+    flops: float
+    nbytes: float
+    grouped_kernels: int
+    collectives: Mapping[str, Traffic]
+    temporaries: int
+    outputs: int
+    code: int
+    compile_seconds: float
+
+
+def compile_step(lowering: Lowering, bucket: Bucket, num_pages: int) -> Step:
+    """Compiles a bucket's forward pass, and reads what came out."""
+    begin = time.perf_counter()
+    with compiling_anew():
+        compiled = lowering.forward(bucket, num_pages).compile()
+    seconds = time.perf_counter() - begin
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    assert memory is not None, "the compiler tells no sizes"
+    text = CompiledText.parse(compiled.as_text() or "")
+    return Step(
+        bucket.tokens,
+        costs["flops"] if costs else product_flops(text),
+        memory_bytes(text),
+        grouped_kernels(text),
+        text.collectives(),
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+        seconds,
+    )
+
+
+def on_line(first: Step, second: Step, share: float) -> Step:
+    """What lies on the straight line through two steps: at 0 the first, at 1 the second, at 3 far beyond."""
+
+    def along(name: str) -> float:
+        start, end = getattr(first, name), getattr(second, name)
+        return max(0.0, start + share * (end - start))
+
+    none = Traffic(0, 0)
+    kinds = sorted({*first.collectives, *second.collectives})
+    pairs = {kind: (first.collectives.get(kind, none), second.collectives.get(kind, none)) for kind in kinds}
+    return Step(
+        round(along("tokens")),
+        along("flops"),
+        along("nbytes"),
+        round(along("grouped_kernels")),
+        {
+            kind: Traffic(
+                round(one.count + share * (other.count - one.count)),
+                round(one.nbytes + share * (other.nbytes - one.nbytes)),
+            )
+            for kind, (one, other) in pairs.items()
+        },
+        round(along("temporaries")),
+        round(along("outputs")),
+        round(along("code")),
+        first.compile_seconds + second.compile_seconds,
+    )
+
+
+@contextmanager
+def compiling_anew() -> Iterator[None]:
+    """Without jax's cache on disk: a program for another chip cannot be loaded from there."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)

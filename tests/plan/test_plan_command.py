@@ -1,0 +1,224 @@
+"""`jaxllm plan` from end to end, with this machine's CPUs in the place of chips."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from plan_cases import step
+
+from jaxllm import Engine
+from jaxllm.cli import plan as command
+from jaxllm.cli.main import main
+from jaxllm.config import ModelConfig
+from jaxllm.models.registry import ModelRegistry
+from jaxllm.plan.source import list_configs, open_configs
+from jaxllm.plan.step import Step
+from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.lowering import Lowering
+from pallas_kernels.targets import Target
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "torch_dtype": "bfloat16",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+SMALL = (
+    "--input-len",
+    "32",
+    "--output-len",
+    "8",
+    "--max-num-seqs",
+    "4",
+    "--max-num-batched-tokens",
+    "16",
+    "--no-progress",
+)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command sets does not outlive the test."""
+    for name in (*command.ENVIRONMENT, *command.QUIET):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+
+
+@pytest.fixture
+def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chips are CPUs."""
+    monkeypatch.setattr(Target, "devices", lambda self: jax.devices()[: self.num_chips])
+
+
+@pytest.fixture
+def steps(cpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled."""
+
+    def made(lowering: Lowering, bucket: Bucket, num_pages: int) -> Step:
+        layers = lowering.model.num_layers
+        return step(bucket.tokens, flops=1e12 * layers * bucket.tokens, nbytes=1e9, layers=layers)
+
+    monkeypatch.setattr("jaxllm.plan.programs.compile_step", made)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[..., str]:
+    def make(**fields: Any) -> str:
+        path = tmp_path / "small.json"
+        path.write_text(json.dumps(CONFIG | fields))
+        return str(path)
+
+    return make
+
+
+@pytest.mark.usefixtures("cpus")
+def test_one_layout(model: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", model(), "--target", "v5e:2x4", "--tensor-parallel-size", "2", *SMALL]
+    picture = tmp_path / "plan.png"
+    assert main([*arguments, "--plot", str(picture), "--price-per-chip-hour", "1.2"]) == 0
+    printed = capsys.readouterr().out
+    assert "on v5e:2x4, tensor_parallel_size=2, data_parallel_size=4" in printed
+    for words in (
+        "weights",
+        "pages hold",
+        "all-reduce",
+        "time to first token",
+        "per dollar",
+        "nothing was run",
+    ):
+        assert words in printed
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("steps")
+def test_figures(model: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "plan",
+        model(num_hidden_layers=6),
+        "--target",
+        "v5e:2x4",
+        "--tensor-parallel-size",
+        "2",
+        *SMALL,
+    ]
+    assert main([*arguments, "--json", "--num-pages", "50", "--few-layers"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["compiled_layers"] == [2, 4]
+    assert found["layout"]["replica"] == "v5e:2x2"
+    memory = found["memory"]
+    assert memory["num_pages"] == 50
+    parts = ("weights", "rows", "temporaries", "pages", "unused")
+    assert sum(memory[name] for name in parts) == memory["usable"]
+    assert found["estimate"]["requests"] == 4
+    assert found["decode"]["collectives"]["all-reduce"]["count"] == 1 + 2 * 6
+    assert (found["prefill"]["flops"], found["decode"]["flops"]) == (6 * 16e12, 6 * 8e12)
+
+
+@pytest.mark.usefixtures("steps")
+def test_search(model: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    targets = ("--target", "v5e:2x2", "--target", "v6e:1x1")
+    prices = ("--price-per-chip-hour", "1", "--price-per-chip-hour", "2")
+    heads = {"num_attention_heads": 2, "hidden_size": 16}
+    assert main(["plan", model(**heads), *targets, *prices, "--search", "--json", *SMALL]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["plans"]) == 3
+    worth = [plan["estimate"]["tokens_per_dollar"] for plan in found["plans"]]
+    assert worth == sorted(worth, reverse=True)
+    [refused] = found["refused"]
+    assert refused["layout"] == "v5e:2x2, tensor 4, expert 1"
+    assert "num_attention_heads=2: must be a multiple of tensor_parallel_size=4" in refused["reason"]
+
+    assert main(["plan", model(**heads), *targets, "--search", *SMALL]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("target")
+    assert "v5e:2x2, tensor 4, expert 1: num_attention_heads=2" in printed
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_model_that_is_too_large(model: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    large = model(vocab_size=2_000_000, hidden_size=4096, intermediate_size=64, num_attention_heads=32)
+    assert main(["plan", large, "--target", "v5e:2x4", *SMALL]) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"weights and rows take 3\d\.\d GB of each chip, 1\d\.\d GB more than memory_util", said)
+    assert "v5e:2x4, tensor_parallel_size=4, data_parallel_size=2 would hold them" in said
+
+
+@pytest.mark.usefixtures("steps")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target", "v9:2x2"], "there is no chip 'v9'; there are v5e"),
+        (["--target", "v5e:3x3"], "v5e comes as v5e:1x1, v5e:2x2"),
+        (["--target", "v5e:2x2", "--tensor-parallel-size", "3"], "tensor_parallel_size=3: must divide the 4"),
+        (["--target", "v5e", "--input-len", "500"], "together more than max_model_len=128"),
+        (["--target", "v5e", "--dtype", "float32"], "dtype=float32: rates are known for bfloat16"),
+        (["--target", "v5e", "--concurrency", "5"], "concurrency=5: .* max_num_seqs=4 hold 4 requests"),
+        (["--target", "h100", "--save", "x"], "--save: programs for h100 are not kept"),
+        (
+            ["--target", "v5p:2x2x2", "--tensor-parallel-size", "8", "--save", "x"],
+            "several hosts of v5p",
+        ),
+    ],
+)
+def test_what_cannot_be_planned(
+    flags: list[str], message: str, model: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--output-len", "8", *SMALL[4:], *([] if "--input-len" in flags else SMALL[:2])]
+    assert main(["plan", model(), *sizes, *flags]) == 1
+    [line] = capsys.readouterr().err.strip().split("\n")
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--target"),
+        (["--target", "v5e", "--target", "v6e"], "several of them need --search"),
+        (["--target", "v5e", "--search", "--tensor-parallel-size", "2"], "--search tries all"),
+        (["--target", "v5e", "--price-per-chip-hour", "1", "--price-per-chip-hour", "2"], "give it once"),
+        (["--target", "v5e", "--search", "--save", "x"], "keeps one layout's programs"),
+    ],
+)
+def test_usage(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "model", *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_compiler_is_named(
+    model: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(self: Target) -> list[Any]:
+        raise ImportError("no libtpu")
+
+    monkeypatch.setattr(Target, "_tpu_devices", missing)
+    assert main(["plan", model(), "--target", "v5e"]) == 1
+    assert "no libtpu; the compilers come with pip install 'jaxllm[plan]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_configs_that_come_along(name: str) -> None:
+    """Their families are served, and they are read."""
+    checkpoint = open_configs(ModelConfig(name))
+    architecture = ModelRegistry.resolve(checkpoint.config)
+    config = architecture.read_config(checkpoint.config, dtype="bfloat16", tensor_parallel_size=1)
+    assert config.num_layers >= 32
+
+
+def test_models_that_cannot_be_had(model: Callable[..., str], tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"its config cannot be had .*give the path of a config\.json, or one of"
+    ):
+        open_configs(ModelConfig("nobody/nothing"))
+    with pytest.raises(ValueError, match=r"architectures=\['MambaForCausalLM'\]: none of them is supported"):
+        Engine.plan(model(architectures=["MambaForCausalLM"]), "v5e", few_layers=True)
+    with pytest.raises(TypeError, match="seed: no option of plans; there are"):
+        Engine.plan(model(), "v5e", seed=1)
