@@ -81,6 +81,7 @@ def test_a_part_of_the_spread(engine: Engine) -> None:
 
 
 @pytest.mark.spread
+@pytest.mark.timeout(1200)
 def test_the_whole_spread(engine: Engine) -> None:
     ends = check(engine, constraints(300, 100))
     assert ends["stop"] >= 340, ends
