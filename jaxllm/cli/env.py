@@ -11,7 +11,7 @@ from typing import Any
 
 PACKAGES = (
     "jaxllm", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "orbax-checkpoint",
-    "numpy", "ml_dtypes", "transformers", "tokenizers", "huggingface_hub", "gguf",
+    "numpy", "ml_dtypes", "transformers", "tokenizers", "llguidance", "huggingface_hub", "gguf",
 )  # fmt: skip
 VARIABLES = ("CUDA_", "HF_", "JAX_", "LIBTPU_", "NVIDIA_", "TPU_", "XLA_")
 SECRETS = ("KEY", "PASSWORD", "SECRET", "TOKEN")

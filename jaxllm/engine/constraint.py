@@ -29,8 +29,8 @@ class Constraint:
         assert input.grammar is not None
         self.error: ValueError | None = None
         self.matcher: Matcher = input.grammar.matcher()
-        self._num_tokens = 0
         params, ends = input.params, input.grammar.tokens.eos_ids
+        self._num_tokens = 0
         self._eos_ids = ends
         self._min_tokens = params.min_tokens
         self._ends = np.array(sorted(ends | input.stop_token_ids), np.int64)

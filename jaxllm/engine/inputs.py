@@ -144,8 +144,6 @@ class InputProcessor:
         """
         prompts = split_prompts(prompts)
         all_params = _for_each("sampling_params", params, len(prompts))
-        for own_params in all_params:
-            self.begin_grammar(own_params)  # so that they are compiled at the same time
         priorities = _for_each("priority", priority, len(prompts))
         made = []
         for i, (prompt, own_params, own_priority) in enumerate(
@@ -206,8 +204,8 @@ class InputProcessor:
         if self._grammars is not None:
             self._grammars.close()
 
-    def begin_grammar(self, params: object) -> "Future[Grammar] | None":
-        """Starts to compile what outputs are to be held to, which `make` waits for; None for anything."""
+    def begin_grammar(self, params: SamplingParams | None) -> "Future[Grammar] | None":
+        """Starts to compile what outputs are to be held to, which `make` waits for; None where nothing is."""
         structured = params.structured_outputs if isinstance(params, SamplingParams) else None
         if structured is None or self._grammars is None:
             return None
