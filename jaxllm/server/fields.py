@@ -112,6 +112,7 @@ class StructuredOutputs(ApiModel):
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    disable_additional_properties: bool | None = None
     disable_any_whitespace: bool | None = None
     whitespace_pattern: str | None = None
 

@@ -34,6 +34,7 @@ class GrammarCompiler:
         self._kept: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
+        self._renewing: ThreadPoolExecutor | None = None
 
     def begin(self, params: StructuredOutputsParams) -> "Future[Grammar]":
         """Starts to compile a grammar, unless it is there or under way. Returns at once.
@@ -43,7 +44,7 @@ class GrammarCompiler:
         with self._lock:
             if params not in self._kept:
                 if self._threads is None:
-                    self._threads = _deep_threads(THREADS)
+                    self._threads, self._renewing = _deep_threads(THREADS), _deep_threads(1)
                 self._kept[params] = self._threads.submit(self._compile, params)
             self._kept.move_to_end(params)
             if len(self._kept) > MOST_KEPT:
@@ -66,15 +67,16 @@ class GrammarCompiler:
         """Forgets all grammars."""
         with self._lock:
             self._kept.clear()
-            if self._threads is not None:
-                self._threads.shutdown(wait=False, cancel_futures=True)
-                self._threads = None
+            for threads in (self._threads, self._renewing):
+                if threads is not None:
+                    threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = self._renewing = None
 
     def _compile(self, params: StructuredOutputsParams) -> Grammar:
         with self._making:
             if self._tokens is None:
                 self._tokens = self._make_tokens()
-        return Grammar(self._tokens, params)
+        return Grammar(self._tokens, params, self._renewing)
 
 
 def _deep_threads(count: int) -> ThreadPoolExecutor:

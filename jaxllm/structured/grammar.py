@@ -4,7 +4,9 @@ import json
 import re
 import threading
 import time
+from concurrent.futures import Executor
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits
 from llguidance.gbnf_to_lark import any_to_lark
@@ -22,7 +24,9 @@ limit what a thread's stack needs: see `STACK_BYTES` of the compiler."""
 LARGEST_MULTIPLE = 10_000
 """The automaton of `multipleOf` has as many states: a million take 7 s and 300 MB. For 0.25 it is 25."""
 LONGEST_FIRST_STEP = 0.5
-"""Seconds. A step takes microseconds to a few milliseconds, and all requests wait for it."""
+"""Seconds of the processor. A step takes microseconds to a few milliseconds, and all requests wait for it."""
+LONGEST_RENEWAL = 0.1
+"""Seconds of the processor to compile a grammar once more, between two steps. Most take a millisecond."""
 _LIMITS = LLParserLimits(
     max_lexer_states=50_000,  # of 0.4 kB: 20 MB for each compiled grammar
     max_grammar_size=200_000,
@@ -34,16 +38,22 @@ _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.\deE]+)')
 class Grammar:
     """A constraint that has been compiled. May be shared between requests and threads.
 
+    To be made in a thread whose stack holds the recursion, see `GrammarCompiler`.
+
     Args:
         tokens: the vocabulary.
         params: the constraint.
+        deep: such a thread that has nothing else to do than to `renew`; by default the caller's own.
 
     Raises:
         ValueError: it cannot be compiled, nothing fits it, or that would take too long; the message begins
             with structured_outputs and the constraint's name.
     """
 
-    def __init__(self, tokens: TokenTable, params: StructuredOutputsParams) -> None:
+    def __init__(
+        self, tokens: TokenTable, params: StructuredOutputsParams, deep: Executor | None = None
+    ) -> None:
+        self._deep = deep
         self.tokens = tokens
         self.params = params
         self._name = f"structured_outputs.{params.constraint}"
@@ -51,13 +61,15 @@ class Grammar:
         self._source = self._read()
         if params.prefix is not None:
             self._source = _after(params.prefix, self._source)
+        begin = time.thread_time()
         self._compiled = self._compile()
-        begin = time.perf_counter()
+        self._compile_seconds = time.thread_time() - begin
+        begin = time.thread_time()
         try:
             self.matcher().compute_mask()
         except ValueError as error:
             raise self.error("there is no text that fits, or none that can be found") from error
-        if (seconds := time.perf_counter() - begin) > LONGEST_FIRST_STEP:
+        if (seconds := time.thread_time() - begin) > LONGEST_FIRST_STEP:
             raise self.error(f"too complex, its first step takes {seconds:.1f} s; make it simpler")
 
     def matcher(self) -> Matcher:
@@ -71,10 +83,16 @@ class Grammar:
 
         Args:
             exhausted: what the caller has a copy of; another one may have renewed it already.
+
+        Raises:
+            ValueError: it takes so long to compile that the step loop cannot wait for it.
         """
         with self._lock:
             if self._compiled is exhausted:
-                self._compiled = self._compile()
+                if self._compile_seconds > LONGEST_RENEWAL:
+                    raise self.error("it has grown too large; make it simpler")
+                deep = self._deep
+                self._compiled = self._compile() if deep is None else deep.submit(self._compile).result()
             return self._compiled
 
     def error(self, what: str) -> ValueError:
@@ -94,8 +112,10 @@ class Grammar:
                     raise self.error(f"multipleOf {multiple}: {what}")
         try:
             match params.constraint:
+                case "json" if params.disable_additional_properties:
+                    return self._schema(json.dumps(_closed(json.loads(text))))
                 case "json":
-                    return self._schema(str(params.json))
+                    return self._schema(text)
                 case "json_object":
                     return self._schema('{"type": "object"}')
                 case "regex":
@@ -128,6 +148,18 @@ def _after(prefix: str, source: str) -> str:
     rest[0]["name"] = "rest"
     begin = [{"lark_grammar": "start: @prefix @rest"}, {"name": "prefix", "lark_grammar": prefix}]
     return json.dumps({"grammars": [*begin, *rest]})
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have no other properties than it lists, unless it speaks of others."""
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: _closed(part) for name, part in schema.items()}
+    if "properties" in schema and not schema.keys() & {"additionalProperties", "patternProperties"}:
+        closed["additionalProperties"] = False
+    return closed
 
 
 def _num_states(multiple: str) -> Decimal:

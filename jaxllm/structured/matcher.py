@@ -43,11 +43,17 @@ class Matcher:
         Raises:
             ValueError: none may, or the grammar has become too complex.
         """
-        mask = np.zeros((1, self.grammar.tokens.num_words), np.int32)
-        failed = compute_masks([self], mask)
-        if failed:
-            raise failed[0]
-        return mask[0]
+        mask = np.zeros(self.grammar.tokens.num_words, np.int32)
+        self._state.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._state.is_error():
+            self._compute_again(mask)
+        return mask
+
+    def _compute_again(self, mask: Int32[np.ndarray, " words"]) -> None:
+        self._renew()
+        self._state.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._state.is_error():
+            raise self._error("nothing can follow what has been written")
 
     def _renew(self) -> None:
         """Begins anew with a lexer that holds nothing of other outputs, and goes on to where it was."""
@@ -62,7 +68,7 @@ class Matcher:
 
 
 def compute_masks(
-    matchers: Sequence[Matcher], masks: Int32[np.ndarray, "rows words"], threads: LLExecutor | None = None
+    matchers: Sequence[Matcher], masks: Int32[np.ndarray, "rows words"], threads: LLExecutor
 ) -> dict[int, ValueError]:
     """Fills the first rows with the masks of the matchers, in their order. Other threads may run meanwhile.
 
@@ -73,15 +79,14 @@ def compute_masks(
     Returns:
         Errors by the index of the matcher, for those that cannot go on; their masks mean nothing.
     """
-    threads = threads or LLExecutor(1)
     row_bytes = masks.shape[1] * masks.itemsize
     pairs = [(matcher._state, row) for row, matcher in enumerate(matchers)]
     threads.unsafe_compute_mask_ptr(pairs, masks.ctypes.data, row_bytes, len(masks))
     failed = {}
     for row, matcher in enumerate(matchers):
         if matcher._state.is_error():  # its mask would end the output as if it were complete
-            matcher._renew()
-            matcher._state.unsafe_compute_mask_ptr(masks[row].ctypes.data, row_bytes)
-        if matcher._state.is_error():
-            failed[row] = matcher._error("nothing can follow what has been written")
+            try:
+                matcher._compute_again(masks[row])
+            except ValueError as error:
+                failed[row] = error
     return failed

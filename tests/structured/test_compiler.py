@@ -49,10 +49,10 @@ def test_failures_are_kept_and_told_to_each(compiling: GrammarCompiler) -> None:
 def test_others_do_not_wait(compiling: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
     release, make = threading.Event(), Grammar.__init__
 
-    def slow(self, tokens, params) -> None:
+    def slow(self, tokens, params, *others) -> None:
         if params.regex == "slow":
             release.wait(20)
-        make(self, tokens, params)
+        make(self, tokens, params, *others)
 
     monkeypatch.setattr(Grammar, "__init__", slow)
     monkeypatch.setattr(compiler, "COMPILE_SECONDS", 0.2)

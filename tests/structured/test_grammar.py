@@ -62,6 +62,13 @@ def test_grammars_may_name_special_tokens(table: TokenTable) -> None:
     assert walk(grammar_of(table)(grammar='start: <|user|> "x"'), 0) == [USER, *table("x")]
 
 
+@pytest.mark.parametrize("text", ["🙂", "日本 é", 'a "b"', "\x7f\t\n\u2028", "\\u0041/"])
+def test_choices_are_taken_as_they_are(text: str) -> None:
+    tokenizer = tokenizers_made.ALL["byte level"]()
+    table = make_table(tokenizer, {tokenizer.eos_token_id})
+    assert written(table, walk(grammar_of(table)(choice=[text]), 0)) == text
+
+
 @pytest.mark.parametrize("kind", tokenizers_made.ALL)
 def test_every_kind_of_tokenizer(kind: str) -> None:
     """What is decoded of allowed tokens fits, whichever way the tokenizer writes spaces and bytes."""
@@ -112,6 +119,17 @@ def test_whitespace(table: TokenTable) -> None:
     assert not any(text.isspace() for text in texts(table, allowed(matcher)))
 
 
+def test_properties_that_the_schema_does_not_list(table: TokenTable) -> None:
+    listed = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+    schema = {**listed, "properties": {"a": listed}}
+    options = {"json": schema, "disable_any_whitespace": True}
+    for closed in (False, True):
+        matcher = grammar_of(table)(**options, disable_additional_properties=closed).matcher()
+        for token in table._longest(b'{"a":{"a":1'):
+            matcher.accept(token)
+        assert texts(table, allowed(matcher)) == ({"}"} if closed else {",", "}"})
+
+
 def test_a_lexer_that_is_full_begins_anew(table: TokenTable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs share what has been computed of a grammar; when that is too much, they go on without it."""
     limits = grammar.LLParserLimits(max_lexer_states=300, verbose_errors=False)
@@ -123,6 +141,21 @@ def test_a_lexer_that_is_full_begins_anew(table: TokenTable, monkeypatch: pytest
         if shared._compiled is not first:
             break
     assert shared._compiled is not first
+
+
+def test_a_large_grammar_is_not_renewed(table: TokenTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step loop would have to wait for it."""
+    limits = grammar.LLParserLimits(max_lexer_states=300, verbose_errors=False)
+    monkeypatch.setattr(grammar, "_LIMITS", limits)
+    monkeypatch.setattr(grammar, "LONGEST_RENEWAL", 0)
+    shared = grammar_of(table)(regex="[a-z]{0,30}a[a-z]{6}")
+
+    def many() -> None:
+        for seed in range(40):
+            walk(shared, seed)
+
+    with pytest.raises(ValueError, match=r"structured_outputs\.regex: it has grown too large"):
+        many()
 
 
 @pytest.mark.parametrize(

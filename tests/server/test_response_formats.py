@@ -216,10 +216,10 @@ def test_a_grammar_that_fails_on_the_way(
 def test_a_slow_grammar_stops_nobody(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     release, make = threading.Event(), Grammar.__init__
 
-    def slow(self, tokens, params) -> None:
+    def slow(self, tokens, params, *others) -> None:
         if params.regex == "slow":
             release.wait(20)
-        make(self, tokens, params)
+        make(self, tokens, params, *others)
 
     monkeypatch.setattr(Grammar, "__init__", slow)
     found: list[Any] = []
@@ -245,10 +245,10 @@ def test_a_client_that_leaves_takes_nobody_along(server: Running, monkeypatch: p
     """Two wait for the same grammar, and one gives up."""
     release, make = threading.Event(), Grammar.__init__
 
-    def slow(self, tokens, params) -> None:
+    def slow(self, tokens, params, *others) -> None:
         if params.regex == "patience":
             release.wait(20)
-        make(self, tokens, params)
+        make(self, tokens, params, *others)
 
     monkeypatch.setattr(Grammar, "__init__", slow)
     body = {"prompt": "a", "max_tokens": 9, "structured_outputs": {"regex": "patience"}}

@@ -50,6 +50,7 @@ def test_size(constraint: dict, size: int) -> None:
         ({"grammar": ""}, "grammar: must not be empty"),
         ({"choice": []}, "choice: must hold at least one"),
         ({"choice": ["a", ""]}, "choice: must not be empty"),
+        ({"json_object": True, "disable_additional_properties": True}, "disable_additional_properties: only"),
         ({"regex": "a", "whitespace_pattern": " "}, "whitespace_pattern: only with json"),
         ({"choice": ["a"], "disable_any_whitespace": True}, "disable_any_whitespace: only with json"),
         (
