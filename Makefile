@@ -66,7 +66,7 @@ run-parity: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-torch
 	$(PYTEST) -m parity $(ARGS)
 
 # So do other people's clients: they ask for versions of their own, and -W leaves their warnings to them.
-clients:  ## ask a server with openai's, LiteLLM's, LangChain's, ... clients, in .venv-clients, and with Node's
+clients:  ## ask a server with openai's, Anthropic's, LangChain's, ... clients, in .venv-clients, and with Node's
 	$(MAKE) run-clients VENV=$(VENV)-clients
 
 run-clients: $(VENV)/.has-test $(VENV)/.has-clients

@@ -71,8 +71,8 @@ class CountTokensRequest(ApiModel):
         "mcp_servers": ((), "no tools run on the server"),
         "container": ((), "no tools run on the server"),
         "context_management": ((), "shorten the conversation yourself"),
-        "output_config": ((), "outputs are held to a form by OpenAI's interfaces: /v1/chat/completions"),
-        "output_format": ((), "outputs cannot be held to a form; ask for it in the prompt"),
+        "output_config": ((), "outputs are held to a schema by OpenAI's interfaces: /v1/chat/completions"),
+        "output_format": ((), "outputs are held to a schema by OpenAI's interfaces: /v1/chat/completions"),
         "service_tier": (("auto", "standard_only"), "all requests are served alike"),
     }
 

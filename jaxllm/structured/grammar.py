@@ -142,6 +142,14 @@ class Grammar:
         return compiled
 
 
+def _after(prefix: str, source: str) -> str:
+    """A grammar that begins with another one's text."""
+    rest = json.loads(source)["grammars"] if source.startswith("{") else [{"lark_grammar": source}]
+    rest[0]["name"] = "rest"
+    begin = [{"lark_grammar": "start: @prefix @rest"}, {"name": "prefix", "lark_grammar": prefix}]
+    return json.dumps({"grammars": [*begin, *rest]})
+
+
 def _closed(schema: Any) -> Any:
     """A schema whose objects have no other properties than it lists, unless it speaks of others."""
     if isinstance(schema, list):
@@ -152,14 +160,6 @@ def _closed(schema: Any) -> Any:
     if "properties" in schema and not schema.keys() & {"additionalProperties", "patternProperties"}:
         closed["additionalProperties"] = False
     return closed
-
-
-def _after(prefix: str, source: str) -> str:
-    """A grammar that begins with another one's text."""
-    rest = json.loads(source)["grammars"] if source.startswith("{") else [{"lark_grammar": source}]
-    rest[0]["name"] = "rest"
-    begin = [{"lark_grammar": "start: @prefix @rest"}, {"name": "prefix", "lark_grammar": prefix}]
-    return json.dumps({"grammars": [*begin, *rest]})
 
 
 def _num_states(multiple: str) -> Decimal:
