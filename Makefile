@@ -17,7 +17,7 @@ DEMO_WEIGHTS := $(shell sed -n 's/^demo = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test interpret asan fuzz aot run-aot parity run-parity goldens run-goldens lint format typecheck imports notebooks dev clean
+.PHONY: help demo test interpret spread asan fuzz aot run-aot parity run-parity goldens run-goldens lint format typecheck imports notebooks dev clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ test: $(VENV)/.has-demo $(VENV)/.has-test  ## install, and run the tests
 
 interpret: $(VENV)/.has-demo $(VENV)/.has-test  ## run the kernels' cases that take the interpreters long
 	$(PYTEST) -m interpret -n 2 --dist load $(ARGS)
+
+spread: $(VENV)/.has-demo $(VENV)/.has-test  ## hold outputs of the demo model to 300 schemas and 100 regexes
+	$(PYTEST) -m spread tests/structured $(ARGS)
 
 asan: $(VENV)/.has-jaxllm $(VENV)/.has-test  ## run the CPU kernel on all cases under AddressSanitizer
 	$(VENV)/bin/python tests/kernels/asan/run_cases.py

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from jaxllm.cli.constraint import for_server
 from jaxllm.cli.options import add_sampling_flags, sampling_options
 from jaxllm.cli.remote import NOT_ASKED, Remote, add_server_flags, server_key
 
@@ -24,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.echo:
         print(prompt, end="")
     with Remote(arguments.url, arguments.model_name, server_key(arguments)) as server:
-        for chunk in server.stream("/v1/completions", {"prompt": prompt, **sampling}):
+        for chunk in server.stream("/v1/completions", {"prompt": prompt, **for_server(sampling)}):
             for choice in chunk["choices"]:
                 print(choice["text"], end="", flush=True)
     print()

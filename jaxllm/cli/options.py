@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from jaxllm.cli.constraint import add_constraint_flags, constraint_options
 from jaxllm.cli.flags import Fields, add_flags, flag_name, given
 from jaxllm.config import EngineConfig, ModelConfig, option_fields
 from jaxllm.engine.vllm_options import RENAMED
@@ -35,7 +36,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, model_may_lack: bool = 
 def add_sampling_flags(
     parser: argparse.ArgumentParser, *, without: Collection[str] = (), with_seed: bool = False
 ) -> None:
-    """Adds a flag for every sampling parameter, but for those named in `without`.
+    """Adds a flag for every sampling parameter, but for those named in `without`, and for constraints.
 
     An option of the engine that has the same name (`seed`) shares its flag.
 
@@ -47,6 +48,7 @@ def add_sampling_flags(
         "sampling parameters", "Where the model brings defaults of its own, those hold."
     )
     add_flags(group, SamplingParams, [f for f in _sampling_fields() if f.name not in without])
+    add_constraint_flags(parser)
 
 
 def engine_options_given(arguments: argparse.Namespace) -> list[str]:
@@ -74,7 +76,7 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def sampling_options(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling parameters that were given, over a command's own; a bad one is an error of usage."""
-    options = {**defaults, **given(arguments, _sampling_fields())}
+    options = {**defaults, **given(arguments, _sampling_fields()), **constraint_options(arguments)}
     try:
         SamplingParams(**options)
     except (TypeError, ValueError) as error:

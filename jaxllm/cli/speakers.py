@@ -4,6 +4,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Protocol
 
+from jaxllm.cli.constraint import for_server
 from jaxllm.cli.figures import Figures
 from jaxllm.cli.remote import Remote
 from jaxllm.sampling.params import SamplingParams
@@ -61,7 +62,7 @@ class ServerSpeaker:
 
     def answer(self, messages: Messages) -> Generator[Piece, None, None]:
         """See `Speaker`."""
-        body = {"messages": list(messages), **self._sampling}
+        body = {"messages": list(messages), **for_server(self._sampling)}
         with closing(self._server.stream("/v1/chat/completions", body)) as chunks:
             for chunk in chunks:
                 for choice in chunk["choices"]:

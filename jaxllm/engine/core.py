@@ -247,7 +247,7 @@ class EngineCore:
         So the steps before are read, and the masks computed, while the device works on the forward pass.
         """
         scored, targets = prompts_to_score(plan, self._samples) if self._scoring else ((), {})
-        begun = self.runner.begin(plan, self._admissions(plan), scores=bool(targets))
+        begun = self.runner.dispatch(plan, self._admissions(plan), scores=bool(targets))
         self._clock.dispatched(begun.packed_at, busy=self._is_busy())
         held = self._held_rows(plan)
         before = self._read(self._in_flight.popleft()) if held and self._in_flight else None

@@ -433,6 +433,7 @@ class Engine:
             self._closed = True
             self.abort_all()
             self._core.runner.close()
+            self._inputs.close()
 
     def __enter__(self) -> Self:
         return self

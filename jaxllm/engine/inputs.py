@@ -201,6 +201,11 @@ class InputProcessor:
         )
         return TokensPrompt(prompt=text, prompt_token_ids=self._encode(text, add_special_tokens=False))
 
+    def close(self) -> None:
+        """Ends the threads that compile grammars."""
+        if self._grammars is not None:
+            self._grammars.close()
+
     def begin_grammar(self, params: object) -> "Future[Grammar] | None":
         """Starts to compile what outputs are to be held to, which `make` waits for; None for anything."""
         structured = params.structured_outputs if isinstance(params, SamplingParams) else None

@@ -70,7 +70,7 @@ class Runner:
         self._exact = exact
         self._cache, self._rows = state
 
-    def begin(
+    def dispatch(
         self, plan: StepPlan, admissions: Mapping[int, Admission], *, scores: bool = False
     ) -> "BegunStep":
         """Starts a step's forward pass. `sample` has to follow before another step begins.

@@ -148,7 +148,12 @@ def _job(body: ChatCompletionRequest, service: Service) -> Job:
             "truncate_prompt_tokens": body.truncate_prompt_tokens,
         },
         known=frozenset(ChatCompletionRequest.model_fields),
-        rename={"prompt": "messages", "prompt_token_ids": "messages", "logprobs": "top_logprobs"},
+        rename={
+            "prompt": "messages",
+            "prompt_token_ids": "messages",
+            "logprobs": "top_logprobs",
+            "structured_outputs": body.constraint_name,
+        },
         user=body.user or body.safety_identifier,
     )
 

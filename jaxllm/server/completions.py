@@ -133,7 +133,7 @@ def _job(body: CompletionRequest, infilling: Infilling | None) -> Job:
             "truncate_prompt_tokens": body.truncate_prompt_tokens,
         },
         known=frozenset(CompletionRequest.model_fields),
-        rename={"prompt_token_ids": "prompt"},
+        rename={"prompt_token_ids": "prompt", "structured_outputs": body.constraint_name},
         user=body.user,
     )
 

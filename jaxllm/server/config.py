@@ -80,6 +80,7 @@ class LimitConfig:
     sse_keep_alive: float = option(15.0, "seconds without a token after which a stream gets a comment")
     max_body_bytes: int = option(8 * MEBIBYTE, "most bytes of a request's body")
     max_stored_responses: int = option(1000, "answers of /v1/responses that are kept; the oldest go first")
+    max_grammar_size: int = option(65536, "most bytes of the schema, regex or grammar of a request")
     max_outputs: int = option(128, "most outputs of one request: n times its prompts")
 
     rate_limit_requests: int | None = option(
@@ -99,6 +100,7 @@ class LimitConfig:
         _at_least(1, rate_limit_requests=self.rate_limit_requests, rate_limit_tokens=self.rate_limit_tokens)
         _at_least(0.001, request_timeout=self.request_timeout, sse_keep_alive=self.sse_keep_alive)
         _at_least(1, max_body_bytes=self.max_body_bytes, max_outputs=self.max_outputs)
+        _at_least(1, max_grammar_size=self.max_grammar_size)
 
     @property
     def is_rate_limited(self) -> bool:

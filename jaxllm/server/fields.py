@@ -5,31 +5,28 @@ https://docs.vllm.ai/en/stable/serving/openai_compatible_server/. Ranges are che
 by `SamplingParams` and the engine; here only types are.
 """
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from jaxllm.server.errors import ApiError
+from jaxllm.structured import StructuredOutputsParams
 
 NOT_THERE: tuple[Any, ...] = (None, False, [], {}, "")
 """Values that ask for nothing."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Tokens = list[int]
+Constraint = dict[str, Any]
+"""Fields of `StructuredOutputsParams`."""
 Refusals = dict[str, tuple[tuple[Any, ...], str]]
 """Parameters that are not served: values that ask for nothing besides `NOT_THERE`, and what to do instead."""
 
-GRAMMAR = "outputs cannot be held to a grammar; ask for the form in the prompt and check the answer"
 TOOLS = "calls of tools are not read from the output; describe tools in the prompt"
 REFUSED: Refusals = {
-    "response_format": (({"type": "text"},), GRAMMAR),
-    "structured_outputs": ((), GRAMMAR),
-    "guided_json": ((), GRAMMAR),
-    "guided_regex": ((), GRAMMAR),
-    "guided_choice": ((), GRAMMAR),
-    "guided_grammar": ((), GRAMMAR),
-    "guided_decoding_backend": ((), GRAMMAR),
-    "guided_whitespace_pattern": ((), GRAMMAR),
-    "structural_tag": ((), GRAMMAR),
+    "guided_decoding_backend": (("auto", "guidance"), "there is one way to compile grammars"),
+    "structural_tag": ((), "write a Lark grammar: structured_outputs={'grammar': ...}"),
     "use_beam_search": ((), "search with beams is there in Python only: Engine.beam_search"),
     "length_penalty": ((1.0,), "it belongs to beam search, which is there in Python only"),
     "best_of": ((1,), "ask for n outputs and choose among them"),
@@ -82,6 +79,64 @@ class StreamOptions(ApiModel):
         return self
 
 
+class JsonSchema(ApiModel):
+    """A schema under its name, as in chats. It is kept to whether `strict` is asked for or not."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(ApiModel):
+    """The form of a chat's answer: https://platform.openai.com/docs/guides/structured-outputs"""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _with_schema(self) -> Self:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError("json_schema: must be given with type='json_schema', and only then")
+        return self
+
+    def constraint(self) -> Constraint | None:
+        """What the answer is held to."""
+        return format_constraint(self.type, self.json_schema and self.json_schema.schema_)
+
+
+class StructuredOutputs(ApiModel):
+    """What an output is held to, with the names of `StructuredOutputsParams`."""
+
+    json_: str | dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_additional_properties: bool | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
+
+
+def format_constraint(kind: str, schema: dict[str, Any] | None) -> Constraint | None:
+    """What an answer of an OpenAI format is held to; a format without a schema wants any object."""
+    if kind == "text":
+        return None
+    return {"json_object": True} if schema is None else {"json": schema}
+
+
+def structured_outputs(name: str, constraint: Constraint) -> StructuredOutputsParams:
+    """What was asked for in the parameter `name`.
+
+    Raises:
+        ApiError: 400, naming that parameter.
+    """
+    try:
+        return StructuredOutputsParams(**constraint)
+    except (TypeError, ValueError) as error:
+        raise ApiError(400, f"{name}: {error}", param=name) from error
+
+
 class GenerationRequest(ApiModel):
     """What chats and completions have in common. None stands for the default, as if it were left out."""
 
@@ -112,6 +167,14 @@ class GenerationRequest(ApiModel):
     allowed_token_ids: Tokens | None = None
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    """Older names of what `structured_outputs` has."""
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
 
@@ -145,8 +208,39 @@ class GenerationRequest(ApiModel):
         return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
 
     def sampling(self) -> dict[str, Any]:
-        """Those sampling parameters that were given; they have the same names in `SamplingParams`."""
-        return {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+        """Those sampling parameters that were given; they have the same names in `SamplingParams`.
+
+        Raises:
+            ApiError: 400, the output cannot be held to what is asked.
+        """
+        given = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+        name, constraint = self._constraint()
+        if constraint is not None:
+            given["structured_outputs"] = structured_outputs(name, constraint)
+        return given
+
+    @property
+    def constraint_name(self) -> str:
+        """The parameter that says what the output is held to."""
+        return self._constraint()[0]
+
+    def _constraint(self) -> tuple[str, Constraint | None]:
+        """The parameter that says what the output is held to, and what that is."""
+        found: dict[str, Constraint] = {}
+        if self.response_format is not None and (wanted := self.response_format.constraint()) is not None:
+            found["response_format"] = wanted
+        if self.structured_outputs is not None:
+            found["structured_outputs"] = self.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+        for kind in ("json", "regex", "choice", "grammar"):
+            if (value := getattr(self, f"guided_{kind}")) is not None:
+                found[f"guided_{kind}"] = {kind: value}
+        if len(found) > 1:
+            text = f"{' and '.join(found)}: an output can be held to one of them; leave the others out"
+            raise ApiError(400, text, param=list(found)[1])
+        name, constraint = next(iter(found.items()), ("structured_outputs", None))
+        if constraint is not None and self.guided_whitespace_pattern is not None:
+            constraint = {**constraint, "whitespace_pattern": self.guided_whitespace_pattern}
+        return name, constraint
 
 
 SAMPLING = (

@@ -90,6 +90,7 @@ class Generation:
         ticket: Ticket,
         deadline: float,
         service: Service,
+        job: Job,
         account: Account | None = None,
         span: RequestSpan | None = None,
     ) -> None:
@@ -98,6 +99,7 @@ class Generation:
         self.inputs = inputs
         self._numbers = {name: number for number, name in enumerate(stream.request_ids)}
         self._stream, self._ticket, self.deadline, self._service = stream, ticket, deadline, service
+        self._job = job
         self._cached = [0] * len(inputs)
         self._generated = 0
         self._closed = self._cancelled = False
@@ -116,7 +118,8 @@ class Generation:
             patience: seconds after which it gives an empty list.
 
         Raises:
-            ApiError: 408 after the deadline, 503 if the engine stopped.
+            ApiError: 408 after the deadline, 503 if the engine stopped, 400 if what the output is held to
+                turned out to be too complex.
             RequestFailedError, EngineFailedError: as for `OutputStream.take`.
         """
         try:
@@ -136,6 +139,8 @@ class Generation:
             if asyncio.get_running_loop().time() >= self.deadline:
                 raise ApiError(408, "the request took longer than its time limit", code="timeout") from None
             return []
+        except ValueError as error:
+            raise bad_value(error, self._job.known, self._job.rename) from error
         return [(self._numbers[output.request_id], self._count(output)) for output in outputs]
 
     def _count(self, output: RequestOutput) -> RequestOutput:
@@ -209,6 +214,7 @@ async def start(service: Service, request: Request, job: Job, request_id: str | 
         params = replace(engine.default_params, **{**job.params, "output_kind": kind})
     except (TypeError, ValueError) as error:
         raise bad_value(error, job.known, job.rename) from error
+    _check_size(service, params, job)
     request.state.user = job.user
     ticket = service.admit(params.n * job.num_prompts)
     service.asked["n"].observe(params.n)
@@ -229,10 +235,18 @@ async def start(service: Service, request: Request, job: Job, request_id: str | 
         span = None
         if service.tracing is not None:
             span = service.tracing.begin(request, service.names[0], request_id, params, arrived)
-        return Generation(request_id, inputs, stream, ticket, deadline, service, account, span)
+        return Generation(request_id, inputs, stream, ticket, deadline, service, job, account, span)
     except BaseException:
         ticket.give_back()
         raise
+
+
+def _check_size(service: Service, params: SamplingParams, job: Job) -> None:
+    structured, most = params.structured_outputs, service.config.limits.max_grammar_size
+    if structured is not None and structured.size > most:
+        name = f"structured_outputs.{structured.constraint}"
+        error = ValueError(f"{name}: {structured.size} bytes; this server takes at most {most}")
+        raise bad_value(error, job.known, job.rename)
 
 
 async def _make_inputs(engine: AsyncEngine, job: Job, params: SamplingParams) -> list[EngineInput]:

@@ -64,8 +64,8 @@ class CountTokensRequest(ApiModel):
         "mcp_servers": ((), "there are no tools"),
         "container": ((), "there are no tools"),
         "context_management": ((), "shorten the conversation yourself"),
-        "output_config": ((), "outputs cannot be held to a form; ask for it in the prompt"),
-        "output_format": ((), "outputs cannot be held to a form; ask for it in the prompt"),
+        "output_config": ((), "outputs are held to a schema by OpenAI's interfaces: /v1/chat/completions"),
+        "output_format": ((), "outputs are held to a schema by OpenAI's interfaces: /v1/chat/completions"),
         "service_tier": (("auto", "standard_only"), "all requests are served alike"),
     }
 

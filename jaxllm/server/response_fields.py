@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxllm.server.fields import GRAMMAR, TOOLS, ApiModel, Finite, Refusals, StreamOptions, refuse
+from jaxllm.server.fields import TOOLS, ApiModel, Finite, Refusals, StreamOptions, refuse
 
 
 class TextPart(ApiModel):
@@ -34,12 +34,27 @@ class InputMessage(ApiModel):
 
 
 class TextFormat(ApiModel):
-    """The form of the text: plain."""
+    """What the text is: any, a JSON object, or JSON of a schema."""
 
-    refused: ClassVar[Refusals] = {
-        "format": (({"type": "text"},), GRAMMAR),
-        "verbosity": (("medium",), "ask for it in the prompt"),
-    }
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _with_schema(self) -> Self:
+        if (self.schema_ is not None and self.name is not None) != (self.type == "json_schema"):
+            raise ValueError("schema: with type='json_schema' it must be given, and a name; else not")
+        return self
+
+
+class TextOptions(ApiModel):
+    """The form of the text."""
+
+    refused: ClassVar[Refusals] = {"verbosity": (("medium",), "ask for it in the prompt")}
+
+    format: TextFormat | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -77,7 +92,7 @@ class ResponsesRequest(ApiModel):
     top_p: Finite | None = None
     top_logprobs: int | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
-    text: TextFormat | None = None
+    text: TextOptions | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = None
@@ -107,6 +122,12 @@ class ResponsesRequest(ApiModel):
     def wants_logprobs(self) -> bool:
         """Whether tokens come with their logprobs."""
         return "message.output_text.logprobs" in (self.include or ())
+
+    @property
+    def format(self) -> dict[str, Any]:
+        """The form of the text, as an answer repeats it."""
+        wanted = self.text and self.text.format
+        return {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_none=True)
 
     def messages(self) -> list[dict[str, Any]]:
         """The input as messages."""

@@ -176,7 +176,7 @@ def new_response(
         "parallel_tool_calls": True,
         "previous_response_id": body.previous_response_id,
         "store": body.store is not False,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": body.format},
         "tool_choice": "auto",
         "tools": [],
         "top_logprobs": body.top_logprobs or 0,

@@ -12,6 +12,7 @@ from jaxllm.engine.async_engine import AsyncEngine
 from jaxllm.engine.inputs import Prompt
 from jaxllm.server.errors import ApiError, ErrorResponse, of_exception
 from jaxllm.server.event_stream import EventStream
+from jaxllm.server.fields import format_constraint, structured_outputs
 from jaxllm.server.generation import Generation, Job, start, while_connected
 from jaxllm.server.logprobs import TokenNames
 from jaxllm.server.response_fields import ResponsesRequest
@@ -98,6 +99,9 @@ def _job(body: ResponsesRequest, messages: list[dict[str, Any]], service: Servic
     params: dict[str, Any] = {"max_tokens": body.max_output_tokens}
     if body.wants_logprobs:
         params["logprobs"] = body.top_logprobs or 0
+    constraint = format_constraint(body.format["type"], body.format.get("schema"))
+    if constraint is not None:
+        params["structured_outputs"] = structured_outputs("text", constraint)
     given = {"temperature": body.temperature, "top_p": body.top_p}
     return Job(
         prompts=render,
@@ -112,6 +116,7 @@ def _job(body: ResponsesRequest, messages: list[dict[str, Any]], service: Servic
             "messages": "input",
             "max_tokens": "max_output_tokens",
             "logprobs": "top_logprobs",
+            "structured_outputs": "text",
         },
         user=body.user or body.safety_identifier,
     )

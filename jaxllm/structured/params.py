@@ -41,10 +41,14 @@ class StructuredOutputsParams:
     https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md."""
     json_object: bool = False
     """Any JSON object."""
+    disable_additional_properties: bool = False
+    """With `json`: objects have no other properties than the schema lists, unless it speaks of others. By
+    itself a JSON schema allows others where it does not say "additionalProperties": false."""
     disable_any_whitespace: bool = False
     """No whitespace between the tokens of JSON, with `json` and `json_object`."""
     whitespace_pattern: str | None = None
-    """A regular expression of the whitespace that may stand between tokens of JSON, likewise; None: any."""
+    """A regular expression of the whitespace that may stand between tokens of JSON, likewise. None: up to 4
+    spaces or tabs, or a new line and up to 40."""
 
     def __post_init__(self) -> None:
         if self.json is not None:
@@ -53,7 +57,7 @@ class StructuredOutputsParams:
             _check_text(name, getattr(self, name))
         if self.choice is not None:
             object.__setattr__(self, "choice", _choices(self.choice))
-        for name in ("json_object", "disable_any_whitespace"):
+        for name in ("json_object", "disable_additional_properties", "disable_any_whitespace"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
         self._check_together()
@@ -80,6 +84,8 @@ class StructuredOutputsParams:
                 f"structured_outputs: give exactly one of {', '.join(CONSTRAINTS)}; "
                 f"given: {', '.join(given) or 'none'}"
             )
+        if self.disable_additional_properties and given[0] != "json":
+            raise ValueError(f"disable_additional_properties: only with json, not with {given[0]}")
         for name in ("disable_any_whitespace", "whitespace_pattern"):
             if getattr(self, name) and given[0] not in ("json", "json_object"):
                 raise ValueError(f"{name}: only with json or json_object, not with {given[0]}")

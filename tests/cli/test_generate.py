@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +94,41 @@ def test_lists_and_tables_reach_the_engine(engine: type):
     )
     params = engine.made.requests[0][1]
     assert (params.stop, params.stop_token_ids, params.logit_bias) == (("a", "b"), (3,), {5: -1.0})
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--regex", "[0-9]+"], "regex", "[0-9]+"),
+        (["--choice", "yes", "--choice", "no"], "choice", ("yes", "no")),
+        (["--json-object"], "json_object", True),
+        (["--json-schema", '{"type": "null"}'], "json", '{"type": "null"}'),
+        (["--json-schema", "schema.json"], "json", '{"enum": ["é"]}'),
+        (["--grammar-file", "grammar.lark"], "grammar", 'start: "a"'),
+    ],
+)
+def test_what_the_output_must_be(
+    engine: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], field: str, value: object
+):
+    monkeypatch.chdir(tmp_path)
+    Path("schema.json").write_text('{"enum": ["é"]}', encoding="utf-8")
+    Path("grammar.lark").write_text('start: "a"', encoding="utf-8")
+    assert main(["generate", "m", "hi", *flags]) == 0
+    structured = engine.made.requests[0][1].structured_outputs
+    assert getattr(structured, field) == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--regex", "a", "--choice", "b"], "give exactly one of json, regex"),
+        (["--json-schema", "missing.json"], "missing.json"),
+        (["--json-schema", "{"], "json: not a JSON schema"),
+    ],
+)
+def test_bad_constraints_are_errors_of_usage(
+    engine: type, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+):
+    with pytest.raises(SystemExit):
+        main(["generate", "m", "hi", *flags])
+    assert said in capsys.readouterr().err

@@ -100,7 +100,7 @@ def test_wrong_types_are_refused_by_name(field: str, values: list):
             SamplingParams(**{field: value})
 
 
-@pytest.mark.parametrize("name", ["structured_outputs", "best_of", "use_beam_search", "temprature"])
+@pytest.mark.parametrize("name", ["guided_json", "best_of", "use_beam_search", "temprature"])
 def test_parameters_that_do_not_exist_are_refused(name: str):
     with pytest.raises(TypeError, match=name):
         SamplingParams(**{name: None})  # pyright: ignore[reportArgumentType]

@@ -36,7 +36,7 @@ def faults(server: Running) -> list[tuple[Any, str]]:
         (engine._inputs, "_encode"),
         (core.scheduler, "add"),
         (core.scheduler, "schedule"),
-        (core.runner, "begin"),
+        (core.runner, "dispatch"),
         (core.runner, "sample"),
         (DispatchedStep, "read"),
         (core.metrics, "step_done"),

@@ -80,7 +80,7 @@ def test_numbers_that_are_not_finite(server: Running, value: str) -> None:
 )
 def test_what_is_not_served_is_refused_by_name(server: Running, path: str, name: str) -> None:
     prompt = {"messages": MESSAGES} if "chat" in path else {"prompt": "a"}
-    asked = {"response_format": {"type": "json_object"}, "parallel_tool_calls": 7}.get(name, "something")
+    asked = {"parallel_tool_calls": 7}.get(name, "something")
     error = refusal(server.post(path, **prompt, **{name: asked}))
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
     assert server.post(path, **prompt, max_tokens=1, **{name: None}).status_code == 200

@@ -117,7 +117,7 @@ def test_who_leaves_cancels(server: Running) -> None:
         ({"input": "a" * 500}, "input"),
         ({"input": "a", "tools": [{"type": "function"}]}, "tools"),
         ({"input": "a", "reasoning": {"effort": "high"}}, "reasoning"),
-        ({"input": "a", "text": {"format": {"type": "json_object"}}}, "text"),
+        ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text"),
         ({"input": "a", "truncation": "auto"}, "truncation"),
         ({"input": "a", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "a", "top_logprobs": 3}, "top_logprobs"),
