@@ -139,14 +139,14 @@ def test_a_failed_step_fails_its_requests_and_the_loop_goes_on(
     engine: AsyncEngine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = engine._engine._core.runner
-    begin, calls = runner.begin, iter(range(100))
+    dispatch, calls = runner.dispatch, iter(range(100))
 
     def fail_once(*args, **options):
         if next(calls) == 3:
             raise RuntimeError("the device is gone")
-        return begin(*args, **options)
+        return dispatch(*args, **options)
 
-    monkeypatch.setattr(runner, "begin", fail_once)
+    monkeypatch.setattr(runner, "dispatch", fail_once)
 
     async def main() -> None:
         with pytest.raises(RequestFailedError, match="the device is gone"):
@@ -162,7 +162,7 @@ def test_steps_that_always_fail_fail_the_engine(doomed: AsyncEngine, monkeypatch
     def fail(*_args, **_options):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(doomed._engine._core.runner, "begin", fail)
+    monkeypatch.setattr(doomed._engine._core.runner, "dispatch", fail)
 
     async def main() -> None:
         results = await asyncio.gather(

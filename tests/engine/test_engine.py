@@ -352,15 +352,15 @@ def test_a_bad_prompt_starts_none_of_a_call(engine: Engine) -> None:
 
 def test_a_failed_step_fails_its_requests_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = engine._core.runner
-    begin, calls = runner.begin, iter(range(100))
+    dispatch, calls = runner.dispatch, iter(range(100))
 
     def fail_once(*args: Any, **options: Any) -> Any:
         if next(calls) == 3:
             raise RuntimeError("the device is gone")
-        return begin(*args, **options)
+        return dispatch(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "begin", fail_once)
+        patch.setattr(runner, "dispatch", fail_once)
         with pytest.raises(RequestFailedError) as failure:
             engine.generate([PROMPT], GREEDY)
         assert str(failure.value.__cause__) == "the device is gone"
@@ -373,7 +373,7 @@ def test_an_engine_that_always_fails_says_so_and_can_start_over(monkeypatch: pyt
         def fail(*_args: Any, **_options: Any) -> Any:
             raise RuntimeError("the device is gone")
 
-        monkeypatch.setattr(engine._core.runner, "begin", fail)
+        monkeypatch.setattr(engine._core.runner, "dispatch", fail)
         for _ in range(3):
             with pytest.raises((RequestFailedError, EngineFailedError)):
                 engine.generate([PROMPT], greedy(4))

@@ -36,7 +36,7 @@ def faults(server: Running) -> list[tuple[Any, str]]:
         (engine._inputs, "_encode"),
         (core.scheduler, "add"),
         (core.scheduler, "schedule"),
-        (core.runner, "begin"),
+        (core.runner, "dispatch"),
         (core.runner, "sample"),
         (DispatchedStep, "read"),
         (core.metrics, "step_done"),
@@ -107,6 +107,11 @@ def run_round(server: Running, seed: int, clients: int, broken: int) -> Counter[
     return found
 
 
+def threads() -> int:
+    """Threads besides those of event loops' pools, which are made when there is something for them to do."""
+    return sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate())
+
+
 def resident() -> int:
     """Bytes of memory that the process holds."""
     fields = Path("/proc/self/statm").read_text().split()
@@ -126,7 +131,7 @@ def main(clients: int, rounds: int) -> None:
                 found = run_round(server, number, clients, broken=3)
                 restarts = server.figures()["engine_restarts_total"]
                 print(
-                    f"round {number}: {resident() / 2**20:.0f} MiB, {threading.active_count()} threads, "
+                    f"round {number}: {resident() / 2**20:.0f} MiB, {threads()} threads, "
                     f"{restarts:.0f} restarts, {dict(sorted(found.items()))}",
                     flush=True,
                 )

@@ -159,10 +159,10 @@ def test_a_fault_of_the_loop_ends_all_and_it_comes_back(
             def fail(*_args: Any, **_options: Any) -> Any:
                 if core.metrics._totals["engine_restarts"] == before["engine_restarts_total"]:
                     raise RuntimeError("secret detail")
-                return begin(*_args, **_options)
+                return dispatch(*_args, **_options)
 
-            begin = core.runner.begin
-            monkeypatch.setattr(core.runner, "begin", fail)
+            dispatch = core.runner.dispatch
+            monkeypatch.setattr(core.runner, "dispatch", fail)
         case "reset":  # the first restart fails as well
             once(monkeypatch, core.scheduler, "schedule")
             once(monkeypatch, core.runner, "reset", after=0)

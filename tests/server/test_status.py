@@ -8,6 +8,7 @@ import subprocess
 
 import httpx2
 import pytest
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from running import Running, server_config
 
@@ -88,18 +89,27 @@ def test_metrics_have_the_names_and_types_of_vllm(server: Running) -> None:
 
 
 def test_metrics_of_programs_and_process(server: Running) -> None:
-    server.post("/v1/completions", prompt="abc", max_tokens=5, ignore_eos=True)
-    families = {f.name: f for f in text_string_to_metric_families(server.http.get("/metrics").text)}
+    def read() -> dict[str, Metric]:
+        return {f.name: f for f in text_string_to_metric_families(server.http.get("/metrics").text)}
 
-    def total(name: str) -> float:
+    def total(families: dict[str, Metric], name: str) -> float:
         return sum(s.value for s in families[name].samples if s.name.endswith(("_total", name)))
 
-    assert total("jaxllm:bucket_steps") == total("jaxllm:steps")
+    server.wait_idle()
+    before = read()
+    server.post("/v1/completions", prompt="abc", max_tokens=5, ignore_eos=True)
+    server.wait_idle()
+    families = read()
+    steps, of_buckets = (
+        total(families, name) - total(before, name) if name in before else total(families, name)
+        for name in ("jaxllm:steps", "jaxllm:bucket_steps")
+    )
+    assert steps == of_buckets >= 5
     assert {int(s.labels["tokens"]) for s in families["jaxllm:bucket_steps"].samples} <= set(range(2, 33))
     backends = {s.labels["backend"]: s.value for s in families["jaxllm:attention_backend_info"].samples}
     assert sum(backends.values()) == 1
     assert families["process_resident_memory_bytes"].samples[0].value > 1e6
-    assert total("jaxllm:programs_pending") <= total("jaxllm:programs")
+    assert total(families, "jaxllm:programs_pending") <= total(families, "jaxllm:programs")
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")

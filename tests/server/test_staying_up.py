@@ -165,14 +165,14 @@ def test_a_failed_step_fails_its_requests_and_no_others(
 ) -> None:
     engine = clean.service.engine
     runner = engine._engine._core.runner
-    begin, calls = runner.begin, iter(range(10**6))
+    dispatch, calls = runner.dispatch, iter(range(10**6))
 
     def fail_once(*args, **options):
         if next(calls) == 3:
             raise RuntimeError("secret detail")
-        return begin(*args, **options)
+        return dispatch(*args, **options)
 
-    monkeypatch.setattr(runner, "begin", fail_once)
+    monkeypatch.setattr(runner, "dispatch", fail_once)
     failed = clean.post("/v1/completions", **LONG)
     assert failed.status_code == 500
     assert failed.json()["error"]["type"] == "server_error"
