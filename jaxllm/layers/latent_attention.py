@@ -50,8 +50,18 @@ class HeadLinear(nnx.Module):
         self.weight = parameter((heads, inputs, outputs), ("heads", None, None), dtype, rngs)
 
     def __call__(self, x: Float[Array, "tokens heads inputs"]) -> Float[Array, "tokens heads outputs"]:
-        y = jnp.einsum("thi,hio->tho", x, self.weight[...], preferred_element_type=jnp.float32)
+        weight = self.weight[...]
+        y = jax.lax.platform_dependent(x, weight, cpu=_each_in_float32, default=_each)
         return y.astype(x.dtype)
+
+
+def _each(x: Array, weight: Array) -> Array:
+    return jnp.einsum("thi,hio->tho", x, weight, preferred_element_type=jnp.float32)
+
+
+def _each_in_float32(x: Array, weight: Array) -> Array:
+    """XLA on CPU has no products of bfloat16 with a float32 result for many matrices at a time."""
+    return _each(x.astype(jnp.float32), weight.astype(jnp.float32))
 
 
 class LatentAttention(nnx.Module):
