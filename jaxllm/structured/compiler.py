@@ -12,6 +12,7 @@ from jaxllm.structured.tokens import TokenTable
 COMPILE_SECONDS = 10.0
 """How long a request waits for its grammar. Most take a millisecond."""
 LATE = f"structured_outputs.{{}}: not compiled within {COMPILE_SECONDS:g} s; make it simpler"
+"""What a request is told whose grammar is not there by then; with the constraint's name."""
 MOST_KEPT = 64
 """Grammars, of at most 20 MB each."""
 THREADS = 4
