@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -134,10 +133,3 @@ class Screen:
             """() => { const { id, tagName, textContent } = document.activeElement;
                 return tagName === "BODY" ? tagName : id || textContent }"""
         )
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """A browser for all tests."""
-    with open_browser() as found:
-        yield found

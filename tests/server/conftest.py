@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,6 +12,10 @@ sys.path.append(str(Path(__file__).parent.parent / "engine"))  # its small check
 import scripted
 from running import Running, running
 from small_text import text_checkpoint
+
+if TYPE_CHECKING:  # only `make ui` has playwright
+    from browser import Screen
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +44,26 @@ def tool_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server for calls of tools and reasoning, whose answers tests can write."""
     with scripted.tool_server(tmp_path_factory.mktemp("tools") / "model") as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def browser() -> "Iterator[Browser]":
+    """Chromium, for all tests of the page."""
+    from browser import open_browser
+
+    with open_browser() as found:
+        yield found
+
+
+@pytest.fixture
+def screen(browser: "Browser", server: Running) -> "Iterator[Screen]":
+    """The page, open in a wide window. Nothing may have gone wrong in it at the end."""
+    from browser import Screen
+
+    found = Screen(browser, server.url).open()
+    found.status("ready")
+    yield found
+    problems = list(found.problems)
+    found.close()
+    server.wait_idle()
+    assert problems == []

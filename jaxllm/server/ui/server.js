@@ -30,7 +30,7 @@ export class Server {
    */
   async get(path, { refusable = false } = {}) {
     const response = await this.#fetch(path, {});
-    if (!response.ok && !refusable) throw await refusal(response);
+    if (!response.ok && !refusable) throw await refusal(response, this.key() !== "");
     return response.json();
   }
 
@@ -47,7 +47,7 @@ export class Server {
       body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
       signal,
     });
-    if (!response.ok) throw await refusal(response);
+    if (!response.ok) throw await refusal(response, this.key() !== "");
     if (response.body === null) throw new ServerError("The answer was empty.", response.status);
     try {
       for await (const data of eventData(response.body)) {
@@ -83,16 +83,18 @@ export class Server {
   }
 }
 
-/** @param {Response} response @returns {Promise<ServerError>} */
-async function refusal(response) {
-  const key = response.status === 401;
+/** @param {Response} response @param {boolean} keyGiven @returns {Promise<ServerError>} */
+async function refusal(response, keyGiven) {
   let { message, param } = { message: `The server answered ${response.status}.`, param: null };
   try {
     ({ message, param } = (await response.json()).error);
   } catch {
     // not the server's own form: a proxy may have answered
   }
-  if (key) message = "The server wants an API key, and did not take this one. Give it under Settings.";
+  if (response.status === 401) {
+    const what = keyGiven ? "The server did not take this API key. Give another" : "The server wants an API key. Give it";
+    message = `${what} under Settings.`;
+  }
   return new ServerError(sentence(message), response.status, param);
 }
 
