@@ -123,9 +123,13 @@ class ParallelConfig:
     """How the model is laid out over devices."""
 
     tensor_parallel_size: int = option(1, "devices that share each layer's heads and columns")
+    data_parallel_size: int = option(
+        1, "replicas of the model, each on devices of its own, that share the requests"
+    )
 
     def __post_init__(self) -> None:
         _positive("tensor_parallel_size", self.tensor_parallel_size)
+        _positive("data_parallel_size", self.data_parallel_size)
 
 
 class AttentionBackend(Protocol):

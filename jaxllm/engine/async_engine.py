@@ -18,10 +18,10 @@ from jaxllm.engine.chat import Conversation
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.inputs import EngineInput, Prompt, TokensPrompt
-from jaxllm.engine.loading import load_parts
 from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.output_stream import OutputStream, post
 from jaxllm.engine.outputs import RequestOutput
+from jaxllm.engine.replicating import load_engine
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.sampling import SamplingParams
 
@@ -60,7 +60,7 @@ class AsyncEngine:
     @classmethod
     def from_pretrained(cls, model: str, *, mesh: Mesh | None = None, **options: Any) -> Self:
         """Loads a model; arguments and errors are those of `Engine.from_pretrained`."""
-        return cls(Engine(load_parts(EngineConfig.create(model, **options), mesh)))
+        return cls(Engine(load_engine(EngineConfig.create(model, **options), mesh)))
 
     # Requests
 
@@ -196,6 +196,15 @@ class AsyncEngine:
     def get_metrics(self) -> dict[str, float]:
         """See `Engine.get_metrics`."""
         return self._engine.get_metrics()
+
+    def get_replica_metrics(self) -> dict[str, dict[str, float]]:
+        """See `Engine.get_replica_metrics`."""
+        return self._engine.get_replica_metrics()
+
+    @property
+    def replica_metrics(self) -> tuple[Metrics, ...]:
+        """See `Engine.replica_metrics`. Numbers may change while they are read."""
+        return self._engine.replica_metrics
 
     async def wait_for_programs(self, timeout: float | None = None) -> bool:
         """See `Engine.wait_for_programs`."""

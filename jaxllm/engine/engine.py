@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import sys
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -16,14 +17,17 @@ from jaxllm.engine.beam_search import BeamSearch, BeamSearchOutput
 from jaxllm.engine.chat import Conversation
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.inputs import EngineInput, Prompt, TokensPrompt
-from jaxllm.engine.loading import EngineParts, load_parts
+from jaxllm.engine.loading import EngineParts
 from jaxllm.engine.mail import Mail
 from jaxllm.engine.metrics import Metrics, choice_metrics, metric_labels
 from jaxllm.engine.outputs import RequestOutput
+from jaxllm.engine.replicas import Replicas
+from jaxllm.engine.replicating import load_engine
 from jaxllm.engine.scoring import SCORING_PARAMS, PromptScore, prompt_score
 from jaxllm.engine.sleeping import Sleep
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.runner.products import Products
+from jaxllm.runner.programs import program_figures
 from jaxllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
 from pallas_kernels.paged_attention import Backend
 from pallas_kernels.registry import Choice
@@ -49,7 +53,8 @@ class Engine:
         self._inputs = parts.inputs
         self._ids = itertools.count()
         self._mail = Mail(parts.core)
-        self._sleep = Sleep(parts.core, parts.load_weights)
+        self._cores = parts.cores
+        self._sleep = Sleep(parts.core, parts.cores, parts.load_weights)
         self._closed = False
 
     @classmethod
@@ -69,7 +74,7 @@ class Engine:
             TypeError: an unknown option, or an attention kernel that is none.
             ValueError: an option out of range, or one that does not suit the model or the machine.
         """
-        return cls(load_parts(EngineConfig.create(model, **options), mesh))
+        return cls(load_engine(EngineConfig.create(model, **options), mesh))
 
     # Whole answers
 
@@ -296,12 +301,12 @@ class Engine:
 
     @property
     def max_num_seqs(self) -> int:
-        """Most requests in a step."""
-        return self._core.scheduler.max_num_seqs
+        """Most requests that run at a time, on all replicas together."""
+        return sum(core.scheduler.max_num_seqs for core in self._cores)
 
     @property
     def metrics(self) -> Metrics:
-        """What is counted and timed; `get_metrics` gives it as numbers."""
+        """What is counted and timed, of several replicas until now; `get_metrics` gives it as numbers."""
         return self._core.metrics
 
     @property
@@ -329,19 +334,31 @@ class Engine:
         and 0, with the reason, for each that would have been tried before it. `matmul_backend_info{...}` says
         what multiplies with weights.
         """
-        programs, products = self._core.runner.programs, self._parts.products
+        products = self._parts.products
         return (
             self._core.get_metrics()
-            | {
-                "programs": float(len(programs)),
-                "programs_pending": float(programs.num_pending),
-                "programs_loaded": float(programs.num_loaded),
-                "programs_compiled_late_total": float(programs.compiled_late),
-                "compile_seconds": programs.seconds,
-            }
+            | program_figures([core.runner.programs for core in self._cores])
             | choice_metrics("attention_backend_info", self._parts.attention)
             | {f"matmul_backend_info{metric_labels(backend=products.name, reason=products.reason)}": 1.0}
         )
+
+    def get_replica_metrics(self) -> dict[str, dict[str, float]]:
+        """The same counts, times and programs for each replica, by its number from "0" on.
+
+        Where there are several, "front" has what counts for none of them: requests that wait for a replica,
+        and those that ended there.
+        """
+        core = self._core
+        figures = core.figures() if isinstance(core, Replicas) else {"0": core.get_metrics()}
+        for number, own in enumerate(self._cores):
+            up = {"replica_up": float(own.failure is None)}
+            figures[str(number)] |= up | program_figures([own.runner.programs])
+        return figures
+
+    @property
+    def replica_metrics(self) -> tuple[Metrics, ...]:
+        """What each replica has counted and timed."""
+        return tuple(core.metrics for core in self._cores)
 
     def wait_for_programs(self, timeout: float | None = None) -> bool:
         """Waits until no program is being compiled any more; False if that takes more than `timeout` seconds.
@@ -351,7 +368,11 @@ class Engine:
         Raises:
             Exception: what compiling a program raised.
         """
-        return self._core.runner.programs.wait(timeout=timeout)
+        end = None if timeout is None else time.monotonic() + timeout
+        return all(
+            core.runner.programs.wait(timeout=None if end is None else end - time.monotonic())
+            for core in self._cores
+        )
 
     @property
     def attention_backend(self) -> Choice[Backend]:
@@ -365,12 +386,15 @@ class Engine:
 
     def get_page_tables(self) -> dict[str, list[list[int]]]:
         """For each running request its pages, one list for each group of layers."""
-        running = self._core.scheduler.running
+        running = [request for core in self._cores for request in core.scheduler.running]
         return {r.request_id: [list(table) for table in r.tables.groups] for r in running if r.tables}
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes. False, and nothing is forgotten, while requests are running."""
-        return self._core.scheduler.reset_prefix_cache()
+        if len(self._cores) > 1 and self._core.has_unfinished:
+            return False  # else some replicas might forget, and others not
+        done = [core.scheduler.reset_prefix_cache() for core in self._cores]
+        return all(done)
 
     def sleep(self, level: int = 1) -> None:
         """Gives the device's memory back until `wake_up`: all pages, and the weights.
@@ -404,7 +428,10 @@ class Engine:
         if not self._closed:
             self._closed = True
             self.abort_all()
-            self._core.runner.close()
+            if isinstance(self._core, Replicas):
+                self._core.close()
+            for core in self._cores:
+                core.runner.close()
 
     def __enter__(self) -> Self:
         return self

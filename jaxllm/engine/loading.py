@@ -1,7 +1,7 @@
 """From a config to an engine's parts: tokenizer, weights on the mesh, pages, compiled programs."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.inputs import InputProcessor, default_sampling_params, find_eos_token_ids
 from jaxllm.engine.laps import Laps
+from jaxllm.engine.replicas import Replicas
 from jaxllm.engine.sizing import fit_pages, make_lowering, make_scheduler
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.engine.waiting import waiting
@@ -53,11 +54,13 @@ class EngineParts:
     """The attention kernel, and why it is not another one."""
     products: Products
     """What multiplies with weights."""
-    core: EngineCore
+    core: EngineCore | Replicas
+    cores: tuple[EngineCore, ...]
+    """`core` itself, or those of the replicas."""
     inputs: InputProcessor
     tokenizer: TextTokenizer | None
-    load_weights: "WeightSource"
-    """Loads the weights once more, after a sleep that dropped them."""
+    load_weights: "tuple[WeightSource, ...]"
+    """For each of `cores`, loads the weights once more, after a sleep that dropped them."""
     load_seconds: Mapping[str, float]
     """What the parts of loading took, in order; for what ran beside others, how long it was waited for."""
 
@@ -91,9 +94,19 @@ class WeightSource:
                 progress=self.config.compile.progress,
             )
 
+    def copy(self, weights: Sequence[Array]) -> tuple[Array, ...]:
+        """The same as they are on another mesh, from device to device."""
+        shardings = [parameter.kept(self.mesh).sharding for parameter in self.parameters.values()]
+        return tuple(jax.device_put(list(weights), shardings))
 
-def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None = None) -> EngineParts:
-    """Builds an engine's parts.
+
+def load_parts(
+    config: EngineConfig,
+    mesh: Mesh | None = None,
+    laps: Laps | None = None,
+    weights: Sequence[Array] | None = None,
+) -> EngineParts:
+    """Builds the parts of an engine of one replica; `load_engine` does so for any number.
 
     Weights, tokenizer, pages and programs are made at the same time, in threads. It returns when there are
     enough programs to run every request; others go on being compiled, unless the config says otherwise.
@@ -101,6 +114,7 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
     Args:
         mesh: with the axes of `make_mesh`, to run on other devices than the first ones.
         laps: written to as the parts of loading end, for somebody who looks on.
+        weights: to be copied from another mesh, rather than loaded.
 
     Raises:
         CheckpointError: the model cannot be found, read or recognised.
@@ -135,7 +149,10 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
             structure, parameters = abstract.split(architecture, model, products.backend)
         laps.end("structure")
         source = WeightSource(config, architecture, model, mesh, parameters)
-        loaded = threads.submit(source.load, checkpoint)
+        if weights is None:
+            loaded = threads.submit(source.load, checkpoint)
+        else:
+            loaded = threads.submit(source.copy, weights)
         opened = threads.submit(_load_tokenizer, config, checkpoint)
         if attention is None:
             with waiting("Building the attention kernel", progress=progress):
@@ -186,7 +203,7 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
     )
     laps.end("rest")
     return EngineParts(
-        config, model, mesh, attention, products, core, inputs, tokenizer, source, laps.seconds
+        config, model, mesh, attention, products, core, (core,), inputs, tokenizer, (source,), laps.seconds
     )
 
 

@@ -1,12 +1,14 @@
 """An engine's sleep: the device's memory given back, and taken again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
 from jaxllm.engine.core import EngineCore
+from jaxllm.engine.replicas import Replicas
+from jaxllm.runner.runner import Runner
 
 
 class Sleep:
@@ -14,13 +16,20 @@ class Sleep:
 
     Args:
         core: the engine's.
-        load_weights: loads the weights once more, after a sleep that dropped them.
+        cores: `core` itself, or those of its replicas.
+        load_weights: for each of them, loads the weights once more, after a sleep that dropped them.
     """
 
-    def __init__(self, core: EngineCore, load_weights: Callable[[], tuple[Array, ...]]) -> None:
+    def __init__(
+        self,
+        core: EngineCore | Replicas,
+        cores: Sequence[EngineCore],
+        load_weights: Sequence[Callable[[], tuple[Array, ...]]],
+    ) -> None:
         self._core = core
+        self._cores = cores
         self._load_weights = load_weights
-        self._saved: tuple[np.ndarray, ...] | None = None
+        self._saved: list[tuple[np.ndarray, ...] | None] = []
         self.active = False
         """Whether the engine sleeps."""
 
@@ -40,19 +49,21 @@ class Sleep:
                 f"{self._core.num_unfinished} requests are unfinished; finish or abort them first"
             )
         self._core.drain()
-        self._core.scheduler.reset_prefix_cache()
-        self._saved = self._core.runner.sleep(keep_weights=level == 1)
+        for core in self._cores:
+            core.scheduler.reset_prefix_cache()
+            self._saved.append(core.runner.sleep(keep_weights=level == 1))
         self.active = True
 
     def end(self) -> None:
         """Puts the weights back, from the host's memory or from where they came, with empty pages."""
         if not self.active:
             return
-        runner = self._core.runner
-        if self._saved is None:
-            params = self._load_weights()
-        else:
-            shardings = tuple(shape.sharding for shape in runner.lowering.params)
-            params = tuple(jax.device_put(self._saved, shardings))
-        runner.wake(params)
-        self._saved, self.active = None, False
+        for core, load, saved in zip(self._cores, self._load_weights, self._saved, strict=True):
+            core.runner.wake(load() if saved is None else _uploaded(core.runner, saved))
+        self._saved.clear()
+        self.active = False
+
+
+def _uploaded(runner: Runner, weights: tuple[np.ndarray, ...]) -> tuple[Array, ...]:
+    shardings = tuple(shape.sharding for shape in runner.lowering.params)
+    return tuple(jax.device_put(weights, shardings))

@@ -34,7 +34,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "config_format": (("hf",), "configs are read in Hugging Face's format only"),
     "convert": ((), "models generate text only"),
     "cpu_offload_gb": ((), "weights stay in the device's memory; use more devices (tensor_parallel_size)"),
-    "data_parallel_size": ((1,), "run one engine for each replica"),
     "device": ((), "JAX chooses; start Python with JAX_PLATFORMS=cpu, cuda or tpu"),
     "disable_sliding_window": ((), "lower max_model_len to the window instead"),
     "enable_expert_parallel": ((), "use tensor_parallel_size"),

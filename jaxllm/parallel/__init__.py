@@ -2,5 +2,6 @@
 
 from jaxllm.parallel.axes import Axes, partition_spec
 from jaxllm.parallel.mesh import make_mesh
+from jaxllm.parallel.replicas import replica_meshes
 
-__all__ = ["Axes", "make_mesh", "partition_spec"]
+__all__ = ["Axes", "make_mesh", "partition_spec", "replica_meshes"]

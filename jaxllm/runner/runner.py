@@ -64,6 +64,11 @@ class Runner:
         self._exact = exact
         self._cache, self._rows = state
 
+    @property
+    def params(self) -> tuple[Array, ...]:
+        """The weights; none while it sleeps."""
+        return self._params or ()
+
     def dispatch(
         self, plan: StepPlan, admissions: Mapping[int, Admission], *, scores: bool = False
     ) -> "DispatchedStep":

@@ -3,7 +3,7 @@
 https://docs.vllm.ai/en/stable/design/metrics/ lists vLLM's; the prefix here is `jaxllm:`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -12,7 +12,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
-from jaxllm.engine.metrics import FINISH_REASONS, Histogram
+from jaxllm.engine.async_engine import AsyncEngine
+from jaxllm.engine.metrics import FINISH_REASONS, Histogram, Metrics
+from jaxllm.engine.replicas import FRONT
 from jaxllm.server.service import Served, Service
 
 router = APIRouter()
@@ -50,6 +52,7 @@ OWN_GAUGES = {
     "pages_used": ("pages_used", "Pages that requests hold."),
     "programs": ("programs", "Compiled programs."),
     "compile_seconds": ("compile_seconds", "Seconds that compiling ahead took."),
+    "replica_up": ("replica_up", "1 unless the replica has failed."),
 }
 OWN_COUNTERS = {
     "programs_compiled_late": ("programs_compiled_late_total", "Programs compiled while serving."),
@@ -57,6 +60,9 @@ OWN_COUNTERS = {
     "scheduled_tokens": ("scheduled_tokens_total", "Tokens that steps computed, recomputed ones included."),
 }
 """Families that vLLM does not have."""
+
+FRONT_FAMILIES = ("num_requests_waiting", "request_success")
+"""Families that count requests which no replica has, too."""
 
 
 class EngineCollector(Collector):
@@ -70,34 +76,49 @@ class EngineCollector(Collector):
         """The families; those of the server alone while the engine is loading."""
         for prefix in self._prefixes:
             labels = {"model_name": self._service.names[0], "engine": "0"}
-            yield from self._families(prefix, labels)
+            yield from self._of_server(prefix, labels)
+            if (engine := self._service.loaded_engine) is not None:
+                yield from self._of_engine(prefix, labels, engine)
 
-    def _families(self, prefix: str, labels: Mapping[str, str]) -> Iterator[Metric]:
-        service, engine = self._service, self._service.loaded_engine
-        yield _gauge(
-            f"{prefix}:server_active_outputs", "Outputs being made or waiting.", labels, service.active
-        )
-        if engine is None:
-            return
-        figures = engine.get_metrics()
+    def _of_engine(self, prefix: str, labels: dict[str, str], engine: AsyncEngine) -> Iterator[Metric]:
+        """Families with a sample for each replica, and, where it has something to say, for their queue."""
+        figures, metrics = engine.get_replica_metrics(), engine.replica_metrics
+        replicas = [
+            list(self._of_replica(prefix, labels | {"engine": str(number)}, figures[str(number)], own))
+            for number, own in enumerate(metrics)
+        ]
+        families = [_together(alike) for alike in zip(*replicas, strict=True)]
+        if FRONT in figures:
+            front = self._of_replica(prefix, labels | {"engine": FRONT}, figures[FRONT], Metrics())
+            for family, of_front in zip(families, front, strict=True):
+                if family.name.removeprefix(f"{prefix}:") in FRONT_FAMILIES:
+                    _together((family, of_front))
+        yield from families
+        yield self._cache_config(prefix)
+
+    def _of_server(self, prefix: str, labels: Mapping[str, str]) -> Iterator[Metric]:
+        service = self._service
+        text = "Outputs being made or waiting."
+        yield _gauge(f"{prefix}:server_active_outputs", text, labels, service.active)
+        for name, histogram in service.asked.items():
+            yield _histogram(f"{prefix}:request_params_{name}", "As requests gave it.", labels, histogram)
+
+    def _of_replica(
+        self, prefix: str, labels: Mapping[str, str], figures: Mapping[str, float], metrics: Metrics
+    ) -> Iterator[Metric]:
         for name, (source, text) in (GAUGES | OWN_GAUGES).items():
-            value = float(service.status == "sleeping") if source is None else figures[source]
+            value = float(self._service.status == "sleeping") if source is None else figures.get(source, 0.0)
             yield _gauge(f"{prefix}:{name}", text, labels, value)
         for name, (source, text) in (COUNTERS | OWN_COUNTERS).items():
-            yield _counter(f"{prefix}:{name}", text, labels, figures[source])
+            yield _counter(f"{prefix}:{name}", text, labels, figures.get(source, 0.0))
         reasons = {reason: figures[f"requests_finished_{reason}_total"] for reason in FINISH_REASONS}
         yield _finished(f"{prefix}:request_success", labels, reasons)
         for name, (source, text) in HISTOGRAMS.items():
-            yield _histogram(f"{prefix}:{name}", text, labels, getattr(engine.metrics, source))
-        for name, histogram in service.asked.items():
-            yield _histogram(f"{prefix}:request_params_{name}", "As requests gave it.", labels, histogram)
-        yield _histogram(
-            f"{prefix}:step_time_seconds", "Of a step, on the host.", labels, engine.metrics.step_time
-        )
-        for part, histogram in engine.metrics.step_parts.items():
+            yield _histogram(f"{prefix}:{name}", text, labels, getattr(metrics, source))
+        yield _histogram(f"{prefix}:step_time_seconds", "Of a step, on the host.", labels, metrics.step_time)
+        for part, histogram in metrics.step_parts.items():
             text = "The device idle between steps." if part == "gap" else f"Of a step: {part}."
             yield _histogram(f"{prefix}:step_{part}_seconds", text, labels, histogram)
-        yield self._cache_config(prefix)
 
     def _cache_config(self, prefix: str) -> Metric:
         cache = self._service.engine_config.cache
@@ -107,6 +128,13 @@ class EngineCollector(Collector):
             "engine": "0",
         }
         return _gauge(f"{prefix}:cache_config_info", "The cache's options.", labels, 1)
+
+
+def _together(alike: Sequence[Metric]) -> Metric:
+    """The first family, with the samples of the others, which differ in their labels."""
+    for other in alike[1:]:
+        alike[0].samples.extend(other.samples)
+    return alike[0]
 
 
 def _gauge(name: str, text: str, labels: Mapping[str, str], value: float) -> Metric:

@@ -10,7 +10,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine.async_engine import AsyncEngine
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.laps import Laps
-from jaxllm.engine.loading import load_parts
+from jaxllm.engine.replicating import load_engine
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Startup:
 
     def _run(self) -> None:
         try:
-            engine = AsyncEngine(Engine(load_parts(self._config, laps=self._laps)))
+            engine = AsyncEngine(Engine(load_engine(self._config, laps=self._laps)))
         except Exception as error:
             self._done(error)
             return

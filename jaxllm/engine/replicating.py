@@ -1,0 +1,66 @@
+"""An engine's parts for any number of replicas."""
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+from jax.sharding import Mesh
+
+from jaxllm.config import EngineConfig
+from jaxllm.engine.laps import Laps
+from jaxllm.engine.loading import EngineParts, load_parts
+from jaxllm.engine.replica_core import ReplicaCore
+from jaxllm.engine.replicas import Replicas
+from jaxllm.parallel import replica_meshes
+
+
+def load_engine(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None = None) -> EngineParts:
+    """Builds an engine's parts; arguments and errors are those of `load_parts`.
+
+    With several replicas the first is loaded as one alone would be. The others get their weights from it, and
+    compile for their own devices beside each other.
+
+    Args:
+        mesh: with several replicas, its axis `data` has one slice for each.
+
+    Raises:
+        ValueError: besides `load_parts`' reasons, there are too few devices for all replicas.
+    """
+    count = config.parallel.data_parallel_size
+    if count == 1:
+        return load_parts(config, mesh, laps)
+    laps = Laps() if laps is None else laps
+    meshes = replica_meshes(count, config.parallel.tensor_parallel_size, mesh)
+    with ExitStack() as failed:
+        parts = [load_parts(config, meshes[0], laps)]
+        failed.callback(_close, parts)
+        quiet = dataclasses.replace(config, compile=dataclasses.replace(config.compile, progress=False))
+        weights = parts[0].cores[0].runner.params
+        with ThreadPoolExecutor(count - 1, thread_name_prefix="load-replica") as threads:
+            loading = [threads.submit(load_parts, quiet, own, None, weights) for own in meshes[1:]]
+        for found in loading:
+            if found.exception() is None:
+                parts.append(found.result())
+        for found in loading:
+            found.result()  # raises what went wrong, if anything has
+        failed.pop_all()
+    laps.end("replicas")
+    return _joined(config, parts, laps)
+
+
+def _joined(config: EngineConfig, parts: list[EngineParts], laps: Laps) -> EngineParts:
+    depth, seed = int(config.scheduler.async_scheduling), config.model.seed
+    cores = tuple(ReplicaCore.of(part.cores[0], depth=depth, seed=seed) for part in parts)
+    return dataclasses.replace(
+        parts[0],
+        core=Replicas(cores, seed),
+        cores=cores,
+        load_weights=tuple(source for part in parts for source in part.load_weights),
+        load_seconds=laps.seconds,
+    )
+
+
+def _close(parts: list[EngineParts]) -> None:
+    for part in parts:
+        for core in part.cores:
+            core.runner.close()
