@@ -127,9 +127,39 @@ class ParallelConfig:
         1, "replicas of the model, each on devices of its own, that share the requests"
     )
 
+    num_hosts: int = option(
+        1, "hosts that run one engine together, with a process on each; 0: those that jax finds (TPU pods)"
+    )
+    host_rank: int = option(0, "number of this host; host 0 plans and serves, the others follow it")
+    coordinator_address: str | None = option(
+        None, "name or address of host 0, with or without a port, where the hosts meet"
+    )
+    coordinator_port: int = option(29501, "port there, where the address has none")
+
     def __post_init__(self) -> None:
         _positive("tensor_parallel_size", self.tensor_parallel_size)
         _positive("data_parallel_size", self.data_parallel_size)
+        _require(self.num_hosts >= 0, "num_hosts", self.num_hosts, "0 or a count")
+        most = max(self.num_hosts - 1, 0)
+        _require(0 <= self.host_rank <= most, "host_rank", self.host_rank, f"0 to {most} (num_hosts - 1)")
+        _require(0 < self.coordinator_port < 65536, "coordinator_port", self.coordinator_port, "1 to 65535")
+        given = self.coordinator_address is not None
+        _require(
+            given or self.num_hosts < 2, "coordinator_address", None, "given when num_hosts is more than one"
+        )
+        one = self.num_hosts == 1 or self.data_parallel_size == 1
+        _require(
+            one, "data_parallel_size", self.data_parallel_size, "1 with several hosts; serve replicas apart"
+        )
+
+    @property
+    def coordinator(self) -> tuple[str, int]:
+        """Where the hosts meet: address and port."""
+        address = self.coordinator_address or "127.0.0.1"
+        host, separator, port = address.rpartition(":")
+        if separator and port.isdecimal() and (":" not in host or host.endswith("]")):
+            return host.strip("[]"), int(port)
+        return address.strip("[]"), self.coordinator_port
 
 
 class AttentionBackend(Protocol):

@@ -23,6 +23,7 @@ from jaxllm.engine.output_stream import OutputStream, post
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.replicating import load_engine
 from jaxllm.engine.vocabulary import Vocabulary
+from jaxllm.parallel.hosts import HostGroup
 from jaxllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -158,6 +159,11 @@ class AsyncEngine:
         if self._failure is not None or self._engine.failure is not None:
             return "failed"
         return "sleeping" if self._engine.is_sleeping else "running"
+
+    @property
+    def hosts(self) -> HostGroup | None:
+        """See `Engine.hosts`."""
+        return self._engine.hosts
 
     @property
     def config(self) -> EngineConfig:

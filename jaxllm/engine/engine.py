@@ -26,6 +26,7 @@ from jaxllm.engine.replicating import load_engine
 from jaxllm.engine.scoring import SCORING_PARAMS, PromptScore, prompt_score
 from jaxllm.engine.sleeping import Sleep
 from jaxllm.engine.vocabulary import Vocabulary
+from jaxllm.parallel.hosts import HostGroup
 from jaxllm.runner.products import Products
 from jaxllm.runner.programs import program_figures
 from jaxllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
@@ -445,6 +446,11 @@ class Engine:
         # __init__ may have failed, and when the interpreter goes the memory goes with it
         if hasattr(self, "_closed") and not sys.is_finalizing():
             self.close()
+
+    @property
+    def hosts(self) -> HostGroup | None:
+        """The hosts that it runs on, where they are several."""
+        return self._parts.hosts
 
     @property
     def failure(self) -> Exception | None:

@@ -30,6 +30,8 @@ from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.models.loading import load_weights
 from jaxllm.models.registry import ModelRegistry
 from jaxllm.parallel import make_mesh
+from jaxllm.parallel.hosts import HostGroup
+from jaxllm.runner.hosts import LeadingRunner, agree_on_pages, check_hosts
 from jaxllm.runner.identity import CannotIdentifyError, identify
 from jaxllm.runner.kept import KeptPrograms
 from jaxllm.runner.kernels import check_kernel, choose_attention, prepare_attention
@@ -61,6 +63,8 @@ class EngineParts:
     tokenizer: TextTokenizer | None
     load_weights: "tuple[WeightSource, ...]"
     """For each of `cores`, loads the weights once more, after a sleep that dropped them."""
+    hosts: HostGroup | None
+    """The hosts that it runs on, where they are several."""
     load_seconds: Mapping[str, float]
     """What the parts of loading took, in order; for what ran beside others, how long it was waited for."""
 
@@ -105,6 +109,7 @@ def load_parts(
     mesh: Mesh | None = None,
     laps: Laps | None = None,
     weights: Sequence[Array] | None = None,
+    hosts: HostGroup | None = None,
 ) -> EngineParts:
     """Builds the parts of an engine of one replica; `load_engine` does so for any number.
 
@@ -115,6 +120,7 @@ def load_parts(
         mesh: with the axes of `make_mesh`, to run on other devices than the first ones.
         laps: written to as the parts of loading end, for somebody who looks on.
         weights: to be copied from another mesh, rather than loaded.
+        hosts: that the mesh spans, each of which calls this.
 
     Raises:
         CheckpointError: the model cannot be found, read or recognised.
@@ -127,6 +133,8 @@ def load_parts(
     check_products(config.compile.matmul_backend)
     laps = Laps() if laps is None else laps
     mesh = make_mesh(config.parallel.tensor_parallel_size) if mesh is None else mesh
+    if hosts is not None:
+        check_hosts(mesh)
     laps.end("devices")
     prepare_attention(kernel, mesh)
     prepare_products(config.compile.matmul_backend, mesh)
@@ -164,7 +172,10 @@ def load_parts(
         def kept(lowering: Lowering) -> KeptPrograms | None:
             return threads.submit(_kept_programs, config, architecture, lowering).result()
 
-        lowering, num_pages = fit_pages(config, lowering, kept)
+        if hosts is None:
+            lowering, num_pages = fit_pages(config, lowering, kept)
+        else:
+            lowering, num_pages = fit_pages(config, lowering, kept, partial(agree_on_pages, hosts))
         programs = Programs(lowering.programs(num_pages), kept(lowering))
         failed.callback(programs.close)
         first = list(lowering.first_programs if config.compile.compile_in_background else programs)
@@ -178,9 +189,12 @@ def load_parts(
         laps.end("tokenizer")
         params = loaded.result()
         laps.end("weights")
-        runner = Runner(
-            lowering, params, num_pages, programs, state.result(), exact=config.compile.enforce_eager
-        )
+        made = (lowering, params, num_pages, programs, state.result())
+        exact = config.compile.enforce_eager
+        if hosts is None or not hosts.leads:
+            runner = Runner(*made, exact=exact)
+        else:
+            runner = LeadingRunner(*made, hosts, exact=exact)
         laps.end("pages")
         programs.wait(first, progress=progress)
         programs.serve_beside()
@@ -203,7 +217,18 @@ def load_parts(
     )
     laps.end("rest")
     return EngineParts(
-        config, model, mesh, attention, products, core, (core,), inputs, tokenizer, (source,), laps.seconds
+        config,
+        model,
+        mesh,
+        attention,
+        products,
+        core,
+        (core,),
+        inputs,
+        tokenizer,
+        (source,),
+        hosts,
+        laps.seconds,
     )
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from jax.sharding import Mesh
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine.hosting import follows, load_on_hosts, meet_hosts
 from jaxllm.engine.laps import Laps
 from jaxllm.engine.loading import EngineParts, load_parts
 from jaxllm.engine.replica_core import ReplicaCore
@@ -27,6 +28,11 @@ def load_engine(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | Non
         ValueError: besides `load_parts`' reasons, there are too few devices for all replicas.
     """
     count = config.parallel.data_parallel_size
+    if config.parallel.num_hosts != 1:
+        if follows(config):
+            rank = config.parallel.host_rank
+            raise ValueError(f"host_rank={rank}: an engine is made on host 0; the others call follow_host")
+        return load_on_hosts(config, meet_hosts(config), mesh, laps)
     if count == 1:
         return load_parts(config, mesh, laps)
     laps = Laps() if laps is None else laps

@@ -61,18 +61,23 @@ def make_lowering(
 
 
 def fit_pages(
-    config: EngineConfig, lowering: Lowering, kept: Callable[[Lowering], KeptPrograms | None]
+    config: EngineConfig,
+    lowering: Lowering,
+    kept: Callable[[Lowering], KeptPrograms | None],
+    agree: Callable[[Lowering, int], int] = lambda lowering, num_pages: num_pages,
 ) -> tuple[Lowering, int]:
     """As many pages as fit, the null page included, and no request longer than they hold.
 
     Args:
         kept: called where a program has to be compiled to see how much memory it needs.
+        agree: what all hosts make of how many fit on this one.
 
     Raises:
         ValueError: too few fit; the message has the numbers and the settings to change.
     """
     page, mesh = page_bytes(lowering), lowering.mesh
-    num_pages = count_pages(config.cache, page, mesh, lambda: measure(lowering, kept(lowering)))
+    fitting = count_pages(config.cache, page, mesh, lambda: measure(lowering, kept(lowering)))
+    num_pages = agree(lowering, fitting)
     longest = longest_request(lowering, num_pages)
     if longest >= lowering.sizes.max_model_len:
         return lowering, num_pages

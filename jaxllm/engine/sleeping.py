@@ -2,13 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
-import numpy as np
 from jaxtyping import Array
 
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.replicas import Replicas
-from jaxllm.runner.runner import Runner
 
 
 class Sleep:
@@ -29,7 +26,6 @@ class Sleep:
         self._core = core
         self._cores = cores
         self._load_weights = load_weights
-        self._saved: list[tuple[np.ndarray, ...] | None] = []
         self.active = False
         """Whether the engine sleeps."""
 
@@ -51,19 +47,13 @@ class Sleep:
         self._core.drain()
         for core in self._cores:
             core.scheduler.reset_prefix_cache()
-            self._saved.append(core.runner.sleep(keep_weights=level == 1))
+            core.runner.sleep(keep_weights=level == 1)
         self.active = True
 
     def end(self) -> None:
         """Puts the weights back, from the host's memory or from where they came, with empty pages."""
         if not self.active:
             return
-        for core, load, saved in zip(self._cores, self._load_weights, self._saved, strict=True):
-            core.runner.wake(load() if saved is None else _uploaded(core.runner, saved))
-        self._saved.clear()
+        for core, load in zip(self._cores, self._load_weights, strict=True):
+            core.runner.wake(load)
         self.active = False
-
-
-def _uploaded(runner: Runner, weights: tuple[np.ndarray, ...]) -> tuple[Array, ...]:
-    shardings = tuple(shape.sharding for shape in runner.lowering.params)
-    return tuple(jax.device_put(weights, shardings))

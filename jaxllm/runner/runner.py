@@ -1,7 +1,7 @@
 """Runs the scheduler's plans on the devices: weights, pages, rows, and the programs that bind them."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.calls import Admit, Step
+from jaxllm.runner.host_copy import HostCopy
 from jaxllm.runner.lowering import Lowering, step_programs
 from jaxllm.runner.programs import Programs
 from jaxllm.runner.step import DeviceRows, Forward, Logprobs
@@ -62,6 +64,8 @@ class Runner:
         self.programs = programs
         self._params: tuple[Array, ...] | None = params
         self._exact = exact
+        self._kept: list[HostCopy] | None = None
+        """The weights, while it sleeps."""
         self._cache, self._rows = state
 
     @property
@@ -80,20 +84,29 @@ class Runner:
             scores: `score` will be called with it.
         """
         whole, grown = _split_updates(plan, admissions)
-        for row, admission in admissions.items():
-            self._admit(row, admission, whole[row])
+        admits = tuple(self._admit(row, admission, whole[row]) for row, admission in admissions.items())
         bucket = self._choose_bucket(plan.num_tokens, scores=scores)
-        packed = self.lowering.step_layout(bucket).pack(plan, grown)
+        step = Step(bucket.tokens, self.lowering.step_layout(bucket).pack(plan, grown), admits)
         packed_at = time.perf_counter()
+        started = self.start(step)
+        started.tokens.copy_to_host_async()
+        return DispatchedStep(started.forward, started.tokens, plan, packed_at)
+
+    def start(self, step: Step) -> "StartedStep":
+        """Starts a step that has been packed."""
+        for admit in step.admits:
+            self._load_row(admit)
         rows = self._rows
         assert rows is not None
+        bucket = self.lowering.buckets.fit(step.bucket)
         forward = self.programs["forward", bucket.tokens]
-        self._cache, tables, output = forward(self._params, self._cache, rows.tables, rows.tokens, packed)
+        self._cache, tables, output = forward(
+            self._params, self._cache, rows.tables, rows.tokens, step.packed
+        )
         sample = self.programs["sample", bucket.sampled]
         tokens, state, sampled = sample(rows.tokens, rows.sampler, output.logits, output.rows, output.lengths)
         self._rows = DeviceRows(tokens, tables, state)
-        sampled.copy_to_host_async()
-        return DispatchedStep(plan, output, sampled, packed_at)
+        return StartedStep(output, sampled)
 
     def _choose_bucket(self, num_tokens: int, *, scores: bool) -> Bucket:
         """The smallest bucket whose programs are there and that holds so many tokens."""
@@ -106,47 +119,58 @@ class Runner:
         there = (b for b in fitting if all(key in self.programs for key in step_programs(b)))
         return next(there, buckets.largest)
 
-    def _admit(self, row: int, admission: Admission, updates: Sequence[PageUpdate]) -> None:
+    def _admit(self, row: int, admission: Admission, updates: Sequence[PageUpdate]) -> Admit:
         groups, _, columns = self.lowering.table_shape
         tables = np.zeros((groups, columns), np.int32)
         for update in updates:
             tables[update.group, update.index : update.index + len(update.pages)] = update.pages
-        tokens = np.zeros(self.lowering.sizes.max_model_len + 1, np.int32)
-        tokens[: len(admission.token_ids)] = admission.token_ids
-        admit = self.programs["admit", admission.settings.tables is not None]
-        self._rows = admit(self._rows, np.int32(row), tokens, tables, admission.settings)
+        return Admit(row, np.array(admission.token_ids, np.int32), tables, admission.settings)
 
-    def logprobs(self, step: "DispatchedStep") -> Logprobs:
+    def _load_row(self, admit: Admit) -> None:
+        tokens = np.zeros(self.lowering.sizes.max_model_len + 1, np.int32)
+        tokens[: len(admit.token_ids)] = admit.token_ids
+        program = self.programs["admit", admit.settings.tables is not None]
+        self._rows = program(self._rows, np.int32(admit.row), tokens, admit.tables, admit.settings)
+
+    def logprobs(self, step: "StartedStep") -> Logprobs:
         """Logprobs of the step's sampled tokens, of the model's own distribution."""
         return self.programs["logprobs", len(step.tokens)](step.forward.logits, step.tokens)
 
-    def score(self, step: "DispatchedStep", targets: Mapping[int, int]) -> Logprobs:
+    def score(self, step: "StartedStep", targets: Mapping[int, int]) -> Logprobs:
         """Logprobs of given tokens: `targets` maps a token's index in the flat batch to the one after it."""
         ids = np.zeros(len(step.forward.hidden), np.int32)
         ids[list(targets)] = list(targets.values())
         return self.programs["score"](self._params, step.forward.hidden, ids)
 
-    def sleep(self, *, keep_weights: bool) -> tuple[np.ndarray, ...] | None:
-        """Frees the device: pages and rows are dropped, weights are returned in host memory or dropped."""
-        params, self._params = self._params, None
-        saved = tuple(np.array(p) for p in params) if keep_weights and params is not None else None
-        self._drop((params, self._cache, self._rows))
-        self._cache = self._rows = None
-        return saved
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Frees the device: pages and rows are dropped, weights go to the host's memory or are dropped."""
+        if keep_weights:
+            self._kept = [HostCopy.of(array) for array in self.params]
+        self.free()
 
     def reset(self) -> None:
         """Starts over with empty pages and rows, after a step has failed that may have taken the old ones."""
         self._cache, self._rows = allocate(self.programs)
 
-    def wake(self, params: tuple[Array, ...]) -> None:
-        """Takes the weights again, with empty pages and rows."""
-        self._params = params
+    def wake(self, load: Callable[[], tuple[Array, ...]]) -> None:
+        """Takes the weights again, with empty pages and rows.
+
+        Args:
+            load: called for the weights, where `sleep` has dropped them.
+        """
+        self._params = load() if self._kept is None else tuple(copy.upload() for copy in self._kept)
+        self._kept = None
         self._cache, self._rows = allocate(self.programs)
 
     def close(self) -> None:
         """Frees all device memory. The runner is of no use afterwards."""
         self.programs.close()
-        self.sleep(keep_weights=False)
+        self.free()
+
+    def free(self) -> None:
+        """Drops weights, pages and rows."""
+        self._drop((self._params, self._cache, self._rows))
+        self._params = self._cache = self._rows = None
 
     @staticmethod
     def _drop(arrays: object) -> None:
@@ -156,13 +180,19 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class DispatchedStep:
-    """A step that the device has been given."""
+class StartedStep:
+    """What a step leaves on the device."""
 
-    plan: StepPlan
     forward: Forward
     tokens: Array
     """int32, for each row of the step the token sampled."""
+
+
+@dataclass(frozen=True)
+class DispatchedStep(StartedStep):
+    """A step of a plan that the device has been given."""
+
+    plan: StepPlan
     packed_at: float
     """When the host had made all ready that the programs take, on the clock of `time.perf_counter`."""
 
