@@ -42,7 +42,7 @@ class HostGroup:
         }
         self._listeners: list[Callable[[], object]] = []
         self._losing = threading.Lock()
-        self._closed = threading.Event()
+        self._closed, self._lost = threading.Event(), threading.Event()
         for peer in channels:
             threading.Thread(
                 target=self._listen, args=(peer,), name=f"jaxllm-host-{peer}", daemon=True
@@ -60,6 +60,10 @@ class HostGroup:
             self._listeners.append(listener)
         if self.lost is not None:
             listener()
+
+    def wait_lost(self, seconds: float) -> bool:
+        """Waits for the group to fall apart; whether it has."""
+        return self._lost.wait(seconds)
 
     def check(self) -> None:
         """Raises HostLostError if the group has fallen apart."""
@@ -132,6 +136,7 @@ class HostGroup:
                 return
             self.lost = HostLostError(reason)
             listeners = list(self._listeners)
+        self._lost.set()
         logger.error("%s; the engine ends on all hosts", reason)
         for arrived in self._arrived.values():
             arrived.put(Message("lost"))

@@ -36,7 +36,7 @@ def find_rank(config: ParallelConfig) -> int:
     if config.num_hosts:
         return config.host_rank
     if not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+        _start_jax()
     return jax.process_index()
 
 
@@ -167,9 +167,10 @@ def _free_port(host: str) -> int:
 
 def _initialize(host: str, port: int, num_hosts: int, rank: int) -> None:
     if not jax.distributed.is_initialized():
-        jax.distributed.initialize(
-            f"{host}:{port}",
-            num_processes=num_hosts,
-            process_id=rank,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-        )
+        _start_jax(coordinator_address=f"{host}:{port}", num_processes=num_hosts, process_id=rank)
+
+
+def _start_jax(**where: Any) -> None:
+    # jax would take SIGTERM for itself, to save checkpoints in time, and the process would not end by it
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(**where, shutdown_timeout_seconds=SHUTDOWN_SECONDS)

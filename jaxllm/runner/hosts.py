@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.0002
 """How often it is looked whether a step is done, so that one that a lost host holds up can be given up."""
+REASON_SECONDS = 1.0
 
 
 def check_hosts(mesh: Mesh) -> None:
@@ -141,8 +142,10 @@ class WatchedStep(DispatchedStep):
         try:
             return super().read()
         except Exception as error:
-            self.hosts.lose(f"a step failed: {error}")
-            raise HostLostError(str(error)) from error
+            # most often because a host is gone, which its channel says more clearly, and a moment later
+            if not self.hosts.wait_lost(REASON_SECONDS):
+                self.hosts.lose(f"a step failed: {error}")
+            raise HostLostError(str(self.hosts.lost)) from error
 
 
 def follow(runner: Runner, hosts: HostGroup, load: Callable[[], tuple[Array, ...]]) -> None:
