@@ -16,7 +16,7 @@ DEMO_WEIGHTS := $(shell sed -n 's/^demo = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test interpret asan aot run-aot parity run-parity goldens run-goldens lint format typecheck imports notebooks dev clean
+.PHONY: help demo test interpret asan aot run-aot parity run-parity ray run-ray goldens run-goldens lint format typecheck imports notebooks dev clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,13 @@ parity:  ## compare with transformers running live, in .venv-parity (installs to
 run-parity: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-torch
 	$(PYTEST) -m parity $(ARGS)
 
+# Ray brings versions of its own of what the server needs.
+ray:  ## run engines and servers on a cluster of Ray on this machine, in .venv-ray
+	$(MAKE) run-ray VENV=$(VENV)-ray
+
+run-ray: $(VENV)/.has-test $(VENV)/.has-ray
+	$(PYTEST) -m ray tests/ray_cluster $(ARGS)
+
 goldens:  ## make the golden files again with transformers, in .venv-parity (installs torch)
 	$(MAKE) run-goldens VENV=$(VENV)-parity
 
@@ -81,7 +88,7 @@ dev: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-dev $(VENV)/.has-notebook 
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) $(VENV)-aot $(VENV)-parity .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-aot $(VENV)-parity $(VENV)-ray .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' || { \

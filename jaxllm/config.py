@@ -6,7 +6,7 @@ written once: here. `EngineConfig.create(model, **options)` takes every field of
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, get_args, get_type_hints
@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, Self, get_args, get_type_hints
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
 Policy = Literal["fcfs", "priority"]
+ExecutorBackend = Literal["mp", "ray"]
 
 
 def option(default: Any, help: str, *, flag: bool = True) -> Any:
@@ -135,6 +136,12 @@ class ParallelConfig:
         None, "name or address of host 0, with or without a port, where the hosts meet"
     )
     coordinator_port: int = option(29501, "port there, where the address has none")
+    distributed_executor_backend: ExecutorBackend = option(
+        "mp", "who starts the other hosts' processes: you ('mp'), or Ray, on nodes of its cluster ('ray')"
+    )
+    ray_resources: Mapping[str, float] | None = option(
+        None, 'what Ray reserves on each of the other hosts, such as {"TPU": 4} (default: one CPU)'
+    )
 
     def __post_init__(self) -> None:
         _positive("tensor_parallel_size", self.tensor_parallel_size)
@@ -143,7 +150,12 @@ class ParallelConfig:
         most = max(self.num_hosts - 1, 0)
         _require(0 <= self.host_rank <= most, "host_rank", self.host_rank, f"0 to {most} (num_hosts - 1)")
         _require(0 < self.coordinator_port < 65536, "coordinator_port", self.coordinator_port, "1 to 65535")
-        given = self.coordinator_address is not None
+        _one_of("distributed_executor_backend", self.distributed_executor_backend, ExecutorBackend)
+        ray = self.distributed_executor_backend == "ray"
+        _require(
+            ray or self.ray_resources is None, "ray_resources", self.ray_resources, "left out without Ray"
+        )
+        given = self.coordinator_address is not None or ray
         _require(
             given or self.num_hosts < 2, "coordinator_address", None, "given when num_hosts is more than one"
         )

@@ -25,10 +25,12 @@ OWN_OPTIONS = frozenset(
         "compilation_cache_dir",
         "coordinator_address",
         "coordinator_port",
+        "distributed_executor_backend",
         "host_rank",
         "keep_executables",
         "model",
         "progress",
+        "ray_resources",
         "revision",
         "skip_tokenizer_init",
         "token",
@@ -40,13 +42,16 @@ OWN_OPTIONS = frozenset(
 is seen by their sizes, later."""
 
 
-def meet_hosts(config: EngineConfig) -> HostGroup:
+def meet_hosts(config: EngineConfig, failed: Callable[[], str | None] = lambda: None) -> HostGroup:
     """Connects this host with the others; see `jaxllm.parallel.meeting.meet`.
+
+    Args:
+        failed: why there is no use in waiting for the others any more, if that is so.
 
     Raises:
         MeetingError: they have not come, or have other versions or options.
     """
-    return meet(config.parallel, host_facts(config))
+    return meet(config.parallel, host_facts(config), failed=failed)
 
 
 def follows(config: EngineConfig) -> bool:

@@ -10,6 +10,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine.hosting import follows, load_on_hosts, meet_hosts
 from jaxllm.engine.laps import Laps
 from jaxllm.engine.loading import EngineParts, load_parts
+from jaxllm.engine.ray_hosts import RayHosts
 from jaxllm.engine.replica_core import ReplicaCore
 from jaxllm.engine.replicas import Replicas
 from jaxllm.parallel import replica_meshes
@@ -32,7 +33,7 @@ def load_engine(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | Non
         if follows(config):
             rank = config.parallel.host_rank
             raise ValueError(f"host_rank={rank}: an engine is made on host 0; the others call follow_host")
-        return load_on_hosts(config, meet_hosts(config), mesh, laps)
+        return _load_with_others(config, mesh, laps)
     if count == 1:
         return load_parts(config, mesh, laps)
     laps = Laps() if laps is None else laps
@@ -52,6 +53,19 @@ def load_engine(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | Non
         failed.pop_all()
     laps.end("replicas")
     return _joined(config, parts, laps)
+
+
+def _load_with_others(config: EngineConfig, mesh: Mesh | None, laps: Laps | None) -> EngineParts:
+    if config.parallel.distributed_executor_backend != "ray":
+        return load_on_hosts(config, meet_hosts(config), mesh, laps)
+    others = RayHosts(config)
+    try:
+        hosts = meet_hosts(others.config, others.failed)
+    except Exception:
+        others.close()
+        raise
+    hosts.when_ended(others.close)
+    return load_on_hosts(others.config, hosts, mesh, laps)
 
 
 def _joined(config: EngineConfig, parts: list[EngineParts], laps: Laps) -> EngineParts:

@@ -85,7 +85,6 @@ MEANINGLESS = frozenset(
         "disable_custom_all_reduce",
         "disable_log_requests",
         "disable_log_stats",
-        "distributed_executor_backend",
         "enable_log_requests",
         "enable_sleep_mode",
         "max_parallel_loading_workers",

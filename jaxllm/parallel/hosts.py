@@ -41,6 +41,7 @@ class HostGroup:
             peer: queue.SimpleQueue() for peer in channels
         }
         self._listeners: list[Callable[[], object]] = []
+        self._at_end: list[Callable[[], object]] = []
         self._losing = threading.Lock()
         self._closed, self._lost = threading.Event(), threading.Event()
         for peer in channels:
@@ -60,6 +61,11 @@ class HostGroup:
             self._listeners.append(listener)
         if self.lost is not None:
             listener()
+
+    def when_ended(self, listener: Callable[[], object]) -> None:
+        """Has a function called once the group has fallen apart, or has parted in peace."""
+        self._at_end.append(listener)
+        self.when_lost(listener)
 
     def wait_lost(self, seconds: float) -> bool:
         """Waits for the group to fall apart; whether it has."""
@@ -157,6 +163,8 @@ class HostGroup:
         if self.lost is None:
             jax.distributed.shutdown()
         self._hang_up()
+        for listener in self._at_end:
+            listener()
 
     def _hang_up(self) -> None:
         for channel in self._channels.values():

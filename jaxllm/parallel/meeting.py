@@ -3,7 +3,7 @@
 import logging
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,7 +21,7 @@ GREETING = "jaxllm 1"
 """What a host says first; the number is the protocol's."""
 MEETING_SECONDS = 600.0
 """How long hosts wait for each other: some machines take minutes to start."""
-RETRY_SECONDS = 0.2
+RETRY_SECONDS, ASK_SECONDS = 0.2, 0.5
 SHUTDOWN_SECONDS = 20
 """How long a host that ends waits for the others to do so."""
 NAME_BYTES = 256
@@ -40,12 +40,18 @@ def find_rank(config: ParallelConfig) -> int:
     return jax.process_index()
 
 
-def meet(config: ParallelConfig, facts: Mapping[str, Any], seconds: float = MEETING_SECONDS) -> HostGroup:
+def meet(
+    config: ParallelConfig,
+    facts: Mapping[str, Any],
+    seconds: float = MEETING_SECONDS,
+    failed: Callable[[], str | None] = lambda: None,
+) -> HostGroup:
     """Connects this host with the others, and starts jax's distributed runtime.
 
     Args:
         facts: what must be the same on all hosts: versions, options.
         seconds: how long to wait for the others.
+        failed: asked now and then why they will not come, if somebody knows that.
 
     Raises:
         MeetingError: the others did not come in time, or host 0 has refused this one.
@@ -56,13 +62,13 @@ def meet(config: ParallelConfig, facts: Mapping[str, Any], seconds: float = MEET
         if rank:
             return _join(rank, (host, port), config.num_hosts, facts, end)
         with socket.create_server((host, port), reuse_port=False) as listener:
-            return _lead(listener, host, config.num_hosts, facts, end)
+            return _lead(listener, host, config.num_hosts, facts, end, failed)
     if rank:
         return _join(rank, _announced(None), jax.process_count(), facts, end)
     host = socket.gethostbyname(socket.gethostname())
     with socket.create_server((host, 0)) as listener:
         _announced(f"{host}:{listener.getsockname()[1]}")
-        return _lead(listener, host, jax.process_count(), facts, end)
+        return _lead(listener, host, jax.process_count(), facts, end, failed)
 
 
 def _announced(address: str | None) -> tuple[str, int]:
@@ -76,29 +82,36 @@ def _announced(address: str | None) -> tuple[str, int]:
 
 
 def _lead(
-    listener: socket.socket, host: str, num_hosts: int, facts: Mapping[str, Any], end: float
+    listener: socket.socket,
+    host: str,
+    num_hosts: int,
+    facts: Mapping[str, Any],
+    end: float,
+    failed: Callable[[], str | None],
 ) -> HostGroup:
     channels: dict[int, Channel] = {}
-    with ExitStack() as failed:
+    with ExitStack() as stack:
         while len(channels) < num_hosts - 1:
-            listener.settimeout(max(0.01, end - time.monotonic()))
+            listener.settimeout(ASK_SECONDS)
             try:
                 connection, address = listener.accept()
             except TimeoutError:
                 missing = [str(rank) for rank in range(1, num_hosts) if rank not in channels]
-                raise MeetingError(
-                    f"num_hosts={num_hosts}: host {', '.join(missing)} did not come in time"
-                ) from None
+                if (reason := failed()) is None and time.monotonic() > end:
+                    reason = f"num_hosts={num_hosts}: host {', '.join(missing)} did not come in time"
+                if reason is not None:
+                    raise MeetingError(reason) from None
+                continue
             channel = Channel(connection, SILENCE)
             rank = _greet(channel, num_hosts, channels, facts, f"{address[0]}:{address[1]}")
             if rank is not None:
                 channels[rank] = channel
-                failed.callback(channel.close)
+                stack.callback(channel.close)
         port = _free_port(host)
         for channel in channels.values():
             channel.send(Message("welcome", {"port": port}))
         _initialize(host, port, num_hosts, 0)
-        failed.pop_all()
+        stack.pop_all()
     return HostGroup(0, channels)
 
 
