@@ -47,7 +47,8 @@ class Sleep:
         self._core.drain()
         for core in self._cores:
             core.scheduler.reset_prefix_cache()
-            core.runner.sleep(keep_weights=level == 1)
+            if core.failure is None:  # else its device may take no orders any more
+                core.runner.sleep(keep_weights=level == 1)
         self.active = True
 
     def end(self) -> None:
@@ -55,5 +56,6 @@ class Sleep:
         if not self.active:
             return
         for core, load in zip(self._cores, self._load_weights, strict=True):
-            core.runner.wake(load)
+            if core.failure is None:
+                core.runner.wake(load)
         self.active = False

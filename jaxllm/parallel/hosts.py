@@ -22,8 +22,6 @@ HEARTBEAT = 2.0
 class HostLostError(RuntimeError):
     """A host is gone or has failed, and so the others cannot go on."""
 
-    others_are_gone = True
-
 
 class HostGroup:
     """The connections among the hosts of an engine: from host 0 to each of the others.

@@ -87,8 +87,10 @@ def run(config: ServerConfig, engine_config: EngineConfig) -> int:
     if service.failure is not None or service.host_lost:
         code = 1
     logger.info("stopped")
-    if server.force_exit or service.is_loading or service.host_lost:
-        # A thread may be in the middle of compiling or of a step, and has nothing to save.
+    alone = engine_config.parallel.num_hosts == 1
+    if server.force_exit or service.is_loading or (code and not alone):
+        # A thread may be in the middle of compiling or of a step, and has nothing to save. With several hosts
+        # jax would wait at its end for the others, which have ended for the same reason.
         sys.stderr.flush()
         os._exit(code)
     return code

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jaxllm.cli.flags import flag_name
@@ -103,20 +105,24 @@ def host_process(argv: Sequence[str], devices: int) -> Iterator[HostProcess]:
 
 @contextmanager
 def hosts(
-    command: Sequence[str], count: int, *, devices: int = 1, differently: dict[int, list[str]] | None = None
+    command: Sequence[str],
+    count: int,
+    *,
+    devices: int = 1,
+    differently: Mapping[int, Sequence[str]] = MappingProxyType({}),
+    models: Mapping[int, Path] = MappingProxyType({}),
 ) -> Iterator[list[HostProcess]]:
     """Starts a command on several hosts.
 
     Args:
         differently: more flags for some of them, by their ranks.
+        models: for some of them, in place of the command's.
     """
     port, made = free_port(), []
     with ExitStack() as stack:
         for rank in range(count):
-            argv = [
-                *command,
-                *flags(num_hosts=count, host_rank=rank, coordinator_address=f"127.0.0.1:{port}"),
-            ]
-            argv += (differently or {}).get(rank, [])
+            where = flags(num_hosts=count, host_rank=rank, coordinator_address=f"127.0.0.1:{port}")
+            own = [command[0], str(models.get(rank, command[1])), *command[2:]]
+            argv = [*own, *where, *differently.get(rank, [])]
             made.append(stack.enter_context(host_process(argv, devices)))
         yield made

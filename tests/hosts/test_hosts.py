@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import httpx2
 import pytest
 from host_processes import ENGINE, HostProcess, flags, hosts
 from small import OPTIONS
+from small_text import text_checkpoint
 
 from jaxllm import Engine, SamplingParams
 
@@ -82,38 +84,37 @@ def test_the_same_tokens_as_one_host(model: Path, engine: Engine) -> None:
             assert httpx2.post(f"{url}/sleep?level={level}", timeout=30).is_success
             assert httpx2.post(f"{url}/wake_up", timeout=60).is_success
         assert texts(url, SAMPLED) == expected(engine, SAMPLED)
+        follower.process.send_signal(signal.SIGTERM)
+        follower.wait_for("this host ends when host 0 does")
+        assert texts(url, PLAIN) == expected(engine, PLAIN)
         leader.process.send_signal(signal.SIGTERM)
         assert [leader.wait(30), follower.wait(30)] == [0, 0]
 
 
-def test_four_hosts(model: Path, engine: Engine) -> None:
-    with hosts(serve(model, tensor_parallel_size=4), 4) as (leader, *followers):
-        assert texts(url_of(leader), PLAIN) == expected(engine, PLAIN)
-        followers[1].process.kill()
-        assert leader.wait(30) == 1
-        assert followers[0].wait(30) in (1, -signal.SIGABRT)
-        assert followers[2].wait(30) in (1, -signal.SIGABRT)
-
-
-def test_a_lost_host_ends_all_requests_and_all_hosts(model: Path) -> None:
+def test_four_hosts_and_one_is_lost(model: Path, engine: Engine) -> None:
+    """Requests that run then end with an error, and so does every host, within 30 seconds."""
     body = {"prompt": "abc", "max_tokens": 80, "ignore_eos": True, "stream": True}
-    with hosts(serve(model, tensor_parallel_size=2), 2) as (leader, follower):
+    with hosts(serve(model, tensor_parallel_size=4), 4) as (leader, *followers), ExitStack() as stack:
         url = url_of(leader)
-        with (
-            httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=SERVE_TIMEOUT) as one,
-            httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=SERVE_TIMEOUT) as two,
-        ):
-            readers = [one.iter_lines(), two.iter_lines()]
-            for lines in readers:
-                next(lines)
-            follower.process.kill()
-            begin = time.monotonic()
-            for lines in readers:
-                *_, error, _ = [line for line in lines if line]
-                assert "error" in json.loads(error.removeprefix("data: ")), error
+        assert texts(url, PLAIN) == expected(engine, PLAIN)
+        streams = [
+            stack.enter_context(
+                httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=SERVE_TIMEOUT)
+            ).iter_lines()
+            for _ in range(2)
+        ]
+        for lines in streams:
+            next(lines)
+        followers[1].process.kill()
+        begin = time.monotonic()
+        for lines in streams:
+            *_, error, _ = [line for line in lines if line]
+            assert "error" in json.loads(error.removeprefix("data: ")), error
         assert leader.wait(30) == 1
+        for other in (followers[0], followers[2]):
+            assert other.wait(30) in (1, -signal.SIGABRT)
         assert time.monotonic() - begin < 30
-        leader.wait_for("host 1 is gone")
+        leader.wait_for("host 2 is gone")
 
 
 def test_followers_end_when_host_0_is_gone(model: Path) -> None:
@@ -138,6 +139,20 @@ def test_who_does_not_fit_is_refused_and_the_right_one_is_taken(model: Path) -> 
         assert leader.process.poll() is None
 
 
+def test_what_is_seen_late_ends_both(model: Path, tmp_path: Path) -> None:
+    """Another model on one of the hosts, and devices that leave one of them without work."""
+    other = text_checkpoint(tmp_path / "other", model="qwen3")
+    command = ["generate", str(model), "abc", *flags(**ENGINE, tensor_parallel_size=2)]
+    with hosts(command, 2, models={1: other}) as (leader, follower):
+        assert [leader.wait(60), follower.wait(30)] == [1, 1]
+        leader.wait_for("the model is ")
+        follower.wait_for("on host 1 and ")
+    command = ["generate", str(model), "abc", *flags(**ENGINE, tensor_parallel_size=1)]
+    with hosts(command, 2) as (leader, follower):
+        assert [leader.wait(60), follower.wait(30)] == [1, 1]
+        leader.wait_for("none on host 1 would be used")
+
+
 def test_generate_on_two_hosts(model: Path) -> None:
     """The same command on both, which ends on both when it is done."""
     argv = ["generate", str(model), "abc", "xyz", "--json", "--seed", "5", "--max-tokens", "3"]
@@ -157,6 +172,12 @@ def test_generate_on_two_hosts(model: Path) -> None:
         ({"num_hosts": -1}, "num_hosts=-1"),
         ({"num_hosts": 2, "coordinator_address": "a", "data_parallel_size": 2}, "data_parallel_size=2"),
         ({"coordinator_port": 0}, "coordinator_port=0"),
+        (
+            {"num_hosts": 2, "coordinator_address": "a", "host_rank": 1},
+            "host_rank=1: an engine is made on host 0",
+        ),
+        ({"ray_resources": {"TPU": 4}}, "ray_resources"),
+        ({"distributed_executor_backend": "uni"}, "distributed_executor_backend='uni'"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
