@@ -104,6 +104,18 @@ def test_prompts_go_where_their_beginning_is(url: str) -> None:
         assert min(cached[1:]) >= 76
 
 
+def test_requests_outlive_a_replica(url: str) -> None:
+    """Those that are sent to one that is gone are sent to another."""
+    import ray
+
+    named = ray.util.list_named_actors(all_namespaces=True)
+    replica = next(actor for actor in named if "#Replica#" in actor["name"])
+    ray.kill(ray.get_actor(replica["name"], namespace=replica["namespace"]))
+    for text in "abcdefgh":
+        body = {"model": "tiny", "prompt": text * 70, "max_tokens": 2}
+        assert httpx2.post(f"{url}/v1/completions", json=body, timeout=60).is_success
+
+
 def test_bad_arguments_are_named() -> None:
     from jaxllm.server.ray_serve import build_app
 
