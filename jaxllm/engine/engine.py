@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import sys
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -16,10 +15,11 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine.beam_search import BeamSearch, BeamSearchOutput
 from jaxllm.engine.chat import Conversation
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
+from jaxllm.engine.figures import engine_figures, replica_figures
 from jaxllm.engine.inputs import EngineInput, Prompt, TokensPrompt
 from jaxllm.engine.loading import EngineParts
 from jaxllm.engine.mail import Mail
-from jaxllm.engine.metrics import Metrics, choice_metrics, metric_labels
+from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.replicas import Replicas
 from jaxllm.engine.replicating import load_engine
@@ -28,7 +28,7 @@ from jaxllm.engine.sleeping import Sleep
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.parallel.hosts import HostGroup
 from jaxllm.runner.products import Products
-from jaxllm.runner.programs import program_figures
+from jaxllm.runner.programs import wait_for_all
 from jaxllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
 from pallas_kernels.paged_attention import Backend
 from pallas_kernels.registry import Choice
@@ -335,13 +335,7 @@ class Engine:
         and 0, with the reason, for each that would have been tried before it. `matmul_backend_info{...}` says
         what multiplies with weights.
         """
-        products = self._parts.products
-        return (
-            self._core.get_metrics()
-            | program_figures([core.runner.programs for core in self._cores])
-            | choice_metrics("attention_backend_info", self._parts.attention)
-            | {f"matmul_backend_info{metric_labels(backend=products.name, reason=products.reason)}": 1.0}
-        )
+        return engine_figures(self._parts)
 
     def get_replica_metrics(self) -> dict[str, dict[str, float]]:
         """The same counts, times and programs for each replica, by its number from "0" on.
@@ -349,12 +343,7 @@ class Engine:
         Where there are several, "front" has what counts for none of them: requests that wait for a replica,
         and those that ended there.
         """
-        core = self._core
-        figures = core.figures() if isinstance(core, Replicas) else {"0": core.get_metrics()}
-        for number, own in enumerate(self._cores):
-            up = {"replica_up": float(own.failure is None)}
-            figures[str(number)] |= up | program_figures([own.runner.programs])
-        return figures
+        return replica_figures(self._parts)
 
     @property
     def replica_metrics(self) -> tuple[Metrics, ...]:
@@ -369,11 +358,7 @@ class Engine:
         Raises:
             Exception: what compiling a program raised.
         """
-        end = None if timeout is None else time.monotonic() + timeout
-        return all(
-            core.runner.programs.wait(timeout=None if end is None else end - time.monotonic())
-            for core in self._cores
-        )
+        return wait_for_all([core.runner.programs for core in self._cores], timeout)
 
     @property
     def attention_backend(self) -> Choice[Backend]:

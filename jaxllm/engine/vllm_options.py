@@ -141,6 +141,8 @@ def translate(options: Mapping[str, Any]) -> dict[str, Any]:
 def _value(name: str, value: Any) -> Any:
     if name == "hf_token" and value is True:
         return None  # the token of `hf auth login`, which is what no token means here
+    if name == "distributed_executor_backend" and value == "uni":
+        return None  # one process, which is what it is on one host
     if name == "dtype":
         plain = str(value).removeprefix("torch.")
         return DTYPES.get(plain, plain)

@@ -61,12 +61,12 @@ def meet(
         host, port = config.coordinator
         if rank:
             return _join(rank, (host, port), config.num_hosts, facts, end)
-        with socket.create_server((host, port), reuse_port=False) as listener:
+        with _listen(host, port) as listener:
             return _lead(listener, host, config.num_hosts, facts, end, failed)
     if rank:
         return _join(rank, _announced(None), jax.process_count(), facts, end)
-    host = socket.gethostbyname(socket.gethostname())
-    with socket.create_server((host, 0)) as listener:
+    host = _own_address()
+    with _listen(host, 0) as listener:
         _announced(f"{host}:{listener.getsockname()[1]}")
         return _lead(listener, host, jax.process_count(), facts, end, failed)
 
@@ -173,14 +173,35 @@ def _reach(address: tuple[str, int], patience: float, end: float) -> Channel:
             time.sleep(RETRY_SECONDS)
 
 
+def _own_address() -> str:
+    """The address by which other machines reach this one: where its packets to them come from."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent; RFC 5737 keeps the address for examples
+            return probe.getsockname()[0]
+        except OSError:  # there is no way out of this machine
+            return socket.gethostbyname(socket.gethostname())
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise MeetingError(
+            f"coordinator_address: host 0 cannot listen at {host}:{port} ({error}); give one of its own"
+        ) from error
+
+
 def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as found:
+    with _listen(host, 0) as found:
         return found.getsockname()[1]
 
 
 def _initialize(host: str, port: int, num_hosts: int, rank: int) -> None:
     if not jax.distributed.is_initialized():
-        _start_jax(coordinator_address=f"{host}:{port}", num_processes=num_hosts, process_id=rank)
+        name = f"[{host}]" if ":" in host else host
+        _start_jax(coordinator_address=f"{name}:{port}", num_processes=num_hosts, process_id=rank)
 
 
 def _start_jax(**where: Any) -> None:

@@ -178,6 +178,12 @@ class Programs:
         return lowered.compile() if kept is None else kept.compile(key, lowered)
 
 
+def wait_for_all(programs: Sequence[Programs], timeout: float | None) -> bool:
+    """Waits for several sets of programs, as `Programs.wait`, for at most `timeout` seconds together."""
+    end = None if timeout is None else time.monotonic() + timeout
+    return all(own.wait(timeout=None if end is None else end - time.monotonic()) for own in programs)
+
+
 def program_figures(programs: Sequence[Programs]) -> dict[str, float]:
     """Counts of several sets of programs together, under the names of `Engine.get_metrics`."""
     return {

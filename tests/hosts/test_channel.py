@@ -157,6 +157,8 @@ def test_hosts_that_do_not_meet() -> None:
     config = {"num_hosts": 3, "coordinator_address": f"127.0.0.1:{port}"}
     with pytest.raises(MeetingError, match=rf"host 0 is not at 127\.0\.0\.1:{port}"):
         meet(ParallelConfig(**config, host_rank=1), {}, seconds=0.1)
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(MeetingError, match="cannot listen at"):
+        meet(ParallelConfig(**config), {}, seconds=0.1)
     stranger: list[bytes] = []
 
     def visit() -> None:
