@@ -1,67 +1,55 @@
-"""What a runner is told to do, as messages to hosts that do the same: everything that touches the device."""
+"""A runner's `dispatch` as a message to hosts that do the same."""
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxllm.parallel.channel import Message
+from jaxllm.runner.runner import Admission
 from jaxllm.sampling.state import RowScalars, RowSettings, RowTables
+from jaxllm.scheduler.plan import PageUpdate, RowPlan, StepPlan
 
 NUM_SCALARS = len(dataclasses.fields(RowScalars))
 NUM_TABLES = len(dataclasses.fields(RowTables))
 
 
-@dataclass(frozen=True)
-class Admit:
-    """Gives a row to a request."""
-
-    row: int
-    token_ids: np.ndarray
-    """int32, all that it knows."""
-    tables: np.ndarray
-    """int32[groups, pages], its pages from the first on; zeros beyond."""
-    settings: RowSettings
-
-
-@dataclass(frozen=True)
-class Step:
-    """Admissions, and then a step."""
-
-    bucket: int
-    """Tokens of its bucket."""
-    packed: np.ndarray
-    """int32, what `StepLayout.pack` makes."""
-    admits: tuple[Admit, ...]
-
-
-def step_message(step: Step) -> Message:
-    """A step as a message; zeros at the ends of rows are left out."""
-    arrays, admits = [step.packed], []
-    for admit in step.admits:
-        used = np.flatnonzero(np.any(admit.tables, axis=0))
-        arrays += [admit.token_ids, admit.tables[:, : used[-1] + 1 if used.size else 0]]
-        arrays += [np.asarray(leaf) for leaf in _leaves(admit.settings)]
-        admits.append([admit.row, admit.settings.tables is not None])
-    return Message("step", {"bucket": step.bucket, "admits": admits}, arrays)
-
-
-def read_step(message: Message, table_width: int) -> Step:
-    """The inverse of `step_message`.
+def dispatch_message(plan: StepPlan, admissions: Mapping[int, Admission], bucket: int) -> Message:
+    """A step as a message. Requests' names are left out: devices know rows alone.
 
     Args:
-        table_width: pages of the longest request.
+        bucket: tokens of the one that the step is to run in.
     """
-    packed, *arrays = message.arrays
-    rest, admits = iter(arrays), []
+    rows = [(row.row, row.start, row.num_tokens, row.samples) for row in plan.rows]
+    updates = [(update.row, update.group, update.index, len(update.pages)) for update in plan.page_updates]
+    pages = [page for update in plan.page_updates for page in update.pages]
+    arrays = [_integers(rows, 4), _integers(updates, 4), np.array(pages, np.int32)]
+    admits = []
+    for row, admission in admissions.items():
+        arrays.append(np.array(admission.token_ids, np.int32))
+        arrays += [np.asarray(leaf) for leaf in _leaves(admission.settings)]
+        admits.append([row, admission.settings.tables is not None])
+    return Message("dispatch", {"bucket": bucket, "admits": admits}, arrays)
+
+
+def read_dispatch(message: Message) -> tuple[StepPlan, dict[int, Admission], int]:
+    """The inverse of `dispatch_message`."""
+    rows, heads, pages, *arrays = message.arrays
+    updates, begin = [], 0
+    for row, group, index, count in heads.tolist():
+        updates.append(PageUpdate(row, group, index, tuple(pages[begin : begin + count].tolist())))
+        begin += count
+    planned = (RowPlan("", row, start, count, bool(samples)) for row, start, count, samples in rows.tolist())
+    rest, admissions = iter(arrays), {}
     for row, with_tables in message.fields["admits"]:
-        token_ids, used = next(rest), next(rest)
-        tables = np.zeros((len(used), table_width), np.int32)
-        tables[:, : used.shape[1]] = used
-        admits.append(Admit(row, token_ids, tables, _settings(rest, with_tables)))
-    return Step(message.fields["bucket"], packed, tuple(admits))
+        token_ids = next(rest).tolist()
+        admissions[row] = Admission(token_ids, _settings(rest, with_tables))
+    return StepPlan(tuple(planned), page_updates=tuple(updates)), admissions, message.fields["bucket"]
+
+
+def _integers(values: list[Any], width: int) -> np.ndarray:
+    return np.array(values, np.int32).reshape(-1, width)
 
 
 def _leaves(settings: RowSettings) -> list[Any]:

@@ -16,10 +16,11 @@ from jaxtyping import Array
 
 from jaxllm.parallel.channel import Message
 from jaxllm.parallel.hosts import HostGroup, HostLostError
-from jaxllm.runner.calls import Step, read_step, step_message
+from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.calls import dispatch_message, read_dispatch
 from jaxllm.runner.lowering import Lowering
 from jaxllm.runner.programs import Programs
-from jaxllm.runner.runner import Admission, DeviceState, DispatchedStep, Runner, StartedStep
+from jaxllm.runner.runner import Admission, DeviceState, DispatchedStep, Runner
 from jaxllm.runner.step import Logprobs
 from jaxllm.scheduler.plan import StepPlan
 
@@ -77,21 +78,25 @@ class LeadingRunner(Runner):
         self.hosts = hosts
 
     def dispatch(
-        self, plan: StepPlan, admissions: Mapping[int, Admission], *, scores: bool = False
+        self,
+        plan: StepPlan,
+        admissions: Mapping[int, Admission],
+        *,
+        scores: bool = False,
+        bucket: Bucket | None = None,
     ) -> DispatchedStep:
-        """As `Runner.dispatch`; reading the step raises HostLostError once a host is lost."""
-        step = super().dispatch(plan, admissions, scores=scores)
+        """As `Runner.dispatch`, on all hosts; reading the step raises HostLostError once one is lost."""
+        found = bucket or self._choose_bucket(plan.num_tokens, scores=scores)
+        told = dispatch_message(plan, admissions, found.tokens)
+        dispatch = super().dispatch
+        step = self._on_all(told, lambda: dispatch(plan, admissions, scores=scores, bucket=found))
         return WatchedStep(**_fields(step), hosts=self.hosts)
 
-    def start(self, step: Step) -> StartedStep:
-        """As `Runner.start`, on all hosts."""
-        return self._on_all(step_message(step), lambda: super(LeadingRunner, self).start(step))
-
-    def logprobs(self, step: StartedStep) -> Logprobs:
+    def logprobs(self, step: DispatchedStep) -> Logprobs:
         """As `Runner.logprobs`, of the step started last."""
         return self._on_all(Message("logprobs"), lambda: super(LeadingRunner, self).logprobs(step))
 
-    def score(self, step: StartedStep, targets: Mapping[int, int]) -> Logprobs:
+    def score(self, step: DispatchedStep, targets: Mapping[int, int]) -> Logprobs:
         """As `Runner.score`, of the step started last."""
         told = Message("score", {"targets": [list(targets), list(targets.values())]})
         return self._on_all(told, lambda: super(LeadingRunner, self).score(step, targets))
@@ -157,15 +162,17 @@ def follow(runner: Runner, hosts: HostGroup, load: Callable[[], tuple[Array, ...
     Raises:
         HostLostError: a host is gone or has failed, this one included.
     """
-    step: StartedStep | None = None
+    step: DispatchedStep | None = None
     while (message := hosts.receive()).kind != "bye":
         try:
             match message.kind, step:
-                case "step", _:
-                    step = runner.start(read_step(message, runner.lowering.sizes.table_width))
-                case "logprobs", StartedStep():
+                case "dispatch", _:
+                    plan, admissions, tokens = read_dispatch(message)
+                    bucket = runner.lowering.buckets.fit(tokens)
+                    step = runner.dispatch(plan, admissions, bucket=bucket)
+                case "logprobs", DispatchedStep():
                     runner.logprobs(step)
-                case "score", StartedStep():
+                case "score", DispatchedStep():
                     ids, targets = message.fields["targets"]
                     runner.score(step, dict(zip(ids, targets, strict=True)))
                 case "reset", _:

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxllm.runner.buckets import Bucket
-from jaxllm.runner.calls import Admit, Step
 from jaxllm.runner.host_copy import HostCopy
 from jaxllm.runner.lowering import Lowering, step_programs
 from jaxllm.runner.programs import Programs
@@ -74,7 +73,12 @@ class Runner:
         return self._params or ()
 
     def dispatch(
-        self, plan: StepPlan, admissions: Mapping[int, Admission], *, scores: bool = False
+        self,
+        plan: StepPlan,
+        admissions: Mapping[int, Admission],
+        *,
+        scores: bool = False,
+        bucket: Bucket | None = None,
     ) -> "DispatchedStep":
         """Starts a step.
 
@@ -82,31 +86,23 @@ class Runner:
             plan: with at least one row.
             admissions: for each row that the plan gives to a request, that request.
             scores: `score` will be called with it.
+            bucket: that it runs in; by default the best one.
         """
         whole, grown = _split_updates(plan, admissions)
-        admits = tuple(self._admit(row, admission, whole[row]) for row, admission in admissions.items())
-        bucket = self._choose_bucket(plan.num_tokens, scores=scores)
-        step = Step(bucket.tokens, self.lowering.step_layout(bucket).pack(plan, grown), admits)
+        for row, admission in admissions.items():
+            self._admit(row, admission, whole[row])
+        bucket = bucket or self._choose_bucket(plan.num_tokens, scores=scores)
+        packed = self.lowering.step_layout(bucket).pack(plan, grown)
         packed_at = time.perf_counter()
-        started = self.start(step)
-        started.tokens.copy_to_host_async()
-        return DispatchedStep(started.forward, started.tokens, plan, packed_at)
-
-    def start(self, step: Step) -> "StartedStep":
-        """Starts a step that has been packed."""
-        for admit in step.admits:
-            self._load_row(admit)
         rows = self._rows
         assert rows is not None
-        bucket = self.lowering.buckets.fit(step.bucket)
         forward = self.programs["forward", bucket.tokens]
-        self._cache, tables, output = forward(
-            self._params, self._cache, rows.tables, rows.tokens, step.packed
-        )
+        self._cache, tables, output = forward(self._params, self._cache, rows.tables, rows.tokens, packed)
         sample = self.programs["sample", bucket.sampled]
         tokens, state, sampled = sample(rows.tokens, rows.sampler, output.logits, output.rows, output.lengths)
         self._rows = DeviceRows(tokens, tables, state)
-        return StartedStep(output, sampled)
+        sampled.copy_to_host_async()
+        return DispatchedStep(plan, output, sampled, packed_at)
 
     def _choose_bucket(self, num_tokens: int, *, scores: bool) -> Bucket:
         """The smallest bucket whose programs are there and that holds so many tokens."""
@@ -119,24 +115,21 @@ class Runner:
         there = (b for b in fitting if all(key in self.programs for key in step_programs(b)))
         return next(there, buckets.largest)
 
-    def _admit(self, row: int, admission: Admission, updates: Sequence[PageUpdate]) -> Admit:
+    def _admit(self, row: int, admission: Admission, updates: Sequence[PageUpdate]) -> None:
         groups, _, columns = self.lowering.table_shape
         tables = np.zeros((groups, columns), np.int32)
         for update in updates:
             tables[update.group, update.index : update.index + len(update.pages)] = update.pages
-        return Admit(row, np.array(admission.token_ids, np.int32), tables, admission.settings)
-
-    def _load_row(self, admit: Admit) -> None:
         tokens = np.zeros(self.lowering.sizes.max_model_len + 1, np.int32)
-        tokens[: len(admit.token_ids)] = admit.token_ids
-        program = self.programs["admit", admit.settings.tables is not None]
-        self._rows = program(self._rows, np.int32(admit.row), tokens, admit.tables, admit.settings)
+        tokens[: len(admission.token_ids)] = admission.token_ids
+        admit = self.programs["admit", admission.settings.tables is not None]
+        self._rows = admit(self._rows, np.int32(row), tokens, tables, admission.settings)
 
-    def logprobs(self, step: "StartedStep") -> Logprobs:
+    def logprobs(self, step: "DispatchedStep") -> Logprobs:
         """Logprobs of the step's sampled tokens, of the model's own distribution."""
         return self.programs["logprobs", len(step.tokens)](step.forward.logits, step.tokens)
 
-    def score(self, step: "StartedStep", targets: Mapping[int, int]) -> Logprobs:
+    def score(self, step: "DispatchedStep", targets: Mapping[int, int]) -> Logprobs:
         """Logprobs of given tokens: `targets` maps a token's index in the flat batch to the one after it."""
         ids = np.zeros(len(step.forward.hidden), np.int32)
         ids[list(targets)] = list(targets.values())
@@ -146,7 +139,7 @@ class Runner:
         """Frees the device: pages and rows are dropped, weights go to the host's memory or are dropped."""
         if keep_weights:
             self._kept = [HostCopy.of(array) for array in self.params]
-        self.free()
+        self._free()
 
     def reset(self) -> None:
         """Starts over with empty pages and rows, after a step has failed that may have taken the old ones."""
@@ -165,10 +158,9 @@ class Runner:
     def close(self) -> None:
         """Frees all device memory. The runner is of no use afterwards."""
         self.programs.close()
-        self.free()
+        self._free()
 
-    def free(self) -> None:
-        """Drops weights, pages and rows."""
+    def _free(self) -> None:
         self._drop((self._params, self._cache, self._rows))
         self._params = self._cache = self._rows = None
 
@@ -180,19 +172,13 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class StartedStep:
-    """What a step leaves on the device."""
+class DispatchedStep:
+    """A step that the device has been given."""
 
+    plan: StepPlan
     forward: Forward
     tokens: Array
     """int32, for each row of the step the token sampled."""
-
-
-@dataclass(frozen=True)
-class DispatchedStep(StartedStep):
-    """A step of a plan that the device has been given."""
-
-    plan: StepPlan
     packed_at: float
     """When the host had made all ready that the programs take, on the clock of `time.perf_counter`."""
 

@@ -16,10 +16,12 @@ from jaxllm.parallel import hosts as hosts_module
 from jaxllm.parallel.channel import Channel, ChannelClosedError, Message
 from jaxllm.parallel.hosts import HostGroup, HostLostError
 from jaxllm.parallel.meeting import MeetingError, meet
-from jaxllm.runner.calls import Admit, Step, read_step, step_message
+from jaxllm.runner.calls import dispatch_message, read_dispatch
+from jaxllm.runner.runner import Admission
 from jaxllm.sampling import SamplingParams
 from jaxllm.sampling.settings import row_settings
 from jaxllm.sampling.state import SamplerConfig
+from jaxllm.scheduler.plan import PageUpdate, RowPlan, StepPlan
 
 
 @pytest.fixture
@@ -52,21 +54,25 @@ def test_messages_arrive_as_they_were_sent(pair: tuple[Channel, Channel]) -> Non
 )
 def test_steps_arrive_as_they_were_sent(params: dict[str, Any], pair: tuple[Channel, Channel]) -> None:
     settings = row_settings(SamplerConfig(50), SamplingParams(**params), seed=2**60, prompt_token_ids=[1, 2])
-    tables = np.zeros((2, 9), np.int32)
-    tables[1, :3] = 4, 5, 6
-    admit = Admit(3, np.array([7, 8], np.int32), tables, settings)
-    step = Step(16, np.arange(40, dtype=np.int32), (admit, admit))
-    pair[0].send(step_message(step))
-    found = read_step(pair[1].receive(), table_width=9)
-    np.testing.assert_equal(vars(found) | {"admits": None}, vars(step) | {"admits": None})
-    for got in found.admits:
-        assert got.row == 3
-        np.testing.assert_array_equal(got.token_ids, admit.token_ids)
-        np.testing.assert_array_equal(got.tables, tables)
-        assert (got.settings.tables is None) == (not params)
-        np.testing.assert_equal(vars(got.settings.scalars), vars(settings.scalars))
-        if got.settings.tables is not None and settings.tables is not None:
-            np.testing.assert_equal(vars(got.settings.tables), vars(settings.tables))
+    rows = (RowPlan("a", 3, 0, 2, True), RowPlan("b", 0, 7, 1, False))
+    plan = StepPlan(rows, ("a",), (PageUpdate(3, 0, 0, (4, 5)), PageUpdate(0, 1, 2, (6,))))
+    pair[0].send(dispatch_message(plan, {3: Admission((7, 8), settings)}, 16))
+    found, admissions, bucket = read_dispatch(pair[1].receive())
+    assert bucket == 16
+    assert found.rows == tuple(row._replace(request_id="") for row in rows)
+    assert found.page_updates == plan.page_updates
+    [(row, admission)] = admissions.items()
+    assert (row, list(admission.token_ids)) == (3, [7, 8])
+    assert (admission.settings.tables is None) == (not params)
+    np.testing.assert_equal(vars(admission.settings.scalars), vars(settings.scalars))
+    if admission.settings.tables is not None and settings.tables is not None:
+        np.testing.assert_equal(vars(admission.settings.tables), vars(settings.tables))
+
+
+def test_a_step_without_news_arrives(pair: tuple[Channel, Channel]) -> None:
+    plan = StepPlan((RowPlan("", 1, 5, 1, True),))
+    pair[0].send(dispatch_message(plan, {}, 2))
+    assert read_dispatch(pair[1].receive()) == (plan, {}, 2)
 
 
 @pytest.mark.parametrize(
