@@ -17,7 +17,7 @@ DEMO_WEIGHTS := $(shell sed -n 's/^demo = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test interpret spread asan aot run-aot parity run-parity clients run-clients goldens run-goldens lint format typecheck imports notebooks dev clean ui fuzz
+.PHONY: help demo test interpret spread asan aot run-aot parity run-parity clients run-clients ray run-ray goldens run-goldens lint format typecheck imports notebooks dev clean ui fuzz
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -72,6 +72,13 @@ clients:  ## ask a server with openai's, Anthropic's, LangChain's, ... clients, 
 run-clients: $(VENV)/.has-test $(VENV)/.has-clients
 	$(PYTEST) -m clients -W default tests/clients $(ARGS)
 
+# Ray brings versions of its own of what the server needs.
+ray:  ## run engines and servers on a cluster of Ray on this machine, in .venv-ray
+	$(MAKE) run-ray VENV=$(VENV)-ray
+
+run-ray: $(VENV)/.has-test $(VENV)/.has-ray
+	$(PYTEST) -m ray tests/ray_cluster $(ARGS)
+
 goldens:  ## make the golden files again with transformers, in .venv-parity (installs torch)
 	$(MAKE) run-goldens VENV=$(VENV)-parity
 
@@ -100,7 +107,7 @@ dev: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-ui $(VENV)/.has-dev $(VENV
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) $(VENV)-aot $(VENV)-parity $(VENV)-clients $(VENV)-fuzz .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-aot $(VENV)-parity $(VENV)-clients $(VENV)-fuzz $(VENV)-ray .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' || { \

@@ -6,7 +6,7 @@ written once: here. `EngineConfig.create(model, **options)` takes every field of
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, get_args, get_type_hints
@@ -15,6 +15,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
 Policy = Literal["fcfs", "priority"]
 ExpertExchange = Literal["auto", "sum", "all_to_all"]
+ExecutorBackend = Literal["mp", "ray"]
 
 
 def option(default: Any, help: str, *, flag: bool = True) -> Any:
@@ -133,12 +134,62 @@ class ParallelConfig:
         "or each sends its share of the tokens; 'auto' sends on TPU",
     )
     pipeline_parallel_size: int = option(1, "groups of those, each with a run of the layers and its pages")
+    data_parallel_size: int = option(
+        1, "replicas of the model, each on devices of its own, that share the requests"
+    )
+
+    num_hosts: int = option(
+        1, "hosts that run one engine together, with a process on each; 0: those that jax finds (TPU pods)"
+    )
+    host_rank: int = option(0, "number of this host; host 0 plans and serves, the others follow it")
+    coordinator_address: str | None = option(
+        None, "name or address of host 0, with or without a port, where the hosts meet"
+    )
+    coordinator_port: int = option(29501, "port there, where the address has none")
+    distributed_executor_backend: ExecutorBackend = option(
+        "mp", "who starts the other hosts' processes: you ('mp'), or Ray, on nodes of its cluster ('ray')"
+    )
+    ray_resources: Mapping[str, float] | None = option(
+        None, 'what Ray reserves on each of the other hosts, such as {"TPU": 4} (default: one CPU)'
+    )
 
     def __post_init__(self) -> None:
         _positive("tensor_parallel_size", self.tensor_parallel_size)
         _positive("expert_parallel_size", self.expert_parallel_size)
         _one_of("expert_exchange", self.expert_exchange, ExpertExchange)
         _positive("pipeline_parallel_size", self.pipeline_parallel_size)
+        _positive("data_parallel_size", self.data_parallel_size)
+        _require(self.num_hosts >= 0, "num_hosts", self.num_hosts, "0 or a count")
+        most = max(self.num_hosts - 1, 0)
+        _require(0 <= self.host_rank <= most, "host_rank", self.host_rank, f"0 to {most} (num_hosts - 1)")
+        _require(0 < self.coordinator_port < 65536, "coordinator_port", self.coordinator_port, "1 to 65535")
+        _one_of("distributed_executor_backend", self.distributed_executor_backend, ExecutorBackend)
+        ray = self.distributed_executor_backend == "ray"
+        _require(
+            ray or self.ray_resources is None, "ray_resources", self.ray_resources, "left out without Ray"
+        )
+        given = self.coordinator_address is not None or ray
+        _require(
+            given or self.num_hosts < 2, "coordinator_address", None, "given when num_hosts is more than one"
+        )
+        one = self.num_hosts == 1 or self.data_parallel_size == 1
+        _require(
+            one, "data_parallel_size", self.data_parallel_size, "1 with several hosts; serve replicas apart"
+        )
+
+    @property
+    def replica_size(self) -> int:
+        """Devices of each replica."""
+        return self.tensor_parallel_size * self.expert_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def coordinator(self) -> tuple[str, int]:
+        """Where the hosts meet: address and port."""
+        address = self.coordinator_address or "127.0.0.1"
+        host, separator, port = address.rpartition(":")
+        if separator and port.isdecimal() and (":" not in host or host.endswith("]")):
+            return host.strip("[]"), int(port)
+        return address.strip("[]"), self.coordinator_port
 
 
 class AttentionBackend(Protocol):

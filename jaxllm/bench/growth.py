@@ -146,7 +146,7 @@ def decode(session: Session, rows: int, prompt_len: int, *, waiting: int = 0) ->
 
 def _decode_steps(session: Session, rows: int, prompt_len: int) -> int:
     """Output tokens: enough for `DECODE_STEPS` steps of all rows, after the steps that the prompts take."""
-    sizes = session.parts.core.runner.lowering.sizes
+    sizes = session.parts.cores[0].runner.lowering.sizes
     prefills = -(-rows * prompt_len // sizes.max_num_batched_tokens)
     return min(DECODE_STEPS + 2 * prefills + 2, sizes.max_model_len - prompt_len)
 

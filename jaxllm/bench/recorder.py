@@ -1,5 +1,6 @@
 """Metrics that keep every value, where the engine's own keep histograms: for runs that end."""
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,14 +12,14 @@ from jaxllm.scheduler.scheduler import Scheduler
 
 @dataclass
 class Recording:
-    """What happened while one set of requests ran.
+    """What happened while one set of requests ran. Several replicas may write to it at a time.
 
     Attributes:
         requests: one for each request, in order of arrival.
         token_latencies: seconds from each token to the next of the same request.
         token_times: when each token reached the host, on the engine's clock.
         turns: of the step loop.
-        pages: after each turn the pages that requests held.
+        pages: after each turn the pages that requests held, on the replica whose turn it was.
         waste: after each turn the share of their slots that held no token.
     """
 
@@ -28,6 +29,7 @@ class Recording:
     turns: list[StepTimes] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     waste: list[float] = field(default_factory=list)
+    writing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def steps(self) -> list[StepTimes]:
@@ -76,6 +78,7 @@ class Recorder(Metrics):
         super().step_done(times)
         if times.num_rows or times.wait:
             stats = self._scheduler.stats()
-            self.recording.turns.append(times)
-            self.recording.pages.append(stats.cache.num_used)
-            self.recording.waste.append(stats.waste)
+            with self.recording.writing:
+                self.recording.turns.append(times)
+                self.recording.pages.append(stats.cache.num_used)
+                self.recording.waste.append(stats.waste)

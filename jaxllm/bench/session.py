@@ -17,7 +17,9 @@ from jaxllm.bench.workload import Item
 from jaxllm.config import EngineConfig
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.inputs import Prompt
-from jaxllm.engine.loading import EngineParts, load_parts
+from jaxllm.engine.loading import EngineParts
+from jaxllm.engine.replicas import Replicas
+from jaxllm.engine.replicating import load_engine
 from jaxllm.engine.step_clock import PARTS
 from jaxllm.sampling.params import SamplingParams
 
@@ -98,13 +100,19 @@ class Session:
     def __init__(self, model: str, *, wait: bool = True, **options: Any) -> None:
         """Loads a model; `wait` for all of its programs, or measure as soon as it can serve."""
         begin = time.perf_counter()
-        self.parts: EngineParts = load_parts(EngineConfig.create(model, **options))
+        self.parts: EngineParts = load_engine(EngineConfig.create(model, **options))
         self.engine = Engine(self.parts)
         self.load_seconds = time.perf_counter() - begin
         if wait:
             self.engine.wait_for_programs()
-        self.recorder = Recorder(self.parts.core.scheduler)
-        self.parts.core.metrics = self.recorder
+        self._recorders = [Recorder(core.scheduler) for core in self.parts.cores]
+        for core, recorder in zip(self.parts.cores, self._recorders, strict=True):
+            core.metrics = recorder
+        if isinstance(self.parts.core, Replicas):
+            self.parts.core.arrivals = Recorder(self.parts.cores[0].scheduler)
+            self._recorders.insert(0, self.parts.core.arrivals)
+        self.recorder = self._recorders[0]
+        """The one that requests arrive at."""
 
     @property
     def vocab_size(self) -> int:
@@ -157,8 +165,10 @@ class Session:
     def start_recording(self, *, keep_cache: bool = False) -> Recording:
         if not keep_cache:
             self.engine.reset_prefix_cache()
-        self.recorder.recording = Recording()
-        return self.recorder.recording
+        recording = Recording()
+        for recorder in self._recorders:
+            recorder.recording = recording
+        return recording
 
     def about(self) -> dict[str, Any]:
         """The engine itself: programs, pages, memory, and the device."""

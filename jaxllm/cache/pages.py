@@ -1,6 +1,7 @@
 """The pool of pages: how many hold each, and which freed ones can be found again by what they hold."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import compress
 from operator import not_
@@ -14,7 +15,7 @@ Key = tuple[int, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """How full the pool is, run by run of neighbouring pages.
+    """How full pools are, run by run of neighbouring pages.
 
     run: pages of a run; the last one may have fewer.
     used, cached: for each run how many of its pages are in that state; the others are free.
@@ -23,6 +24,27 @@ class Occupancy:
     run: int
     used: tuple[int, ...]
     cached: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pools: Iterable["PagePool"], most_runs: int) -> "Occupancy":
+        """How full each of at most `most_runs` runs of pages is, for a picture; pools follow one another.
+
+        Another thread may ask: it holds no lock and works on copies, so that a page which changes hands just
+        then may be counted in its old state. 65,536 pages take 2 ms.
+        """
+        references: list[int] = []
+        keys: list[Key | None] = []
+        for pool in pools:
+            references += pool._references[1:]
+            keys += pool._keys[1:]
+        run = -(-len(references) // most_runs)
+        used, cached = [], []
+        for begin in range(0, len(references), run):
+            holders = references[begin : begin + run]
+            idle = list(compress(keys[begin : begin + run], map(not_, holders)))
+            used.append(len(holders) - len(idle))
+            cached.append(len(idle) - idle.count(None))
+        return cls(run, tuple(used), tuple(cached))
 
 
 class PagePool:
@@ -84,22 +106,6 @@ class PagePool:
     def find(self, key: Key) -> int | None:
         """The page that holds what `key` names, or None. The page may be used or cached."""
         return self._found.get(key)
-
-    def occupancy(self, most_runs: int) -> Occupancy:
-        """How full each of at most `most_runs` runs of pages is, for a picture.
-
-        Another thread may ask: it holds no lock and works on copies, so that a page which changes hands just
-        then may be counted in its old state. 65,536 pages take 2 ms.
-        """
-        references, keys = self._references[1:], self._keys[1:]
-        run = -(-len(references) // most_runs)
-        used, cached = [], []
-        for begin in range(0, len(references), run):
-            holders = references[begin : begin + run]
-            idle = list(compress(keys[begin : begin + run], map(not_, holders)))
-            used.append(len(holders) - len(idle))
-            cached.append(len(idle) - idle.count(None))
-        return Occupancy(run, tuple(used), tuple(cached))
 
     def allocate(self, count: int) -> list[int]:
         """Takes pages, each with one reference. Cached pages that are taken can no longer be found.

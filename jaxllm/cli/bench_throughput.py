@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from jaxllm.cli.bench_options import add_length_flags, add_report_flags, add_rounds_flag, print_report, rate
+from jaxllm.cli.following import follow_if_told
 from jaxllm.cli.options import add_engine_flags, engine_options
 
 
@@ -36,6 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
     options = engine_options(arguments)
     if arguments.dataset and (arguments.num_prompts or arguments.input_len):
         arguments.usage_error("--dataset brings its own prompts: leave out --num-prompts and --input-len")
+
+    if follow_if_told(arguments.model, options):
+        return 0
 
     from jaxllm.bench import throughput, workload
     from jaxllm.bench.picture import check_plots, draw_run

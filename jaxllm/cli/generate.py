@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.cli.figures import Figures
+from jaxllm.cli.following import follow_if_told
 from jaxllm.cli.options import (
     add_engine_flags,
     add_sampling_flags,
@@ -42,6 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = arguments.prompts or [sys.stdin.read()]
     if len(prompts) == sampling.get("n", 1) == 1:
         options.setdefault("max_num_seqs", 1)  # fewer programs to compile than for a batch
+
+    if follow_if_told(arguments.model, options):
+        return 0
 
     from jaxllm import Engine
 

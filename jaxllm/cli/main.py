@@ -58,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(f"jaxllm {command}: {str(error) or type(error).__name__}", file=sys.stderr)
+        if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+            # At its end jax would wait for other hosts, which do not come any more.
+            sys.stderr.flush()
+            os._exit(1)
         return 1
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from jaxllm.cli.flags import add_flags, flag_name, given
+from jaxllm.cli.following import follow_if_told
 from jaxllm.cli.options import add_engine_flags, engine_options
 from jaxllm.config import EngineConfig, option_fields
 from jaxllm.engine.vllm_options import COMBINED, MEANINGLESS, REFUSED, translate
@@ -59,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.usage_error(str(error))
         raise  # not reached: a usage error ends the program
 
+    if follow_if_told(str(model), options):
+        return 0
     try:
         from jaxllm.server.run import run as serve
     except ModuleNotFoundError as error:

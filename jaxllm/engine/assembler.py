@@ -78,6 +78,15 @@ class OutputAssembler:
         """Whether all samples have finished."""
         return not self._unfinished
 
+    @property
+    def num_scored(self) -> int:
+        """Leading prompt tokens whose logprobs are there, the first, which has none, included."""
+        return len(self._prompt_token_ids if self._prompt_logprobs is None else self._prompt_logprobs)
+
+    def token_ids(self, index: int) -> Sequence[int]:
+        """The tokens that a sample has got so far."""
+        return self._samples[index].token_ids
+
     def add_tokens(
         self,
         index: int,

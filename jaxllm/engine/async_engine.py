@@ -20,12 +20,13 @@ from jaxllm.engine.chat import Conversation
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.inputs import EngineInput, Prompt, TokensPrompt
-from jaxllm.engine.loading import load_parts
 from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.output_stream import OutputStream, post
 from jaxllm.engine.outputs import RequestOutput
+from jaxllm.engine.replicating import load_engine
 from jaxllm.engine.restarts import RestartBudget
 from jaxllm.engine.vocabulary import Vocabulary
+from jaxllm.parallel.hosts import HostGroup
 from jaxllm.sampling import SamplingParams
 from jaxllm.structured.compiler import COMPILE_SECONDS, LATE
 
@@ -73,7 +74,7 @@ class AsyncEngine:
     @classmethod
     def from_pretrained(cls, model: str, *, mesh: Mesh | None = None, **options: Any) -> Self:
         """Loads a model; arguments and errors are those of `Engine.from_pretrained`."""
-        return cls(Engine(load_parts(EngineConfig.create(model, **options), mesh)))
+        return cls(Engine(load_engine(EngineConfig.create(model, **options), mesh)))
 
     # Requests
 
@@ -189,6 +190,11 @@ class AsyncEngine:
         return "sleeping" if self._engine.is_sleeping else "running"
 
     @property
+    def hosts(self) -> HostGroup | None:
+        """See `Engine.hosts`."""
+        return self._engine.hosts
+
+    @property
     def config(self) -> EngineConfig:
         """What the engine was told."""
         return self._engine.config
@@ -225,6 +231,15 @@ class AsyncEngine:
     def get_metrics(self) -> dict[str, float]:
         """See `Engine.get_metrics`."""
         return self._engine.get_metrics()
+
+    def get_replica_metrics(self) -> dict[str, dict[str, float]]:
+        """See `Engine.get_replica_metrics`."""
+        return self._engine.get_replica_metrics()
+
+    @property
+    def replica_metrics(self) -> tuple[Metrics, ...]:
+        """See `Engine.replica_metrics`. Numbers may change while they are read."""
+        return self._engine.replica_metrics
 
     def page_occupancy(self, most_runs: int) -> Occupancy:
         """See `Engine.page_occupancy`."""
@@ -317,7 +332,7 @@ class AsyncEngine:
         logger.error("the step loop has failed; all requests end with errors", exc_info=error)
         self._restarting = True
         self._tell_all(error)
-        while self._restarts.take():
+        while self._engine.can_restart and self._restarts.take():
             try:
                 self._engine.restart()
             except Exception as again:

@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Sequence
 
 from jaxllm.engine.assembler import OutputAssembler
-from jaxllm.engine.constraint import Constraint, Masks
+from jaxllm.engine.constraint import Masks
 from jaxllm.engine.in_flight import InFlight, NewTokens
 from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.metrics import EngineState, Metrics
 from jaxllm.engine.outputs import FinishReason, RequestOutput
-from jaxllm.engine.sample import HeldRow, Sample, held_rows, prompts_to_score
+from jaxllm.engine.sample import HeldRow, Sample, held_rows, make_samples, prompts_to_score
 from jaxllm.engine.step_clock import StepClock
 from jaxllm.engine.step_logprobs import StepLogprobs
 from jaxllm.engine.vocabulary import Vocabulary
@@ -20,7 +20,7 @@ from jaxllm.runner.stage import RowMasks
 from jaxllm.sampling.settings import row_settings
 from jaxllm.sampling.state import RowSettings
 from jaxllm.scheduler.plan import RowPlan, StepPlan
-from jaxllm.scheduler.request import Request, RequestStatus
+from jaxllm.scheduler.request import RequestStatus
 from jaxllm.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.metrics = Metrics()
         self.vocabulary = vocabulary
-        self._depth = depth
+        self.depth = depth
         self._random = random.Random(seed)
         self._samples: dict[str, Sample] = {}
         self._requests: dict[str, list[Sample]] = {}
@@ -115,41 +115,41 @@ class EngineCore:
         """
         if request_id in self._requests:
             raise ValueError(f"request_id={request_id!r}: an unfinished request has this id; choose another")
-        params = input.params
-        seed = self._random.getrandbits(64) if params.seed is None else params.seed
-        assembler = OutputAssembler(request_id, input, self.vocabulary)
-        samples = [
-            Sample(self._request(request_id, index, input), index, seed + index, assembler)
-            for index in range(params.n)
-        ]
-        self._settings(samples[0])  # refuses what a row has no room for
-        try:
-            for sample in samples:
-                self.scheduler.add(sample.request)
-                if input.grammar is not None:
-                    sample.constraint = Constraint(input, self.runner.lowering.sampler.vocab_size)
-        except Exception:
-            for sample in samples:
-                self.scheduler.finish(sample.request.request_id, RequestStatus.FINISHED_ERROR)
-            raise
-        self._samples.update((sample.request.request_id, sample) for sample in samples)
-        self._requests[request_id] = samples
-        assembler.metrics = self.metrics.request_arrived(len(input.prompt_token_ids))
-        if input.num_prompt_logprobs is not None:
-            self._scoring.add(request_id)
-        if input.grammar is not None:
-            self._constrained.add(request_id)
+        seed = self._random.getrandbits(64) if input.params.seed is None else input.params.seed
+        samples = self.make(request_id, input, seed)
+        self.adopt(samples)
+        samples[0].assembler.metrics = self.metrics.request_arrived(len(input.prompt_token_ids))
 
-    def _request(self, request_id: str, index: int, input: EngineInput) -> Request:
-        wants_scores = index == 0 and input.num_prompt_logprobs is not None
-        return Request(
-            request_id if input.params.n == 1 else f"{request_id}/{index}",
-            input.prompt_token_ids,
-            input.max_tokens,
-            priority=input.priority,
-            cache_salt=input.cache_salt,
-            skip_prefix_cache=wants_scores or bool(input.params.skip_reading_prefix_cache),
-        )
+    def make(self, request_id: str, input: EngineInput, seed: int) -> list[Sample]:
+        """A request's samples, for `adopt` of this core or of another like it.
+
+        Raises:
+            ValueError: the request can never fit, or needs more than a row has room for.
+        """
+        assembler = OutputAssembler(request_id, input, self.vocabulary)
+        samples = make_samples(assembler, seed, self.runner.lowering.sampler.vocab_size)
+        self._settings(samples[0])  # the samples are alike: what refuses one refuses the first
+        self.scheduler.check_fits(samples[0].request)
+        return samples
+
+    def adopt(self, samples: Sequence[Sample]) -> None:
+        """Takes a request that `make` made, all of its samples or none.
+
+        Raises:
+            ValueError: an unfinished sample of another request has the id of one of these.
+        """
+        for sample in samples:
+            if (name := sample.request.request_id) in self._samples:
+                raise ValueError(f"request_id={name!r}: an unfinished request has this id; choose another")
+        for sample in samples:
+            self.scheduler.add(sample.request)
+            self._samples[sample.request.request_id] = sample
+        assembler = samples[0].assembler
+        self._requests[assembler.request_id] = list(samples)
+        if assembler.input.num_prompt_logprobs is not None:
+            self._scoring.add(assembler.request_id)
+        if assembler.input.grammar is not None:
+            self._constrained.add(assembler.request_id)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> RequestOutput | None:
         """Ends a request and gives its last output; None if no unfinished request has this id."""
@@ -194,7 +194,7 @@ class EngineCore:
     def _run(self, plan: StepPlan, outputs: list[RequestOutput]) -> None:
         if plan.rows:
             self._dispatch(plan, outputs)
-        if self._in_flight and (not plan.rows or len(self._in_flight) > self._depth):
+        if self._in_flight and (not plan.rows or len(self._in_flight) > self.depth):
             self._give_out(*self._read(self._in_flight.popleft()), outputs)
 
     def _recover(self, error: Exception) -> list[RequestOutput]:
@@ -226,6 +226,7 @@ class EngineCore:
         self._clock = StepClock()
         self.runner.reset()
         self._failures_in_a_row, self.failure = 0, None
+        self.metrics.engine_restarted()
 
     def drain(self) -> None:
         """Waits for the steps in flight, which work for requests that have all ended."""

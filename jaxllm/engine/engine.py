@@ -16,15 +16,20 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine.beam_search import BeamSearch, BeamSearchOutput
 from jaxllm.engine.chat import Conversation
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
+from jaxllm.engine.figures import engine_figures, replica_figures
 from jaxllm.engine.inputs import EngineInput, Prompt, TokensPrompt
-from jaxllm.engine.loading import EngineParts, load_parts
+from jaxllm.engine.loading import EngineParts
 from jaxllm.engine.mail import Mail
-from jaxllm.engine.metrics import Metrics, choice_metrics, metric_labels
+from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.outputs import RequestOutput
+from jaxllm.engine.replicas import Replicas
+from jaxllm.engine.replicating import load_engine
 from jaxllm.engine.scoring import SCORING_PARAMS, PromptScore, prompt_score
 from jaxllm.engine.sleeping import Sleep
 from jaxllm.engine.vocabulary import Vocabulary
+from jaxllm.parallel.hosts import HostGroup
 from jaxllm.runner.products import Products
+from jaxllm.runner.programs import wait_for_all
 from jaxllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
 from pallas_kernels.paged_attention import Backend
 from pallas_kernels.registry import Choice
@@ -55,7 +60,8 @@ class Engine:
         self._inputs = parts.inputs
         self._ids = itertools.count()
         self._mail = Mail(parts.core)
-        self._sleep = Sleep(parts.core, parts.load_weights)
+        self._cores = parts.cores
+        self._sleep = Sleep(parts.core, parts.cores, parts.load_weights)
         self._closed = False
 
     @classmethod
@@ -75,7 +81,7 @@ class Engine:
             TypeError: an unknown option, or an attention kernel that is none.
             ValueError: an option out of range, or one that does not suit the model or the machine.
         """
-        return cls(load_parts(EngineConfig.create(model, **options), mesh))
+        return cls(load_engine(EngineConfig.create(model, **options), mesh))
 
     @classmethod
     def plan(cls, model: str, target: str, **options: Any) -> "Plan":
@@ -315,12 +321,12 @@ class Engine:
 
     @property
     def max_num_seqs(self) -> int:
-        """Most requests in a step."""
-        return self._core.scheduler.max_num_seqs
+        """Most requests that run at a time, on all replicas together."""
+        return sum(core.scheduler.max_num_seqs for core in self._cores)
 
     @property
     def metrics(self) -> Metrics:
-        """What is counted and timed; `get_metrics` gives it as numbers."""
+        """What is counted and timed, of several replicas until now; `get_metrics` gives it as numbers."""
         return self._core.metrics
 
     @property
@@ -348,31 +354,30 @@ class Engine:
         and 0, with the reason, for each that would have been tried before it. `matmul_backend_info{...}` says
         what multiplies with weights, `bucket_steps_total{tokens=...}` how often programs of which size ran.
         """
-        programs, products = self._core.runner.programs, self._parts.products
-        return (
-            self._core.get_metrics()
-            | {
-                "programs": float(len(programs)),
-                "programs_pending": float(programs.num_pending),
-                "programs_loaded": float(programs.num_loaded),
-                "programs_compiled_late_total": float(programs.compiled_late),
-                "compile_seconds": programs.seconds,
-            }
-            | choice_metrics("attention_backend_info", self._parts.attention)
-            | {
-                f"bucket_steps_total{metric_labels(tokens=str(tokens))}": float(count)
-                for tokens, count in sorted(self._core.runner.bucket_steps.copy().items())
-            }
-            | {f"matmul_backend_info{metric_labels(backend=products.name, reason=products.reason)}": 1.0}
-        )
+        return engine_figures(self._parts)
+
+    def get_replica_metrics(self) -> dict[str, dict[str, float]]:
+        """The same counts, times and programs for each replica, by its number from "0" on.
+
+        Where there are several, "front" has what counts for none of them: requests that wait for a replica,
+        and those that ended there.
+        """
+        return replica_figures(self._parts)
+
+    @property
+    def replica_metrics(self) -> tuple[Metrics, ...]:
+        """What each replica has counted and timed."""
+        return tuple(core.metrics for core in self._cores)
 
     def page_occupancy(self, most_runs: int) -> Occupancy:
         """How many of the cache's pages are used and cached, by where they lie; any thread may ask.
 
+        The pages of several replicas follow one another.
+
         Args:
             most_runs: runs of neighbouring pages to tell apart.
         """
-        return self._core.scheduler.cache.pool.occupancy(most_runs)
+        return Occupancy.of((core.scheduler.cache.pool for core in self._cores), most_runs)
 
     def wait_for_programs(self, timeout: float | None = None) -> bool:
         """Waits until no program is being compiled any more; False if that takes more than `timeout` seconds.
@@ -382,7 +387,7 @@ class Engine:
         Raises:
             Exception: what compiling a program raised.
         """
-        return self._core.runner.programs.wait(timeout=timeout)
+        return wait_for_all([core.runner.programs for core in self._cores], timeout)
 
     @property
     def attention_backend(self) -> Choice[Backend]:
@@ -396,12 +401,15 @@ class Engine:
 
     def get_page_tables(self) -> dict[str, list[list[int]]]:
         """For each running request its pages, one list for each group of layers."""
-        running = self._core.scheduler.running
+        running = [request for core in self._cores for request in core.scheduler.running]
         return {r.request_id: [list(table) for table in r.tables.groups] for r in running if r.tables}
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes. False, and nothing is forgotten, while requests are running."""
-        return self._core.scheduler.reset_prefix_cache()
+        if len(self._cores) > 1 and self._core.has_unfinished:
+            return False  # else some replicas might forget, and others not
+        done = [core.scheduler.reset_prefix_cache() for core in self._cores]
+        return all(done)
 
     def sleep(self, level: int = 1) -> None:
         """Gives the device's memory back until `wake_up`: all pages, and the weights.
@@ -437,7 +445,11 @@ class Engine:
         self._check_open()
         self._mail.clear()
         self._core.restart()
-        self.metrics.engine_restarted()
+
+    @property
+    def can_restart(self) -> bool:
+        """Whether `restart` may help: not where one of several hosts is lost."""
+        return self.hosts is None or self.hosts.lost is None
 
     @property
     def is_sleeping(self) -> bool:
@@ -449,7 +461,10 @@ class Engine:
         if not self._closed:
             self._closed = True
             self.abort_all()
-            self._core.runner.close()
+            if isinstance(self._core, Replicas):
+                self._core.close()
+            for core in self._cores:
+                core.runner.close()
             self._inputs.close()
 
     def __enter__(self) -> Self:
@@ -464,6 +479,11 @@ class Engine:
         # __init__ may have failed, and when the interpreter goes the memory goes with it
         if hasattr(self, "_closed") and not sys.is_finalizing():
             self.close()
+
+    @property
+    def hosts(self) -> HostGroup | None:
+        """The hosts that it runs on, where they are several."""
+        return self._parts.hosts
 
     @property
     def failure(self) -> Exception | None:

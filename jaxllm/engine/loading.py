@@ -22,6 +22,7 @@ from jaxllm.config import EngineConfig, ParallelConfig
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.inputs import InputProcessor, default_sampling_params, find_eos_token_ids
 from jaxllm.engine.laps import Laps
+from jaxllm.engine.replicas import Replicas
 from jaxllm.engine.sizing import fit_pages, make_lowering, make_scheduler
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.engine.waiting import waiting
@@ -32,6 +33,8 @@ from jaxllm.models.loading import load_weights
 from jaxllm.models.registry import ModelRegistry
 from jaxllm.models.stages import Stage, StageWeights, load_stages, stage_merge, stage_parameters
 from jaxllm.parallel import adopt_mesh, make_mesh, stage_meshes
+from jaxllm.parallel.hosts import HostGroup
+from jaxllm.runner.hosts import LeadingRunner, agree_on_pages, check_hosts
 from jaxllm.runner.identity import CannotIdentifyError, identify
 from jaxllm.runner.kept import KeptPrograms
 from jaxllm.runner.kernels import check_kernel, choose_attention, prepare_attention
@@ -61,11 +64,15 @@ class EngineParts:
     """The attention kernel, and why it is not another one."""
     products: Products
     """What multiplies with weights."""
-    core: EngineCore
+    core: EngineCore | Replicas
+    cores: tuple[EngineCore, ...]
+    """`core` itself, or those of the replicas."""
     inputs: InputProcessor
     tokenizer: TextTokenizer | None
-    load_weights: "WeightSource"
-    """Loads the weights once more, after a sleep that dropped them."""
+    load_weights: "tuple[WeightSource, ...]"
+    """For each of `cores`, loads the weights once more, after a sleep that dropped them."""
+    hosts: HostGroup | None
+    """The hosts that it runs on, where they are several."""
     load_seconds: Mapping[str, float]
     """What the parts of loading took, in order; for what ran beside others, how long it was waited for."""
 
@@ -105,9 +112,25 @@ class WeightSource:
 
         return load_stages(load, self.parameters, self.parts, self.meshes)
 
+    def copy(self, weights: StageWeights) -> StageWeights:
+        """The same as they are on other meshes, from device to device."""
+        shardings = [
+            [parameter.kept(mesh).sharding for parameter in part.values()]
+            for part, mesh in zip(self.parts, self.meshes, strict=True)
+        ]
+        return tuple(
+            tuple(jax.device_put(list(arrays), own)) for arrays, own in zip(weights, shardings, strict=True)
+        )
 
-def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None = None) -> EngineParts:
-    """Builds an engine's parts.
+
+def load_parts(
+    config: EngineConfig,
+    mesh: Mesh | None = None,
+    laps: Laps | None = None,
+    weights: StageWeights | None = None,
+    hosts: HostGroup | None = None,
+) -> EngineParts:
+    """Builds the parts of an engine of one replica; `load_engine` does so for any number.
 
     Weights, tokenizer, pages and programs are made at the same time, in threads. It returns when there are
     enough programs to run every request; others go on being compiled, unless the config says otherwise.
@@ -115,6 +138,8 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
     Args:
         mesh: with axes of `make_mesh`, to run on other devices than the first ones.
         laps: written to as the parts of loading end, for somebody who looks on.
+        weights: to be copied from another mesh, rather than loaded.
+        hosts: that the mesh spans, each of which calls this.
 
     Raises:
         CheckpointError: the model cannot be found, read or recognised.
@@ -128,6 +153,8 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
     laps = Laps() if laps is None else laps
     mesh = _choose_mesh(config.parallel, mesh)
     meshes = stage_meshes(mesh)
+    if hosts is not None:
+        check_hosts(mesh)
     laps.end("devices")
     prepare_attention(kernel, mesh)
     prepare_products(config.compile.matmul_backend, meshes[0])
@@ -152,7 +179,10 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
         parts = [stage_parameters(architecture, model, parameters, stage) for stage in stages]
         laps.end("structure")
         source = WeightSource(config, architecture, model, parameters, parts, meshes)
-        loaded = threads.submit(source.load, checkpoint)
+        if weights is None:
+            loaded = threads.submit(source.load, checkpoint)
+        else:
+            loaded = threads.submit(source.copy, weights)
         opened = threads.submit(_load_tokenizer, config, checkpoint)
         if attention is None:
             with waiting("Building the attention kernel", progress=progress):
@@ -176,7 +206,10 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
             return threads.submit(_kept_programs, config, architecture, lowering, num_pages).result()
 
         lowerings, num_pages = fit_pages(
-            config, lowerings, lambda lowering: measure(lowering, kept(lowering, PROBE_PAGES))
+            config,
+            lowerings,
+            lambda lowering: measure(lowering, kept(lowering, PROBE_PAGES)),
+            agree=None if hosts is None else partial(agree_on_pages, hosts, lowerings[0]),
         )
         keeping = [kept(lowering, num_pages) for lowering in lowerings]
         programs = make_programs(lowerings, num_pages, keeping)
@@ -192,11 +225,15 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
         laps.end("tokenizer")
         params = loaded.result()
         laps.end("weights")
-        runners = [
+        stage_runners = [
             StageRunner(lowering, programs, part, state.result())
             for lowering, part, state in zip(lowerings, params, states, strict=True)
         ]
-        runner = Runner(runners, num_pages, programs, exact=config.compile.enforce_eager)
+        exact = config.compile.enforce_eager
+        if hosts is None or not hosts.leads:
+            runner = Runner(stage_runners, num_pages, programs, exact=exact)
+        else:
+            runner = LeadingRunner(stage_runners, num_pages, programs, hosts, exact=exact)
         laps.end("pages")
         programs.wait(first, progress=progress)
         programs.serve_beside()
@@ -226,7 +263,18 @@ def load_parts(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | None
     )
     laps.end("rest")
     return EngineParts(
-        config, model, mesh, attention, products, core, inputs, tokenizer, source, laps.seconds
+        config,
+        model,
+        mesh,
+        attention,
+        products,
+        core,
+        (core,),
+        inputs,
+        tokenizer,
+        (source,),
+        hosts,
+        laps.seconds,
     )
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.outputs import RequestOutput
+from jaxllm.engine.replicas import Replicas
 
 
 class Mail:
@@ -15,7 +16,7 @@ class Mail:
     leaves their outputs for them. What nobody claims is for the caller who steps the engine himself.
     """
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore | Replicas) -> None:
         self._core = core
         self._claimed: dict[str, deque[RequestOutput]] = {}
         self._unclaimed: deque[RequestOutput] = deque()

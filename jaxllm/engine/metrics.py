@@ -96,6 +96,12 @@ class Histogram:
         self.sum += value * times
         self._least, self._most = min(self._least, value), max(self._most, value)
 
+    def add(self, other: "Histogram") -> None:
+        """Adds what another one of the same buckets has seen."""
+        self.counts = [own + others for own, others in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum
+        self._least, self._most = min(self._least, other._least), max(self._most, other._most)
+
     def quantile(self, share: float) -> float:
         """The value that `share` of the values do not exceed, linear in its bucket; 0 if there are none."""
         wanted, seen = share * self.count, 0
@@ -160,6 +166,11 @@ class Metrics:
         self._totals["requests"] += 1
         self._totals["prompt_tokens"] += num_prompt_tokens
         return RequestMetrics(self._clock() if arrival_time is None else arrival_time, num_prompt_tokens)
+
+    def request_taken(self, request: RequestMetrics) -> None:
+        """Counts a request that has arrived somewhere else, where its record was started."""
+        self._totals["requests"] += 1
+        self._totals["prompt_tokens"] += request.num_prompt_tokens
 
     def request_scheduled(self, request: RequestMetrics, *, num_cached_tokens: int = 0) -> None:
         """A step runs the request; only its first counts."""
@@ -232,8 +243,29 @@ class Metrics:
     def experts_used(self, tokens: Sequence[Int32[Array, "layers experts"]]) -> None:
         """Counts how many tokens of a step went to each expert, in each stage that counts them."""
         if tokens:
-            new, seen = np.concatenate(tokens).astype(np.int64), self.expert_tokens
-            self.expert_tokens = new if seen is None else seen + new
+            self._add_expert_tokens(np.concatenate(tokens).astype(np.int64))
+
+    def _add_expert_tokens(self, new: Int64[np.ndarray, "layers experts"]) -> None:
+        self.expert_tokens = new if self.expert_tokens is None else self.expert_tokens + new
+
+    @classmethod
+    def together(cls, parts: Sequence["Metrics"]) -> "Metrics":
+        """What several have counted, as one that nobody writes to."""
+        found = cls(parts[0]._clock)
+        found._start = min(part._start for part in parts)
+        for part in parts:
+            for name, value in part._totals.items():
+                found._totals[name] += value
+            for reason, count in part._finished.items():
+                found._finished[reason] += count
+            for name, histogram in vars(part).items():
+                if isinstance(histogram, Histogram):
+                    getattr(found, name).add(histogram)
+            for name, histogram in part.step_parts.items():
+                found.step_parts[name].add(histogram)
+            if part.expert_tokens is not None:
+                found._add_expert_tokens(part.expert_tokens)
+        return found
 
     def snapshot(self, state: EngineState) -> dict[str, float]:
         """Everything counted, as one flat dict.

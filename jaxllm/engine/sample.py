@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from jaxllm.engine.assembler import OutputAssembler
 from jaxllm.engine.constraint import Constraint
+from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.outputs import FinishReason
 from jaxllm.scheduler.plan import StepPlan
 from jaxllm.scheduler.request import Request
@@ -46,6 +47,41 @@ class Sample:
         if self.constraint is not None and self.constraint.is_complete:
             return End("stop", is_text=not self.constraint.ends_with(token))
         return End("length") if length >= input.max_tokens else End()
+
+
+def make_samples(assembler: OutputAssembler, seed: int, vocab_size: int) -> list[Sample]:
+    """All of a request's samples.
+
+    Args:
+        seed: of the first; the others' follow it.
+        vocab_size: tokens that the model knows.
+
+    Raises:
+        ValueError: what the request allows has tokens that the model does not know.
+    """
+    input = assembler.input
+    return [
+        Sample(
+            _request(assembler.request_id, index, input),
+            index,
+            seed + index,
+            assembler,
+            None if input.grammar is None else Constraint(input, vocab_size),
+        )
+        for index in range(input.params.n)
+    ]
+
+
+def _request(request_id: str, index: int, input: EngineInput) -> Request:
+    wants_scores = index == 0 and input.num_prompt_logprobs is not None
+    return Request(
+        request_id if input.params.n == 1 else f"{request_id}/{index}",
+        input.prompt_token_ids,
+        input.max_tokens,
+        priority=input.priority,
+        cache_salt=input.cache_salt,
+        skip_prefix_cache=wants_scores or bool(input.params.skip_reading_prefix_cache),
+    )
 
 
 Scored = tuple[Sample, int, int]

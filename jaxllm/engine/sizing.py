@@ -78,20 +78,22 @@ def fit_pages(
     stages: Sequence[Lowering],
     measure_use: Callable[[Lowering], MemoryUse],
     memory_of: Callable[[Mesh], int] = device_memory,
+    agree: Callable[[int], int] | None = None,
 ) -> tuple[list[Lowering], int]:
     """As many pages as fit in every stage, the null page included, and no request longer than they hold.
 
     Args:
         measure_use, memory_of: see `jaxllm.runner.memory.count_pages`.
+        agree: where there are several hosts, what they make of how many fit on this one.
 
     Raises:
         ValueError: too few fit; the message has the numbers and the settings to change.
     """
-    num_pages = min(
+    fitting = min(
         count_pages(config.cache, page_bytes(stage), stage.mesh, partial(measure_use, stage), memory_of)
         for stage in stages
     )
-    lowering = stages[0]
+    num_pages, lowering = fitting if agree is None else agree(fitting), stages[0]
     longest = longest_request(lowering, num_pages)
     if longest >= lowering.sizes.max_model_len:
         return list(stages), num_pages

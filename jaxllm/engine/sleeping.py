@@ -1,10 +1,9 @@
 """An engine's sleep: the device's memory given back, and taken again."""
 
-from collections.abc import Callable
-
-import numpy as np
+from collections.abc import Callable, Sequence
 
 from jaxllm.engine.core import EngineCore
+from jaxllm.engine.replicas import Replicas
 from jaxllm.models.stages import StageWeights
 
 
@@ -13,13 +12,19 @@ class Sleep:
 
     Args:
         core: the engine's.
-        load_weights: loads the weights once more, after a sleep that dropped them.
+        cores: `core` itself, or those of its replicas.
+        load_weights: for each of them, loads the weights once more, after a sleep that dropped them.
     """
 
-    def __init__(self, core: EngineCore, load_weights: Callable[[], StageWeights]) -> None:
+    def __init__(
+        self,
+        core: EngineCore | Replicas,
+        cores: Sequence[EngineCore],
+        load_weights: Sequence[Callable[[], StageWeights]],
+    ) -> None:
         self._core = core
+        self._cores = cores
         self._load_weights = load_weights
-        self._saved: tuple[tuple[np.ndarray, ...], ...] | None = None
         self.active = False
         """Whether the engine sleeps."""
 
@@ -39,13 +44,17 @@ class Sleep:
                 f"{self._core.num_unfinished} requests are unfinished; finish or abort them first"
             )
         self._core.drain()
-        self._core.scheduler.reset_prefix_cache()
-        self._saved = self._core.runner.sleep(keep_weights=level == 1)
+        for core in self._cores:
+            core.scheduler.reset_prefix_cache()
+            if core.failure is None:  # else its device may take no orders any more
+                core.runner.sleep(keep_weights=level == 1)
         self.active = True
 
     def end(self) -> None:
         """Puts the weights back, from the host's memory or from where they came, with empty pages."""
         if not self.active:
             return
-        self._core.runner.wake(self._load_weights() if self._saved is None else self._saved)
-        self._saved, self.active = None, False
+        for core, load in zip(self._cores, self._load_weights, strict=True):
+            if core.failure is None:
+                core.runner.wake(load)
+        self.active = False

@@ -16,6 +16,10 @@ RENAMED = {
     "gpu_memory_utilization": "memory_utilization",
     "hf_token": "token",
     "kv_cache_memory_bytes": "kv_cache_memory",
+    "master_addr": "coordinator_address",
+    "master_port": "coordinator_port",
+    "nnodes": "num_hosts",
+    "node_rank": "host_rank",
     "num_gpu_blocks_override": "num_pages",
     "scheduling_policy": "policy",
     "use_tqdm_on_load": "progress",
@@ -34,7 +38,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "config_format": (("hf",), "configs are read in Hugging Face's format only"),
     "convert": ((), "models generate text only"),
     "cpu_offload_gb": ((), "weights stay in the device's memory; use more devices (tensor_parallel_size)"),
-    "data_parallel_size": ((1,), "run one engine for each replica"),
     "device": ((), "JAX chooses; start Python with JAX_PLATFORMS=cpu, cuda or tpu"),
     "disable_sliding_window": ((), "lower max_model_len to the window instead"),
     "enable_lora": ((), "merge the adapter into the weights"),
@@ -86,7 +89,6 @@ MEANINGLESS = frozenset(
         "disable_custom_all_reduce",
         "disable_log_requests",
         "disable_log_stats",
-        "distributed_executor_backend",
         "enable_log_requests",
         "enable_sleep_mode",
         "max_parallel_loading_workers",
@@ -155,6 +157,8 @@ def _lay_out_experts(translated: dict[str, Any], enabled: bool) -> None:
 def _value(name: str, value: Any) -> Any:
     if name == "hf_token" and value is True:
         return None  # the token of `hf auth login`, which is what no token means here
+    if name == "distributed_executor_backend" and value == "uni":
+        return None  # one process, which is what it is on one host
     if name == "dtype":
         plain = str(value).removeprefix("torch.")
         return DTYPES.get(plain, plain)

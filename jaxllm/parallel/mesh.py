@@ -57,8 +57,8 @@ def adopt_mesh(mesh: Mesh) -> Mesh:
             raise ValueError(f"mesh: axis {axis!r} is not one of {', '.join(AXES)}")
     if mesh.shape.get("data", 1) > 1:
         raise ValueError(
-            f"mesh: axis 'data' has {mesh.shape['data']} devices and an engine is one replica; give each "
-            "replica a mesh of its own"
+            f"mesh: axis 'data' has {mesh.shape['data']} devices; make as many replicas "
+            f"(data_parallel_size={mesh.shape['data']}), or leave that axis out"
         )
     order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
     shape = [mesh.shape.get(axis, 1) for axis in AXES]

@@ -148,10 +148,7 @@ def code_hash() -> str:
     """
     found, begin = hashlib.sha256(), _process_begin()
     for package in PACKAGES:
-        spec = find_spec(package)
-        folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
-        files = sorted((file, folder) for folder in folders for file in folder.rglob("*"))
-        files = [(file, folder) for file, folder in files if file.suffix in CODE]
+        files = package_files(package)
         if not files:
             raise CannotIdentifyError(f"the code of {package} is not in files")
         for file, folder in files:
@@ -160,6 +157,14 @@ def code_hash() -> str:
             content = file.read_bytes()
             found.update(f"{package} {file.relative_to(folder)} {len(content)}\n".encode() + content)
     return found.hexdigest()
+
+
+def package_files(package: str) -> list[tuple[Path, Path]]:
+    """A package's files of code, each with the folder that the package is in."""
+    spec = find_spec(package)
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    files = sorted((file, folder) for folder in folders for file in folder.rglob("*"))
+    return [(file, folder) for file, folder in files if file.suffix in CODE]
 
 
 def _process_begin() -> float:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -174,3 +174,20 @@ class Programs:
         with self._tracing:
             lowered = lower()
         return lowered.compile() if kept is None else kept.compile(key, lowered)
+
+
+def wait_for_all(programs: Sequence[Programs], timeout: float | None) -> bool:
+    """Waits for several sets of programs, as `Programs.wait`, for at most `timeout` seconds together."""
+    end = None if timeout is None else time.monotonic() + timeout
+    return all(own.wait(timeout=None if end is None else end - time.monotonic()) for own in programs)
+
+
+def program_figures(programs: Sequence[Programs]) -> dict[str, float]:
+    """Counts of several sets of programs together, under the names of `Engine.get_metrics`."""
+    return {
+        "programs": float(sum(map(len, programs))),
+        "programs_pending": float(sum(own.num_pending for own in programs)),
+        "programs_loaded": float(sum(own.num_loaded for own in programs)),
+        "programs_compiled_late_total": float(sum(own.compiled_late for own in programs)),
+        "compile_seconds": max(own.seconds for own in programs),
+    }

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.host_copy import HostCopy
 from jaxllm.runner.lowering import Lowering
 from jaxllm.runner.programs import Programs
 from jaxllm.runner.stage import RowMasks, StageRunner
@@ -38,6 +39,10 @@ class Returning:
     tokens: Array
 
 
+LoadWeights = Callable[[], Sequence[tuple[Array, ...]]]
+"""Gives each stage's weights, in their shardings."""
+
+
 class Runner:
     """Holds the device's state. Methods start work there and return before it is done.
 
@@ -62,14 +67,26 @@ class Runner:
         """Steps so far, by the tokens that their programs are made for."""
         self._exact = exact
         self._returning: deque[Returning] = deque()
+        self._kept: list[list[HostCopy]] | None = None
+        """Each stage's weights, while it sleeps."""
 
     @property
     def lowering(self) -> Lowering:
         """Of the last stage, which samples; sizes are the same in all."""
         return self.stages[-1].lowering
 
+    @property
+    def params(self) -> tuple[tuple[Array, ...], ...]:
+        """Each stage's weights; none while it sleeps."""
+        return tuple(stage.params for stage in self.stages)
+
     def dispatch(
-        self, plan: StepPlan, admissions: Mapping[int, Admission], *, scores: bool = False
+        self,
+        plan: StepPlan,
+        admissions: Mapping[int, Admission],
+        *,
+        scores: bool = False,
+        bucket: Bucket | None = None,
     ) -> "BegunStep":
         """Starts a step's forward pass. `sample` has to follow before another step begins.
 
@@ -77,12 +94,13 @@ class Runner:
             plan: with at least one row.
             admissions: for each row that the plan gives to a request, that request.
             scores: `score` will be called with it.
+            bucket: that it runs in; by default the best one.
         """
         self._receive(plan)
         whole, grown = _split_updates(plan, admissions)
         for row, admission in admissions.items():
             self._admit(row, admission, whole[row])
-        bucket = self._choose_bucket(plan.num_tokens, scores=scores)
+        bucket = bucket or self._choose_bucket(plan.num_tokens, scores=scores)
         self.bucket_steps[bucket.tokens] += 1
         packed = self.lowering.step_layout(bucket).pack(plan, grown)
         packed_at = time.perf_counter()
@@ -156,14 +174,11 @@ class Runner:
         ids[list(targets)] = list(targets.values())
         return self.stages[-1].score(step.forward, ids)
 
-    def sleep(self, *, keep_weights: bool) -> tuple[tuple[np.ndarray, ...], ...] | None:
-        """Frees the device: pages and rows are dropped, weights are returned in host memory or dropped.
-
-        The weights are those of each stage.
-        """
-        self._returning.clear()
-        saved = [stage.sleep(keep_weights=keep_weights) for stage in self.stages]
-        return tuple(part for part in saved if part is not None) or None
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Frees the devices: pages and rows are dropped, weights go to the host's memory or are dropped."""
+        if keep_weights:
+            self._kept = [[HostCopy.of(array) for array in part] for part in self.params]
+        self._free()
 
     def reset(self) -> None:
         """Starts over with empty pages and rows, after a step has failed that may have taken the old ones.
@@ -174,15 +189,27 @@ class Runner:
         for stage in self.stages:
             stage.reset()
 
-    def wake(self, params: Sequence[Sequence[Array | np.ndarray]]) -> None:
-        """Takes each stage's weights again, with empty pages and rows."""
-        for stage, part in zip(self.stages, params, strict=True):
+    def wake(self, load: LoadWeights) -> None:
+        """Takes the weights again, with empty pages and rows.
+
+        Args:
+            load: called where `sleep` has dropped them.
+        """
+        kept = self._kept
+        weights = load() if kept is None else [tuple(copy.upload() for copy in part) for part in kept]
+        for stage, part in zip(self.stages, weights, strict=True):
             stage.wake(part)
+        self._kept = None
 
     def close(self) -> None:
         """Frees all device memory. The runner is of no use afterwards."""
         self.programs.close()
-        self.sleep(keep_weights=False)
+        self._free()
+
+    def _free(self) -> None:
+        self._returning.clear()
+        for stage in self.stages:
+            stage.free()
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,11 @@ class StageRunner:
         self._cache, self._rows = state
 
     @property
+    def params(self) -> tuple[Array, ...]:
+        """The weights; none once they have been freed."""
+        return self._params or ()
+
+    @property
     def arrays(self) -> tuple[tuple[Array, ...], tuple[Array, ...], DeviceRows]:
         """Weights, pages and rows, as they are between two steps.
 
@@ -119,13 +124,11 @@ class StageRunner:
         """Logprobs of `ids[i]` as the token after number i of the flat batch."""
         return self._programs[self._key("score")](self._params, output.hidden, ids)
 
-    def sleep(self, *, keep_weights: bool) -> tuple[np.ndarray, ...] | None:
-        """Frees the devices: pages and rows are dropped, weights are returned in host memory or dropped."""
-        params, self._params = self._params, None
-        saved = tuple(np.array(p) for p in params) if keep_weights and params is not None else None
-        _delete(params)
+    def free(self) -> None:
+        """Drops weights, pages and rows."""
+        _delete(self._params)
+        self._params = None
         self._drop_state()
-        return saved
 
     def reset(self) -> None:
         """Empties pages and rows, whatever is left of them. Does nothing while the engine sleeps."""
@@ -138,10 +141,9 @@ class StageRunner:
         _delete((self._cache, self._rows))
         self._cache = self._rows = None
 
-    def wake(self, params: Sequence[Array | np.ndarray]) -> None:
-        """Takes the weights again, with empty pages and rows."""
-        shardings = tuple(shape.sharding for shape in self.lowering.params)
-        self._params = tuple(jax.device_put(tuple(params), shardings))
+    def wake(self, params: tuple[Array, ...]) -> None:
+        """Takes the weights again, in their shardings, with empty pages and rows."""
+        self._params = params
         self.reset()
 
 

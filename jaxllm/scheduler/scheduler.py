@@ -145,14 +145,15 @@ class Scheduler:
             )
         if request.arrival >= 0:
             raise ValueError(f"request {request.request_id!r}: was added before; make a new Request")
-        self._check_fits(request)
+        self.check_fits(request)
         request.arrival = self._num_added
         self._num_added += 1
         request.chain, request.tables = self.cache.chain(request.cache_salt), self.cache.no_tables()
         self.requests[request.request_id] = request
         self._waiting.push(request)
 
-    def _check_fits(self, request: Request) -> None:
+    def check_fits(self, request: Request) -> None:
+        """Raises ValueError if the request could never run; see `add`."""
         prompt, total = len(request.prompt_token_ids), len(request.prompt_token_ids) + request.max_tokens
         what = f"request {request.request_id!r}: {prompt} prompt tokens"
         if total > self.max_model_len:

@@ -13,7 +13,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
-from jaxllm.engine.metrics import FINISH_REASONS, Histogram
+from jaxllm.engine.async_engine import AsyncEngine
+from jaxllm.engine.metrics import FINISH_REASONS, Histogram, Metrics
+from jaxllm.engine.replicas import FRONT
 from jaxllm.server.service import Served, Service
 
 router = APIRouter()
@@ -59,6 +61,7 @@ OWN_GAUGES = {
     "programs_pending": ("programs_pending", "Programs that are still to be compiled."),
     "programs_loaded": ("programs_loaded", "Programs that an earlier process had compiled."),
     "compile_seconds": ("compile_seconds", "Seconds that compiling ahead took."),
+    "replica_up": ("replica_up", "1 unless the replica has failed."),
 }
 OWN_COUNTERS = {
     "programs_compiled_late": ("programs_compiled_late_total", "Programs compiled while serving."),
@@ -69,12 +72,16 @@ OWN_COUNTERS = {
 """Families that vLLM does not have."""
 LABELLED = {
     "bucket_steps": "Steps by the tokens that their programs are made for.",
+    "expert_tokens": "Tokens that went to each expert, of the layers that have any.",
     "attention_backend_info": "1 for the attention kernel that runs; why others do not.",
     "matmul_backend_info": "What multiplies with weights.",
 }
 """Families whose figures the engine gives with labels."""
 _FIGURE = re.compile(r"(\w+)\{(.*)\}", re.DOTALL)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+FRONT_FAMILIES = ("num_requests_waiting", "request_success")
+"""Families that count requests which no replica has, too."""
 
 
 class EngineCollector(Collector):
@@ -88,37 +95,51 @@ class EngineCollector(Collector):
         """The families; those of the server alone while the engine is loading."""
         for prefix in self._prefixes:
             labels = {"model_name": self._service.names[0], "engine": "0"}
-            yield from self._families(prefix, labels)
+            yield from self._of_server(prefix, labels)
+            if (engine := self._service.loaded_engine) is not None:
+                yield from self._of_engine(prefix, labels, engine)
 
-    def _families(self, prefix: str, labels: Mapping[str, str]) -> Iterator[Metric]:
-        service, engine = self._service, self._service.loaded_engine
-        yield _gauge(
-            f"{prefix}:server_active_outputs", "Outputs being made or waiting.", labels, service.active
-        )
-        if engine is None:
-            return
-        figures = engine.get_metrics()
+    def _of_engine(self, prefix: str, labels: dict[str, str], engine: AsyncEngine) -> Iterator[Metric]:
+        """Families with a sample for each replica, and, where it has something to say, for their queue."""
+        figures = engine.get_replica_metrics()
+        metrics = {str(number): own for number, own in enumerate(engine.replica_metrics)}
+        families: dict[str, Metric] = {}
+        for number, own in figures.items():
+            found = self._of_replica(prefix, labels | {"engine": number}, own, metrics.get(number, Metrics()))
+            if number == FRONT:
+                found = (family for family in found if family.name.partition(":")[2] in FRONT_FAMILIES)
+            for family in found:
+                if family.name in families:
+                    families[family.name].samples += family.samples
+                else:
+                    families[family.name] = family
+        yield from families.values()
+        yield self._cache_config(prefix)
+
+    def _of_server(self, prefix: str, labels: Mapping[str, str]) -> Iterator[Metric]:
+        service = self._service
+        text = "Outputs being made or waiting."
+        yield _gauge(f"{prefix}:server_active_outputs", text, labels, service.active)
+        for name, histogram in service.asked.items():
+            yield _histogram(f"{prefix}:request_params_{name}", "As requests gave it.", labels, histogram)
+
+    def _of_replica(
+        self, prefix: str, labels: Mapping[str, str], figures: Mapping[str, float], metrics: Metrics
+    ) -> Iterator[Metric]:
         for name, (source, text) in (GAUGES | OWN_GAUGES).items():
-            value = float(service.status == "sleeping") if source is None else figures[source]
+            value = float(self._service.status == "sleeping") if source is None else figures.get(source, 0.0)
             yield _gauge(f"{prefix}:{name}", text, labels, value)
         for name, (source, text) in (COUNTERS | OWN_COUNTERS).items():
-            yield _counter(f"{prefix}:{name}", text, labels, figures[source])
+            yield _counter(f"{prefix}:{name}", text, labels, figures.get(source, 0.0))
         reasons = {reason: figures[f"requests_finished_{reason}_total"] for reason in FINISH_REASONS}
         yield _finished(f"{prefix}:request_success", labels, reasons)
         for name, (source, text) in HISTOGRAMS.items():
-            yield _histogram(f"{prefix}:{name}", text, labels, getattr(engine.metrics, source))
-        for name, histogram in service.asked.items():
-            yield _histogram(f"{prefix}:request_params_{name}", "As requests gave it.", labels, histogram)
-        yield _histogram(
-            f"{prefix}:step_time_seconds", "Of a step, on the host.", labels, engine.metrics.step_time
-        )
-        for part, histogram in engine.metrics.step_parts.items():
+            yield _histogram(f"{prefix}:{name}", text, labels, getattr(metrics, source))
+        yield _histogram(f"{prefix}:step_time_seconds", "Of a step, on the host.", labels, metrics.step_time)
+        for part, histogram in metrics.step_parts.items():
             text = "The device idle between steps." if part == "gap" else f"Of a step: {part}."
             yield _histogram(f"{prefix}:step_{part}_seconds", text, labels, histogram)
         yield from _labelled(prefix, labels, figures)
-        if engine.metrics.expert_tokens is not None:
-            yield _experts(f"{prefix}:expert_tokens", labels, engine.metrics.expert_tokens.tolist())
-        yield self._cache_config(prefix)
 
     def _cache_config(self, prefix: str) -> Metric:
         cache = self._service.engine_config.cache
@@ -169,15 +190,6 @@ def _finished(name: str, labels: Mapping[str, str], reasons: Mapping[str, float]
     family = CounterMetricFamily(name, text, labels=[*labels, "finished_reason"])
     for reason, value in reasons.items():
         family.add_metric([*labels.values(), reason], value)
-    return family
-
-
-def _experts(name: str, labels: Mapping[str, str], tokens: list[list[int]]) -> Metric:
-    text = "Tokens that went to each expert, of the layers that have any."
-    family = CounterMetricFamily(name, text, labels=[*labels, "layer", "expert"])
-    for layer, experts in enumerate(tokens):
-        for expert, count in enumerate(experts):
-            family.add_metric([*labels.values(), str(layer), str(expert)], count)
     return family
 
 

@@ -35,6 +35,8 @@ Status = Literal["loading", "ready", "sleeping", "restarting", "draining", "fail
 
 
 POLL_SECONDS = 0.02
+FAREWELL_SECONDS = 5.0
+"""How long a server waits for its answers to end when a host is lost."""
 ASKED_BOUNDS = tuple(base * 10.0**power for power in range(6) for base in (1.0, 2.0, 5.0))
 
 
@@ -60,7 +62,8 @@ class Service:
         requests: requests for text that have not been answered to the end.
         draining: whether the server is about to stop.
         failure: why the model could not be loaded.
-        on_failure: called then.
+        host_lost: whether another host that the engine ran on is gone.
+        on_failure: called in either case.
         on_loaded: called with the engine in the thread that has loaded it, before it is used.
         asked: what requests gave as n and max_tokens.
         responses: answers that are kept.
@@ -80,6 +83,7 @@ class Service:
         self.requests = 0
         self.draining = False
         self.failure: Exception | None = None
+        self.host_lost = False
         self.on_failure: Callable[[], object] = lambda: None
         self.on_loaded: Callable[[AsyncEngine], object] = lambda engine: None
         self.registry = CollectorRegistry()
@@ -125,9 +129,23 @@ class Service:
             logger.error("the model cannot be loaded: %s", result, exc_info=None if told else result)
             self.on_failure()
             return
+        if result.hosts is not None:
+            loop = asyncio.get_running_loop()
+            result.hosts.when_lost(lambda: loop.call_soon_threadsafe(self._host_lost))
         self._vocabulary = result.vocabulary
         self._engine = result
         logger.info("ready: %s", ", ".join(self.names))
+
+    def _host_lost(self) -> None:
+        """Nothing can run any more: everybody is told so by the engine, and then the server ends."""
+        self.host_lost = True
+        self.keep(asyncio.get_running_loop().create_task(self._end_soon()))
+
+    async def _end_soon(self) -> None:
+        end = time.monotonic() + FAREWELL_SECONDS
+        while self.requests and time.monotonic() < end:
+            await asyncio.sleep(POLL_SECONDS)
+        self.on_failure()
 
     @property
     def is_loading(self) -> bool:
@@ -137,7 +155,11 @@ class Service:
     @property
     def status(self) -> Status:
         """Whether it can serve, and if not, why."""
-        if self.failure is not None or (self._engine is not None and self._engine.health == "failed"):
+        if (
+            self.failure is not None
+            or self.host_lost
+            or (self._engine is not None and self._engine.health == "failed")
+        ):
             return "failed"
         if self.draining:
             return "draining"

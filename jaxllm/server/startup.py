@@ -10,7 +10,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine.async_engine import AsyncEngine
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.laps import Laps
-from jaxllm.engine.loading import load_parts
+from jaxllm.engine.replicating import load_engine
 from jaxllm.server.config import LimitConfig
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Startup:
     def _run(self) -> None:
         try:
             engine = AsyncEngine(
-                Engine(load_parts(self._config, laps=self._laps)),
+                Engine(load_engine(self._config, laps=self._laps)),
                 max_restarts=self._limits.max_engine_restarts,
                 restart_window=self._limits.engine_restart_window,
             )

@@ -43,7 +43,7 @@ def test_occupancy_counts_runs_of_pages(
             pool.register(page, key(page))
         if page <= 2:
             pool.release(page)
-    assert pool.occupancy(most_runs) == Occupancy(run, used, cached)
+    assert Occupancy.of([pool], most_runs) == Occupancy(run, used, cached)
 
 
 def test_too_many_pages_wanted_takes_none() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small import golden, greedy, small_engine
 
-from jaxllm.server.metrics import _experts
+from jaxllm.server.metrics import _labelled
 
 SIZES: dict[str, Any] = {
     "max_model_len": 96,
@@ -44,7 +44,8 @@ def test_without_experts_it_is_refused() -> None:
 
 
 def test_as_prometheus_reads_it() -> None:
-    family = _experts("jaxllm:expert_tokens", {"engine": "0"}, [[1, 2]])
+    figures = {f'expert_tokens_total{{layer="0",expert="{n}"}}': n + 1.0 for n in (0, 1)}
+    [family] = _labelled("jaxllm", {"engine": "0"}, figures)
     assert [(sample.name, sample.labels, sample.value) for sample in family.samples] == [
         ("jaxllm:expert_tokens_total", {"engine": "0", "layer": "0", "expert": str(n)}, n + 1) for n in (0, 1)
     ]

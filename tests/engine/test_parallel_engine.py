@@ -96,8 +96,8 @@ def check_devices(stages: tuple[StageRunner, ...], layout: Layout) -> None:
 
 def parameters_of(engine: Engine, stage: StageRunner) -> dict[str, Parameter]:
     """The stage's parameters by name."""
-    parts = engine._parts.load_weights.parts
-    return dict(parts[stage.lowering.stage.index])
+    [source] = engine._parts.load_weights
+    return dict(source.parts[stage.lowering.stage.index])
 
 
 def check_shards(engine: Engine, stage: StageRunner, layout: Layout) -> None:

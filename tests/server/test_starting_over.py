@@ -127,7 +127,8 @@ def test_a_fault_of_one_request_is_its_own(
 def test_a_fault_of_a_step_ends_its_requests(
     server: Running, before: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    core: EngineCore = server.service.engine._engine._core
+    core = server.service.engine._engine._core
+    assert isinstance(core, EngineCore)
     match stage:
         case "pack":
             once(monkeypatch, core.runner, "_choose_bucket")
@@ -146,7 +147,8 @@ def test_a_fault_of_a_step_ends_its_requests(
 def test_a_fault_of_the_loop_ends_all_and_it_comes_back(
     server: Running, before: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    core: EngineCore = server.service.engine._engine._core
+    core = server.service.engine._engine._core
+    assert isinstance(core, EngineCore)
     match stage:
         case "schedule":
             once(monkeypatch, core.scheduler, "schedule")

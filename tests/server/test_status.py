@@ -5,12 +5,13 @@ import dataclasses
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import httpx2
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from running import Running, server_config
+from running import Running, running, server_config
 
 from jaxllm.config import EngineConfig
 from jaxllm.server.app import create_app
@@ -121,6 +122,23 @@ def test_promtool_finds_nothing_but_what_vllm_names_so(server: Running) -> None:
     assert {line.partition(":")[2] for line in own} == {
         'iteration_tokens_total non-counter metrics should not have "_total" suffix'
     }
+
+
+def test_metrics_of_replicas(model: Path) -> None:
+    """A sample for each replica, and requests that wait for one beside them; names come once."""
+    with running(model, engine={"data_parallel_size": 2, "enforce_eager": True}) as server:
+        for text in ("abc", "xyz", "123"):
+            assert server.post("/v1/completions", prompt=[text] * 4, max_tokens=5, ignore_eos=True).is_success
+        text = server.http.get("/metrics").text
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        tokens = {s.labels["engine"]: s.value for s in families["jaxllm:generation_tokens"].samples}
+        assert tokens.keys() == {"0", "1"}
+        assert sum(tokens.values()) == 3 * 4 * 5
+        assert min(tokens.values()) > 0
+        waiting = {s.labels["engine"] for s in families["jaxllm:num_requests_waiting"].samples}
+        assert waiting == {"0", "1", "front"}
+        assert text.count("# TYPE jaxllm:num_requests_running ") == 1
+        assert [s.value for s in families["jaxllm:replica_up"].samples] == [1, 1]
 
 
 def test_tokens_there_and_back(server: Running) -> None:

@@ -1,0 +1,389 @@
+"""Several replicas of the engine's core behind one queue: each request runs on one of them."""
+
+import itertools
+import logging
+import random
+from bisect import insort
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+from jaxllm.cache.prefix import HashChain
+from jaxllm.engine.assembler import OutputAssembler
+from jaxllm.engine.core import EngineFailedError, Sample
+from jaxllm.engine.inputs import EngineInput
+from jaxllm.engine.metrics import EngineState, Metrics
+from jaxllm.engine.outputs import FinishReason, RequestOutput, join
+from jaxllm.engine.replica_core import ReplicaCore
+from jaxllm.engine.routing import Candidate, choose_replica
+from jaxllm.sampling.params import RequestOutputKind
+
+logger = logging.getLogger(__name__)
+
+FRONT = "front"
+"""What the queue is called where replicas are numbered."""
+MOST_MOVES = 2
+"""Times that a request goes to another replica because a step failed: where three replicas have failed, it is
+likely to be the reason."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request, where it waits or runs."""
+
+    samples: list[Sample]
+    order: tuple[int, int]
+    """Priority, and when it came."""
+    chain: HashChain
+    """Names of the prompt's full pages."""
+    place: "Replica | None" = None
+    """The replica that has it; None while it waits."""
+    avoid: "Replica | None" = None
+    """The replica that failed with it last."""
+    num_moves: int = 0
+
+    @property
+    def assembler(self) -> OutputAssembler:
+        """What its outputs are put together by."""
+        return self.samples[0].assembler
+
+
+@dataclass(eq=False)
+class Replica:
+    """A core, and what it has been given."""
+
+    index: int
+    core: ReplicaCore
+    inbox: list[Job] = field(default_factory=list)
+    """Requests that it takes before its next step."""
+    load: int = 0
+    """Outputs that it makes or is about to."""
+    coming: Counter[bytes] = field(default_factory=Counter)
+    """Names of the pages that its requests' prompts fill."""
+    step: "Future[list[RequestOutput]] | None" = None
+    """The step that its thread runs; meanwhile nobody else may change the core."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can be given requests."""
+        return self.core.failure is None
+
+    def place(self, job: Job) -> None:
+        """Gives it a request."""
+        self.inbox.append(job)
+        self._hold(job, 1)
+        job.place = self
+
+    def forget(self, job: Job) -> None:
+        """The request has ended, or has gone elsewhere."""
+        self._hold(job, -1)
+        job.place = None
+
+    def _hold(self, job: Job, count: int) -> None:
+        self.load += count * len(job.samples)
+        for name in job.chain.digests:
+            self.coming[name] += count
+            if not self.coming[name]:
+                del self.coming[name]
+
+    def empty_inbox(self) -> None:
+        """Hands the core what has come for it. Not while it runs a step."""
+        for job in self.inbox:
+            self.core.adopt(job.samples)
+            if job.assembler.metrics is not None and not job.num_moves:
+                self.core.metrics.request_taken(job.assembler.metrics)
+        self.inbox.clear()
+
+    def num_found(self, job: Job) -> int:
+        """Leading tokens of a prompt that the cache has, or will have; may be asked while a step runs."""
+        prompt, cache = job.samples[0].request.prompt_token_ids, self.core.scheduler.cache
+        prefix = cache.find_prefix(job.chain, prompt)
+        return prefix.num_tokens + cache.num_coming(prefix, job.chain, prompt, self.coming)
+
+
+class Replicas:
+    """Has the methods of `EngineCore` that an engine calls, and shares requests out over several cores.
+
+    Requests wait in one queue, in the policy's order, until a replica has rows for the first of them; see
+    `choose_replica` for which one gets it. Each replica runs its steps in a thread of its own, so that none
+    waits for another's.
+
+    If a step fails, its requests run again on another replica, after the tokens that they have given out.
+    A replica that cannot go on is taken out; once all are, so has this failed.
+
+    Args:
+        cores: of the same model and the same sizes.
+        seed: that requests' seeds are drawn with, where they bring none.
+    """
+
+    def __init__(self, cores: Sequence[ReplicaCore], seed: int) -> None:
+        self.cores = tuple(cores)
+        self.vocabulary = cores[0].vocabulary
+        self.last_error: Exception | None = None
+        """Why requests have ended with errors, or replicas have failed, most recently."""
+        self.arrivals = Metrics()
+        """Starts requests' records; what becomes of them, the replicas count."""
+        self._ended = Metrics()
+        """Counts those that end while no replica has them."""
+        self._replicas = [Replica(index, core) for index, core in enumerate(cores)]
+        self._rows = cores[0].scheduler.max_num_seqs
+        self._random = random.Random(seed)
+        self._numbers = itertools.count()
+        self._jobs: dict[str, Job] = {}
+        """All requests whose last output has not been given out."""
+        self._queue: list[Job] = []
+        self._outputs: list[RequestOutput] = []
+        """What the next step gives out."""
+        self._threads = ThreadPoolExecutor(len(cores), thread_name_prefix="jaxllm-replica")
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self._jobs)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not given out their last output."""
+        return len(self._jobs)
+
+    @property
+    def num_waiting(self) -> int:
+        """Outputs wanted by requests that no replica has rows for."""
+        return sum(len(job.samples) for job in self._queue)
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why nothing can run any more, if that is so."""
+        return None if any(replica.is_alive for replica in self._replicas) else self.last_error
+
+    def __contains__(self, request_id: object) -> bool:
+        """Whether an unfinished request has this id."""
+        return request_id in self._jobs
+
+    @property
+    def metrics(self) -> Metrics:
+        """What all replicas have counted until now."""
+        return Metrics.together([*(core.metrics for core in self.cores), self._ended])
+
+    def get_metrics(self) -> dict[str, float]:
+        """As `EngineCore.get_metrics`, of all together; and of how many `replicas` some have failed."""
+        caches = [core.scheduler.cache.stats() for core in self.cores]
+        waiting = sum(core.scheduler.num_waiting for core in self.cores)
+        inboxes = sum(len(job.samples) for replica in self._replicas for job in list(replica.inbox))
+        state = EngineState(
+            requests_running=sum(core.scheduler.num_running for core in self.cores),
+            requests_waiting=waiting + inboxes + self.num_waiting,
+            pages_used=sum(cache.num_used for cache in caches),
+            num_pages=sum(cache.num_pages for cache in caches),
+            prefix_cache_queries=sum(cache.prefix_queries for cache in caches),
+            prefix_cache_hits=sum(cache.prefix_hits for cache in caches),
+        )
+        failed = sum(not replica.is_alive for replica in self._replicas)
+        return self.metrics.snapshot(state) | {
+            "replicas": float(len(self._replicas)),
+            "replicas_failed": float(failed),
+        }
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """What each replica has counted, by its number; and of requests that no replica has, as "front"."""
+        found = {str(replica.index): replica.core.get_metrics() for replica in self._replicas}
+        return found | {FRONT: self._ended.snapshot(EngineState(0, self.num_waiting, 0, 0, 0, 0))}
+
+    # Requests come and go
+
+    def add(self, request_id: str, input: EngineInput) -> None:
+        """Takes a request; see `EngineCore.add`.
+
+        Raises:
+            ValueError: the id is in use, the request can never fit, or it needs more than a row has room for.
+        """
+        if request_id in self._jobs:
+            raise ValueError(f"request_id={request_id!r}: an unfinished request has this id; choose another")
+        core, seed = self.cores[0], input.params.seed
+        drawn = self._random.getrandbits(64) if seed is None else seed
+        samples = core.make(request_id, input, drawn)
+        samples[0].assembler.metrics = self.arrivals.request_arrived(len(input.prompt_token_ids))
+        priority = input.priority if core.scheduler.policy == "priority" else 0
+        cache, prompt = core.scheduler.cache, input.prompt_token_ids
+        chain = cache.chain(input.cache_salt)
+        cache.names(chain, prompt, 0, len(prompt))  # so that the chain has them
+        job = self._jobs[request_id] = Job(samples, (priority, next(self._numbers)), chain)
+        self._enqueue(job)
+
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> RequestOutput | None:
+        """Ends a request and gives what it has not given out yet; None if no unfinished one has this id."""
+        job = self._jobs.get(request_id)
+        if job is None:
+            return None
+        if job.place is not None:
+            self._settle(job.place)  # which may end the request, or send it elsewhere
+        if job in self._queue:
+            self._queue.remove(job)
+        if (replica := job.place) is not None:
+            replica.empty_inbox()
+            self._receive(replica, [output] if (output := replica.core.abort(request_id, reason)) else [])
+        elif request_id in self._jobs and not job.assembler.finished:
+            self._end(job, reason)
+        return self._take_outputs_of(job)
+
+    def abort_all(self, reason: FinishReason = "abort") -> list[RequestOutput]:
+        """Ends every request, and gives their last outputs."""
+        outputs = [self.abort(request_id, reason) for request_id in list(self._jobs)]
+        return [output for output in outputs if output is not None]
+
+    def _take_outputs_of(self, job: Job) -> RequestOutput | None:
+        """What is there to be given out of a request that has ended, as one output."""
+        request_id = job.assembler.request_id
+        own = [output for output in self._outputs if output.request_id == request_id]
+        self._outputs = [output for output in self._outputs if output.request_id != request_id]
+        self._jobs.pop(request_id, None)
+        found = None
+        delta = job.assembler.input.params.output_kind is RequestOutputKind.DELTA
+        for output in own:
+            found = join(found, output) if delta and found is not None else output
+        return found
+
+    # Steps
+
+    def step(self) -> list[RequestOutput]:
+        """Keeps all replicas busy until one of them has run a step, and gives out what is new.
+
+        Raises:
+            EngineFailedError: every replica has failed; nothing can run any more.
+        """
+        if self.failure is not None:
+            raise EngineFailedError("all replicas have failed; make another engine") from self.failure
+        self._begin_steps()
+        steps = [replica.step for replica in self._replicas if replica.step is not None]
+        if steps and not self._outputs:
+            wait(steps, return_when=FIRST_COMPLETED)
+        for replica in self._replicas:
+            if replica.step is not None and replica.step.done():
+                self._settle(replica)
+        self._begin_steps()
+        outputs, self._outputs = self._outputs, []
+        for output in outputs:
+            if output.finished:
+                del self._jobs[output.request_id]
+        return outputs
+
+    def restart(self) -> None:
+        """Starts all replicas over, those that have been taken out, too; requests get no last output.
+
+        Raises:
+            Exception: not one of them can. It may be tried again.
+        """
+        wait([replica.step for replica in self._replicas if replica.step is not None])
+        for job in self._jobs.values():
+            known = any(job.assembler.request_id in core for core in self.cores)
+            if not known and not job.assembler.finished:
+                self._count_end(job, "error")
+        for kept in (self._jobs, self._queue, self._outputs):
+            kept.clear()
+        self._replicas = [Replica(index, core) for index, core in enumerate(self.cores)]
+        for core in self.cores:
+            core.displaced.clear()
+            try:
+                core.restart()
+            except Exception as error:
+                logger.exception("a replica cannot start over")
+                self.last_error = core.failure = error
+        if self.failure is not None:
+            raise self.failure
+
+    def drain(self) -> None:
+        """Waits for the steps in flight, which work for requests that have all ended."""
+        for replica in self._replicas:
+            self._settle(replica)
+            if replica.is_alive:
+                replica.core.drain()
+
+    def close(self) -> None:
+        """Ends the threads, once their steps are done."""
+        self._threads.shutdown()
+
+    def _begin_steps(self) -> None:
+        self._assign()
+        for replica in self._replicas:
+            if replica.step is None and replica.is_alive:
+                replica.empty_inbox()
+                if replica.core.has_unfinished:
+                    replica.step = self._threads.submit(replica.core.step)
+
+    def _assign(self) -> None:
+        """Gives requests to replicas, in order; the first that none has rows for holds up those behind it."""
+        while self._queue:
+            job = self._queue[0]
+            alive = [replica for replica in self._replicas if replica.is_alive and replica is not job.avoid]
+            if not alive:
+                del self._queue[0]
+                self._end(job, "error")
+                continue
+            wanted = len(job.samples)
+            free = [r for r in alive if r.load + wanted <= self._rows or not r.load]
+            if not free:
+                return
+            prompt = job.samples[0].request
+            skip = prompt.skip_prefix_cache
+            candidates = [Candidate(r.load, 0 if skip else r.num_found(job)) for r in free]
+            best = choose_replica(candidates, len(prompt.prompt_token_ids), self._rows)
+            del self._queue[0]
+            free[best].place(job)
+
+    def _settle(self, replica: Replica) -> None:
+        """Waits for a replica's step, if it runs one, and takes what came of it."""
+        step, replica.step = replica.step, None
+        if step is None:
+            return
+        try:
+            self._receive(replica, step.result())
+        except Exception as error:  # the core ends failed steps itself: this one could not start over
+            replica.core.failure = error
+        core = replica.core
+        self.last_error = core.failure or core.last_error or self.last_error
+        if core.failure is not None:
+            logger.error("replica %d has failed and is taken out: %s", replica.index, core.failure)
+            core.release_all()
+            for job in replica.inbox:
+                replica.forget(job)
+                self._enqueue(job)
+            replica.inbox.clear()
+        for assembler, samples in core.displaced:
+            self._move(self._jobs[assembler.request_id], samples)
+        core.displaced.clear()
+
+    def _receive(self, replica: Replica, outputs: Sequence[RequestOutput]) -> None:
+        self._outputs += outputs
+        for output in outputs:
+            if output.finished:
+                replica.forget(self._jobs[output.request_id])
+
+    def _move(self, job: Job, samples: list[Sample]) -> None:
+        """Lets a request that a step has failed with go on elsewhere, unless that has happened too often."""
+        replica = job.place
+        assert replica is not None, "only a replica displaces requests"
+        replica.forget(job)
+        job.avoid, job.num_moves = replica, job.num_moves + 1
+        if job.num_moves > MOST_MOVES or not samples:
+            self._end(job, "error")
+        else:
+            job.samples = samples
+            self._enqueue(job)
+
+    def _enqueue(self, job: Job) -> None:
+        insort(self._queue, job, key=lambda waiting: waiting.order)
+
+    def _end(self, job: Job, reason: FinishReason) -> None:
+        """Ends a request that no replica has."""
+        job.assembler.abort(reason)
+        if (output := job.assembler.take()) is not None:
+            self._outputs.append(output)
+        self._count_end(job, reason)
+
+    def _count_end(self, job: Job, reason: FinishReason) -> None:
+        record = job.assembler.metrics
+        if record is not None:
+            if not job.num_moves:
+                self._ended.request_taken(record)
+            self._ended.request_finished(record, reason)

@@ -1,0 +1,209 @@
+"""The messages between hosts, and the group that hosts make: whole, bounded, and quick to fall apart."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxllm import EngineConfig
+from jaxllm.config import ParallelConfig
+from jaxllm.engine.hosting import host_facts
+from jaxllm.parallel import hosts as hosts_module
+from jaxllm.parallel.channel import Channel, ChannelClosedError, Message
+from jaxllm.parallel.hosts import HostGroup, HostLostError
+from jaxllm.parallel.meeting import MeetingError, meet
+from jaxllm.runner.calls import dispatch_message, read_dispatch
+from jaxllm.runner.runner import Admission
+from jaxllm.sampling import SamplingParams
+from jaxllm.sampling.settings import row_settings
+from jaxllm.sampling.state import SamplerConfig
+from jaxllm.scheduler.plan import PageUpdate, RowPlan, StepPlan
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Channel, Channel]]:
+    one, two = (Channel(end, silence=5) for end in socket.socketpair())
+    yield one, two
+    one.close()
+    two.close()
+
+
+def test_messages_arrive_as_they_were_sent(pair: tuple[Channel, Channel]) -> None:
+    arrays = [
+        np.arange(6, dtype=np.int32).reshape(2, 3).T,
+        np.array(2.5, np.float32),
+        np.zeros((0, 4), np.uint32),
+        np.array([True, False]),
+    ]
+    pair[0].send(Message("any", {"x": [1, None, "ü"]}, arrays))
+    pair[0].send(Message("next"))
+    found = pair[1].receive()
+    assert (found.kind, found.fields) == ("any", {"x": [1, None, "ü"]})
+    for got, sent in zip(found.arrays, arrays, strict=True):
+        assert (got.dtype, got.shape) == (sent.dtype, sent.shape)
+        np.testing.assert_array_equal(got, sent)
+    assert pair[1].receive() == Message("next", {}, [])
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"presence_penalty": 1.0, "logit_bias": {3: 1.0}, "temperature": 0.5}]
+)
+def test_steps_arrive_as_they_were_sent(params: dict[str, Any], pair: tuple[Channel, Channel]) -> None:
+    settings = row_settings(SamplerConfig(50), SamplingParams(**params), seed=2**60, prompt_token_ids=[1, 2])
+    rows = (RowPlan("a", 3, 0, 2, True), RowPlan("b", 0, 7, 1, False))
+    plan = StepPlan(rows, ("a",), (PageUpdate(3, 0, 0, (4, 5)), PageUpdate(0, 1, 2, (6,))))
+    pair[0].send(dispatch_message(plan, {3: Admission((7, 8), settings)}, 16))
+    found, admissions, bucket = read_dispatch(pair[1].receive())
+    assert bucket == 16
+    assert found.rows == tuple(row._replace(request_id="") for row in rows)
+    assert found.page_updates == plan.page_updates
+    [(row, admission)] = admissions.items()
+    assert (row, list(admission.token_ids)) == (3, [7, 8])
+    assert (admission.settings.tables is None) == (not params)
+    np.testing.assert_equal(vars(admission.settings.scalars), vars(settings.scalars))
+    if admission.settings.tables is not None and settings.tables is not None:
+        np.testing.assert_equal(vars(admission.settings.tables), vars(settings.tables))
+
+
+def test_a_step_without_news_arrives(pair: tuple[Channel, Channel]) -> None:
+    plan = StepPlan((RowPlan("", 1, 5, 1, True),))
+    pair[0].send(dispatch_message(plan, {}, 2))
+    assert read_dispatch(pair[1].receive()) == (plan, {}, 2)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\0\0\0\2" + b"\0" * 8 + b"{}",
+        b'\0\0\0\x14\0\0\0\0\0\0\0\x08["x",{},[["|O",[1]]]]' + b"\0" * 8,
+        b'\0\0\0\x14\0\0\0\0\0\0\0\x01["x",{},[["i4",[9]]]]' + b"\0",
+        b"\0\0",
+    ],
+    ids=["another protocol", "no message", "objects", "too few bytes", "half of a size"],
+)
+def test_what_is_no_message_closes_the_channel(data: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours, silence=5)
+    theirs.sendall(data)
+    theirs.close()
+    with pytest.raises(ChannelClosedError):
+        channel.receive()
+    channel.close()
+
+
+def test_silence_closes_a_channel() -> None:
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours, silence=0.05)
+    with pytest.raises(ChannelClosedError, match=r"nothing for 0\.05 s"):
+        channel.receive()
+    channel.close()
+    theirs.close()
+
+
+def groups(pair: tuple[Channel, Channel]) -> tuple[HostGroup, HostGroup]:
+    return HostGroup(0, {1: pair[0]}), HostGroup(1, {0: pair[1]})
+
+
+def test_hosts_agree_or_say_on_what_they_do_not(pair: tuple[Channel, Channel]) -> None:
+    leader, follower = groups(pair)
+    found: list[Any] = []
+
+    def other(facts: dict[str, Any]) -> None:
+        try:
+            found.append(follower.agree(facts, {"num_pages": 7}))
+        except ValueError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=other, args=({"model": "a"},))
+    thread.start()
+    assert leader.agree({"model": "a"}, {"num_pages": 9}) == {"num_pages": 7}
+    thread.join()
+    thread = threading.Thread(target=other, args=({"model": "b"},))
+    thread.start()
+    with pytest.raises(ValueError, match="model is 'b' on host 1 and 'a' on host 0"):
+        leader.agree({"model": "a"}, {"num_pages": 9})
+    thread.join()
+    assert found[0] == {"num_pages": 7}
+    assert "model is 'b'" in found[1]
+
+
+def test_a_silent_host_is_lost(monkeypatch: pytest.MonkeyPatch, pair: tuple[Channel, Channel]) -> None:
+    """As one whose machine is gone: the connection stays open, and nobody says a word."""
+    monkeypatch.setattr(hosts_module, "HEARTBEAT", 0.02)
+    pair[0].set_silence(0.2)
+    told = threading.Event()
+    leader = HostGroup(0, {1: pair[0]})
+    leader.when_lost(told.set)
+    assert told.wait(5)
+    with pytest.raises(HostLostError, match=r"host 1 is gone: it has said nothing for 0\.2 s"):
+        leader.send(Message("step"))
+    with pytest.raises(HostLostError):
+        leader.receive(1)
+    late = threading.Event()
+    leader.when_lost(late.set)
+    assert late.is_set()
+
+
+def test_a_host_that_fails_says_why(pair: tuple[Channel, Channel]) -> None:
+    leader, follower = groups(pair)
+    follower.fail("out of memory")
+    with pytest.raises(HostLostError, match="host 1 has failed: out of memory"):
+        leader.receive(1)
+    assert follower.lost is not None
+
+
+def test_hosts_that_do_not_meet() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    config = {"num_hosts": 3, "coordinator_address": f"127.0.0.1:{port}"}
+    with pytest.raises(MeetingError, match=rf"host 0 is not at 127\.0\.0\.1:{port}"):
+        meet(ParallelConfig(**config, host_rank=1), {}, seconds=0.1)
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(MeetingError, match="cannot listen at"):
+        meet(ParallelConfig(**config), {}, seconds=0.1)
+    stranger: list[bytes] = []
+
+    def visit() -> None:
+        for _ in range(100):
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+                    connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    stranger.append(connection.recv(100))
+                return
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+
+    thread = threading.Thread(target=visit)
+    thread.start()
+    with pytest.raises(MeetingError, match="num_hosts=3: host 1, 2 did not come in time"):
+        meet(ParallelConfig(**config), {}, seconds=1)
+    thread.join()
+
+
+def test_facts_leave_out_what_hosts_may_differ_in() -> None:
+    def facts(**options: Any) -> dict[str, Any]:
+        address = {"num_hosts": 2, "coordinator_address": "a"}
+        return host_facts(EngineConfig.create(options.pop("model", "m"), **address, **options))
+
+    assert facts() == facts(host_rank=1, model="/elsewhere/m", progress=False, token="x")
+    assert facts()["jax"]
+    for option in ({"page_size": 8}, {"tensor_parallel_size": 2}, {"seed": 1}):
+        assert facts(**option) != facts()
+
+
+@pytest.mark.parametrize(
+    ("address", "found"),
+    [
+        ("host", ("host", 29501)),
+        ("host:7", ("host", 7)),
+        ("10.0.0.1:70", ("10.0.0.1", 70)),
+        ("[::1]:8", ("::1", 8)),
+        ("::1", ("::1", 29501)),
+    ],
+)
+def test_addresses(address: str, found: tuple[str, int]) -> None:
+    assert ParallelConfig(num_hosts=2, coordinator_address=address).coordinator == found
