@@ -274,8 +274,8 @@ def read_template(source: str | None) -> str | None:
         ) from error
 
 
-def get_service(request: Request) -> Service:
-    """The service of the app that a request came to."""
+async def get_service(request: Request) -> Service:
+    """The service of the app that a request came to. If it were not async, a thread would be sent for it."""
     return request.app.state.service
 
 
