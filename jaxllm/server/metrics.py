@@ -116,8 +116,8 @@ class EngineCollector(Collector):
             text = "The device idle between steps." if part == "gap" else f"Of a step: {part}."
             yield _histogram(f"{prefix}:step_{part}_seconds", text, labels, histogram)
         yield from _labelled(prefix, labels, figures)
-        if engine.metrics.expert_tokens is not None:
-            yield _experts(f"{prefix}:expert_tokens", labels, engine.metrics.expert_tokens.tolist())
+        counted = engine.metrics.expert_tokens  # without samples where experts are not counted
+        yield _experts(f"{prefix}:expert_tokens", labels, [] if counted is None else counted.tolist())
         yield self._cache_config(prefix)
 
     def _cache_config(self, prefix: str) -> Metric:
