@@ -13,7 +13,7 @@ from small import CHECKPOINTS, OPTIONS, golden, greedy, small_engine
 from test_tensor_parallel_engine import COLLECTIVES, SIZES, run
 
 from jaxllm import Engine
-from jaxllm.models import CausalLM, DecoderConfig, Parameter
+from jaxllm.models import CausalLM, DecoderConfig
 from jaxllm.models.stages import Stage, stage_parameters
 from jaxllm.runner.stage import StageRunner
 
@@ -94,24 +94,19 @@ def check_devices(stages: tuple[StageRunner, ...], layout: Layout) -> None:
     assert len(set.union(*used)) == sum(map(len, used))
 
 
-def parameters_of(engine: Engine, stage: StageRunner) -> dict[str, Parameter]:
-    """The stage's parameters by name."""
-    parts = engine._parts.load_weights.parts
-    return dict(parts[stage.lowering.stage.index])
-
-
 def check_shards(engine: Engine, stage: StageRunner, layout: Layout) -> None:
     """A stage has its own layers and no others; on each device lies the share that the axes' names tell."""
     share = {"experts": layout.expert, "expert_mlp": layout.tensor, "embed": 1, "positions": 1, None: 1}
-    weights, pages, _ = stage.arrays
-    parameters = parameters_of(engine, stage)
     model, lowering = engine._parts.model, stage.lowering
+    weights, pages = engine.get_weights()[lowering.stage.index], engine.get_pages()[lowering.stage.index]
+    parameters = engine._parts.load_weights.parameters
     layers = lowering.stage.layers(model.num_layers)
-    found = {int(path.split(".")[1]) for path in parameters if path.startswith("layers.")}
+    found = {int(path.split(".")[1]) for path in weights if path.startswith("layers.")}
     assert found == set(layers)
     matrices = 0
-    for (path, parameter), array in zip(parameters.items(), weights, strict=True):
-        pieces = np.prod([share.get(axis, layout.tensor * layout.expert) for axis in parameter.axes])
+    for path, array in weights.items():
+        assert array.shape == parameters[path].shape
+        pieces = np.prod([share.get(axis, layout.tensor * layout.expert) for axis in parameters[path].axes])
         assert {shard.data.size for shard in array.addressable_shards} == {array.size // pieces}, path
         may_be_whole = array.ndim == 1 or any(part in path for part in WHOLE)
         assert pieces > 1 or may_be_whole or layout.tensor * layout.expert == 1, path
