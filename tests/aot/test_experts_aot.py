@@ -53,7 +53,8 @@ def test_experts(name: str, tensor: int, expert: int, tokens: int) -> None:
     assert set(found) <= {"all-reduce", "all-gather"}
     # an expert's parts are summed, and all get all tokens; no weight moves
     assert sum(one.nbytes for one in found.values()) <= 3 * tokens * EMBED * 4
-    assert not result.text.copies(MLP * EMBED * 2 // tensor), "a weight is copied"
+    copies = result.text.copies(MLP * EMBED * 2 // tensor)
+    assert not [one for one in copies if one.result.startswith("bf16")], "a weight is copied"
     shapes = f"Mixtral-8x7B, {tokens} tokens, experts over {expert}, columns over {tensor}"
     result.record(
         "experts", "ragged-all-to-all", mesh.size, shapes, "", "tokens exchanged", "no weight moves"
