@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import jax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
@@ -393,6 +394,23 @@ class Engine:
     def matmul_backend(self) -> Products:
         """What multiplies with the weights, and why it is not a kernel for packed ones."""
         return self._parts.products
+
+    def get_weights(self) -> list[dict[str, jax.Array]]:
+        """For each stage of the model, mostly one, its weights by name as they lie on its devices.
+
+        Raises:
+            RuntimeError: the engine sleeps.
+        """
+        parts = zip(self._parts.load_weights.parts, self._core.runner.stages, strict=True)
+        return [dict(zip(names, stage.arrays[0], strict=True)) for names, stage in parts]
+
+    def get_pages(self) -> list[tuple[jax.Array, ...]]:
+        """For each stage its pools of pages, packed as the attention kernel likes them. A step takes them.
+
+        Raises:
+            RuntimeError: the engine sleeps.
+        """
+        return [stage.arrays[1] for stage in self._core.runner.stages]
 
     def get_page_tables(self) -> dict[str, list[list[int]]]:
         """For each running request its pages, one list for each group of layers."""
