@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import jax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
@@ -30,6 +31,7 @@ from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.parallel.hosts import HostGroup
 from jaxllm.runner.products import Products
 from jaxllm.runner.programs import wait_for_all
+from jaxllm.runner.stage import StageRunner
 from jaxllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
 from pallas_kernels.paged_attention import Backend
 from pallas_kernels.registry import Choice
@@ -398,6 +400,32 @@ class Engine:
     def matmul_backend(self) -> Products:
         """What multiplies with the weights, and why it is not a kernel for packed ones."""
         return self._parts.products
+
+    def get_weights(self) -> list[dict[str, jax.Array]]:
+        """For each stage of the model, mostly one, its weights by name as they lie on its devices.
+
+        The stages of several replicas follow one another, here and in `get_pages`.
+
+        Raises:
+            RuntimeError: the engine sleeps.
+        """
+        names = [part for source in self._parts.load_weights for part in source.parts]
+        return [
+            dict(zip(part, stage.arrays[0], strict=True))
+            for part, stage in zip(names, self._stages, strict=True)
+        ]
+
+    def get_pages(self) -> list[tuple[jax.Array, ...]]:
+        """For each stage its pools of pages, packed as the attention kernel likes them. A step takes them.
+
+        Raises:
+            RuntimeError: the engine sleeps.
+        """
+        return [stage.arrays[1] for stage in self._stages]
+
+    @property
+    def _stages(self) -> list[StageRunner]:
+        return [stage for core in self._cores for stage in core.runner.stages]
 
     def get_page_tables(self) -> dict[str, list[list[int]]]:
         """For each running request its pages, one list for each group of layers."""

@@ -35,8 +35,8 @@ def within(seconds: float, function: Callable[[], T]) -> T:
 
     timer = threading.Timer(seconds, stop)
     timer.daemon = True
-    timer.start()
     try:
+        timer.start()
         try:
             return function()
         finally:

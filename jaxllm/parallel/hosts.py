@@ -17,6 +17,9 @@ SILENCE = 15.0
 """Seconds without a word after which a host counts as lost: a compiler may hold up its threads, but not so
 long."""
 HEARTBEAT = 2.0
+FAREWELL_SECONDS = 5.0
+"""How long host 0 waits for those that it has refused to say that they end: with it ends jax's runtime, which
+would end them first and say less."""
 
 
 class HostLostError(RuntimeError):
@@ -123,6 +126,7 @@ class HostGroup:
         if reasons:
             reason = "; ".join(reasons)
             self.send(Message("refused", {"reason": reason}))
+            self.wait_lost(FAREWELL_SECONDS)
             raise ValueError(reason)
         self.send(Message("agreed", {"least": found}))
         return found

@@ -10,7 +10,7 @@ import jax
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.lowering import Lowering
 from pallas_kernels.targets.compiled import CompiledText, Traffic
-from pallas_kernels.targets.work import grouped_kernels, memory_bytes, product_flops
+from pallas_kernels.targets.work import grouped_kernels, memory_bytes, product_flops, ragged_flops
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def compile_step(lowering: Lowering, bucket: Bucket, num_pages: int) -> Step:
     text = CompiledText.parse(compiled.as_text() or "")
     return Step(
         bucket.tokens,
-        costs["flops"] if costs else product_flops(text),
+        costs["flops"] - ragged_flops(text) if costs else product_flops(text),
         memory_bytes(text),
         grouped_kernels(text),
         text.collectives(),

@@ -152,8 +152,8 @@ class EngineCollector(Collector):
 
 
 def _labelled(prefix: str, labels: Mapping[str, str], figures: Mapping[str, float]) -> Iterator[Metric]:
-    """The families of figures that have labels of their own."""
-    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    """The families of figures that have labels of their own; without samples where there are no figures."""
+    found: dict[str, list[tuple[dict[str, str], float]]] = {name: [] for name in LABELLED}
     for figure, value in figures.items():
         if match := _FIGURE.fullmatch(figure):
             own = {name: _unescape(text) for name, text in _LABEL.findall(match[2])}

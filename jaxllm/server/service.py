@@ -316,8 +316,8 @@ def find_parsers(config: AnswerConfig) -> None:
         REASONING_PARSERS.get(config.reasoning_parser)
 
 
-def get_service(request: Request) -> Service:
-    """The service of the app that a request came to."""
+async def get_service(request: Request) -> Service:
+    """The service of the app that a request came to. If it were not async, a thread would be sent for it."""
     return request.app.state.service
 
 

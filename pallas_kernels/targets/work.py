@@ -54,6 +54,16 @@ def grouped_kernels(text: CompiledText) -> int:
     return sum("ragged-dot-none" in one.name or "grouped_matmul" in one.line for one in calls)
 
 
+def ragged_flops(text: CompiledText) -> int:
+    """What XLA itself counts of its kernels for `ragged_dot`: all rows there is room for, used or not."""
+    total = 0
+    for call in text.custom_calls().get("tpu_custom_call", []):
+        if "ragged-dot-none" in call.name:
+            [[_, inputs, _]], [rows] = _shapes(text.by_name[call.operands[-1]].result), _shapes(call.result)
+            total += 2 * math.prod(rows) * inputs
+    return total
+
+
 def _dot_flops(text: CompiledText, dot: Instruction) -> int:
     left, contracted = text.by_name[dot.operands[0]], _CONTRACTED.search(dot.line)
     [sizes], [result] = _shapes(left.result), _shapes(dot.result)

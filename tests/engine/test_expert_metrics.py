@@ -45,7 +45,8 @@ def test_without_experts_it_is_refused() -> None:
 
 def test_as_prometheus_reads_it() -> None:
     figures = {f'expert_tokens_total{{layer="0",expert="{n}"}}': n + 1.0 for n in (0, 1)}
-    [family] = _labelled("jaxllm", {"engine": "0"}, figures)
-    assert [(sample.name, sample.labels, sample.value) for sample in family.samples] == [
+    families = {family.name: family for family in _labelled("jaxllm", {"engine": "0"}, figures)}
+    samples = families["jaxllm:expert_tokens"].samples
+    assert [(sample.name, sample.labels, sample.value) for sample in samples] == [
         ("jaxllm:expert_tokens_total", {"engine": "0", "layer": "0", "expert": str(n)}, n + 1) for n in (0, 1)
     ]

@@ -13,7 +13,7 @@ from small import CHECKPOINTS, OPTIONS, golden, greedy, small_engine
 from test_tensor_parallel_engine import COLLECTIVES, SIZES, run
 
 from jaxllm import Engine
-from jaxllm.models import CausalLM, DecoderConfig, Parameter
+from jaxllm.models import CausalLM, DecoderConfig
 from jaxllm.models.stages import Stage, stage_parameters
 from jaxllm.runner.stage import StageRunner
 
@@ -94,24 +94,19 @@ def check_devices(stages: tuple[StageRunner, ...], layout: Layout) -> None:
     assert len(set.union(*used)) == sum(map(len, used))
 
 
-def parameters_of(engine: Engine, stage: StageRunner) -> dict[str, Parameter]:
-    """The stage's parameters by name."""
-    [source] = engine._parts.load_weights
-    return dict(source.parts[stage.lowering.stage.index])
-
-
 def check_shards(engine: Engine, stage: StageRunner, layout: Layout) -> None:
     """A stage has its own layers and no others; on each device lies the share that the axes' names tell."""
     share = {"experts": layout.expert, "expert_mlp": layout.tensor, "embed": 1, "positions": 1, None: 1}
-    weights, pages, _ = stage.arrays
-    parameters = parameters_of(engine, stage)
     model, lowering = engine._parts.model, stage.lowering
+    weights, pages = engine.get_weights()[lowering.stage.index], engine.get_pages()[lowering.stage.index]
+    parameters = engine._parts.load_weights.parameters
     layers = lowering.stage.layers(model.num_layers)
-    found = {int(path.split(".")[1]) for path in parameters if path.startswith("layers.")}
+    found = {int(path.split(".")[1]) for path in weights if path.startswith("layers.")}
     assert found == set(layers)
     matrices = 0
-    for (path, parameter), array in zip(parameters.items(), weights, strict=True):
-        pieces = np.prod([share.get(axis, layout.tensor * layout.expert) for axis in parameter.axes])
+    for path, array in weights.items():
+        assert parameters[path].packing is not None or array.shape == parameters[path].shape
+        pieces = np.prod([share.get(axis, layout.tensor * layout.expert) for axis in parameters[path].axes])
         assert {shard.data.size for shard in array.addressable_shards} == {array.size // pieces}, path
         may_be_whole = array.ndim == 1 or any(part in path for part in WHOLE)
         assert pieces > 1 or may_be_whole or layout.tensor * layout.expert == 1, path
@@ -234,6 +229,12 @@ def test_own_mesh(on_one_device: dict[str, list[list[int]]]) -> None:
             r"pipeline_parallel_size=4 \* expert_parallel_size=8: there are only 8 devices",
         ),
         ("llama", {"expert_parallel_size": 0}, "expert_parallel_size=0: must be a whole number"),
+        (
+            "mixtral",
+            {"expert_exchange": "all_to_all"},
+            "expert_exchange='all_to_all': needs an expert_parall",
+        ),
+        ("mixtral", {"expert_exchange": "ragged"}, "expert_exchange='ragged': must be one of 'auto', 'sum'"),
         ("llama", {"mesh": own_mesh((2,), "model")}, "mesh: axis 'model' is not one of stage, data, expert"),
         ("llama", {"mesh": own_mesh((2, 2), "data", "tensor")}, "mesh: axis 'data' has 2 devices"),
         (
@@ -248,6 +249,8 @@ def test_what_cannot_be_cut_is_named(model: str, options: dict[str, Any], messag
         small_engine(model, **options, **SIZES)
 
 
-def test_only_the_frame_is_cut_into_stages() -> None:
+def test_what_a_platform_or_a_model_lacks_is_named() -> None:
+    with pytest.raises(NotImplementedError, match=r"expert_exchange='all_to_all': XLA on CPU .*'sum'"):
+        small_engine("mixtral", expert_parallel_size=2, expert_exchange="all_to_all", **SIZES)
     with pytest.raises(NotImplementedError, match=r"pipeline_parallel_size=2: CausalLM is no .*Decoder"):
         stage_parameters(CausalLM, cast(DecoderConfig, None), {}, Stage(0, 2))

@@ -3,7 +3,7 @@
 import pytest
 
 from pallas_kernels.targets.compiled import CompiledText
-from pallas_kernels.targets.work import grouped_kernels, memory_bytes, product_flops
+from pallas_kernels.targets.work import grouped_kernels, memory_bytes, product_flops, ragged_flops
 
 HEAD = "ENTRY %main (a: bf16[64,128]) -> bf16[64,64] {\n"
 ARGUMENTS = """\
@@ -90,3 +90,13 @@ def test_grouped_kernels() -> None:
         f"%attend.1 = f32[64,64]{{1,0}} {call}",
     )
     assert grouped_kernels(parse(*lines)) == 1
+
+
+def test_ragged_flops() -> None:
+    call = 'custom-call(%a, %w), custom_call_target="tpu_custom_call"'
+    lines = (
+        "%w = bf16[4,128,32]{2,1,0} bitcast(%b)",
+        f"%ragged-dot-none.1 = f32[64,32]{{1,0}} {call}",
+        f"%attend.1 = f32[64,64]{{1,0}} {call}",
+    )
+    assert ragged_flops(parse(*lines)) == 2 * 64 * 32 * 128

@@ -6,9 +6,11 @@ from jaxllm.models import CausalLM, ModelRegistry
 from jaxllm.models.llama import Llama
 
 FAMILIES = [
-    *("GPT2LMHeadModel", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-    *("LlamaForCausalLM", "MistralForCausalLM", "Olmo2ForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM"),
-    *("Qwen3ForCausalLM", "SmolLM3ForCausalLM"),
+    *("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "GPT2LMHeadModel", "Gemma2ForCausalLM"),
+    *("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "GptOssForCausalLM", "LlamaForCausalLM"),
+    *("MistralForCausalLM", "MixtralForCausalLM", "Olmo2ForCausalLM", "OlmoeForCausalLM"),
+    *("Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM"),
+    *("Qwen3MoeForCausalLM", "SmolLM3ForCausalLM"),
 ]
 
 

@@ -25,6 +25,7 @@ from jaxllm.runner.runner import DispatchedStep
 
 KINDS = {"leave": 10, "bad": 5, "late": 5, "stream": 40, "whole": 40}
 """Shares of the kinds of clients, in percent."""
+POOLS = ("asyncio_", "uvloop_", "AnyIO")
 BAD = ({"temperature": -1}, {"x": 1}, {"prompt": []}, {"logit_bias": {"9999": 1}}, {"max_tokens": "5"})
 
 
@@ -109,7 +110,7 @@ def run_round(server: Running, seed: int, clients: int, broken: int) -> Counter[
 
 def threads() -> int:
     """Threads besides those of event loops' pools, which are made when there is something for them to do."""
-    return sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate())
+    return sum(not thread.name.startswith(POOLS) for thread in threading.enumerate())
 
 
 def resident() -> int:
