@@ -172,9 +172,13 @@ class ParallelConfig:
         _require(
             given or self.num_hosts < 2, "coordinator_address", None, "given when num_hosts is more than one"
         )
-        one = self.num_hosts == 1 or self.data_parallel_size == 1
+        alone, data, pipeline = self.num_hosts == 1, self.data_parallel_size, self.pipeline_parallel_size
+        _require(alone or data == 1, "data_parallel_size", data, "1 with several hosts; serve replicas apart")
         _require(
-            one, "data_parallel_size", self.data_parallel_size, "1 with several hosts; serve replicas apart"
+            alone or pipeline == 1,
+            "pipeline_parallel_size",
+            pipeline,
+            "1 with several hosts; use tensor_parallel_size",
         )
 
     @property

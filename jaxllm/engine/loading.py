@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import platformdirs
 from jax.sharding import Mesh
-from jaxtyping import Array
 
-from converters.blank import BlankCheckpoint, locate_configs
-from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.checkpoint import Checkpoint
 from converters.tokenizer import TextTokenizer, open_tokenizer
 from jaxllm.config import EngineConfig, ParallelConfig
 from jaxllm.engine.core import EngineCore
@@ -26,12 +24,12 @@ from jaxllm.engine.replicas import Replicas
 from jaxllm.engine.sizing import fit_pages, make_lowering, make_scheduler
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.engine.waiting import waiting
+from jaxllm.engine.weight_source import WeightSource, open_model
 from jaxllm.layers.expert_exchange import exchange_ragged
 from jaxllm.models import abstract
 from jaxllm.models.base import CausalLM, DecoderConfig
-from jaxllm.models.loading import load_weights
 from jaxllm.models.registry import ModelRegistry
-from jaxllm.models.stages import Stage, StageWeights, load_stages, stage_merge, stage_parameters
+from jaxllm.models.stages import Stage, StageWeights, stage_merge, stage_parameters
 from jaxllm.parallel import adopt_mesh, make_mesh, stage_meshes
 from jaxllm.parallel.hosts import HostGroup
 from jaxllm.runner.hosts import LeadingRunner, agree_on_pages, check_hosts
@@ -69,58 +67,12 @@ class EngineParts:
     """`core` itself, or those of the replicas."""
     inputs: InputProcessor
     tokenizer: TextTokenizer | None
-    load_weights: "tuple[WeightSource, ...]"
+    load_weights: tuple[WeightSource, ...]
     """For each of `cores`, loads the weights once more, after a sleep that dropped them."""
     hosts: HostGroup | None
     """The hosts that it runs on, where they are several."""
     load_seconds: Mapping[str, float]
     """What the parts of loading took, in order; for what ran beside others, how long it was waited for."""
-
-
-@dataclass(frozen=True)
-class WeightSource:
-    """Where a model's weights come from, onto which mesh."""
-
-    config: EngineConfig
-    architecture: type[CausalLM]
-    model: DecoderConfig
-    parameters: Mapping[str, abstract.Parameter]
-    parts: Sequence[Mapping[str, abstract.Parameter]]
-    """Those of each stage."""
-    meshes: Sequence[Mesh]
-    """Of each stage."""
-
-    def __call__(self) -> StageWeights:
-        """Loads the weights, or makes random ones, each in its sharding."""
-        with closing(_open(self.config)) as checkpoint:
-            return self.load(checkpoint)
-
-    def load(self, checkpoint: Checkpoint) -> StageWeights:
-        """The same, of a checkpoint that is open already."""
-
-        def load(meshes: Mapping[str, Mesh]) -> tuple[Array, ...]:
-            if self.config.model.load_format == "dummy":
-                return abstract.materialize(self.parameters, meshes, self.config.model.seed)
-            return load_weights(
-                checkpoint,
-                self.architecture.rules,
-                self.parameters,
-                self.model.geometry,
-                meshes,
-                progress=self.config.compile.progress,
-            )
-
-        return load_stages(load, self.parameters, self.parts, self.meshes)
-
-    def copy(self, weights: StageWeights) -> StageWeights:
-        """The same as they are on other meshes, from device to device."""
-        shardings = [
-            [parameter.kept(mesh).sharding for parameter in part.values()]
-            for part, mesh in zip(self.parts, self.meshes, strict=True)
-        ]
-        return tuple(
-            tuple(jax.device_put(list(arrays), own)) for arrays, own in zip(weights, shardings, strict=True)
-        )
 
 
 def load_parts(
@@ -161,7 +113,7 @@ def load_parts(
     with (
         ThreadPoolExecutor(thread_name_prefix="load") as threads,
         # closed before the threads are waited for: so they end soon, if something has failed
-        closing(_open(config)) as checkpoint,
+        closing(open_model(config)) as checkpoint,
         ExitStack() as failed,
     ):
         _compare_options(threads)
@@ -358,15 +310,6 @@ def keep_whole(
     """
     identity = identify(lowering, architecture, num_pages)
     return KeptPrograms(folder / "whole", identity, list(lowering.mesh.devices.flat))
-
-
-def _open(config: EngineConfig) -> Checkpoint:
-    model = config.model
-    where = {"revision": model.revision, "cache_dir": model.cache_dir, "token": model.token}
-    if model.load_format != "dummy":
-        return open_checkpoint(model.model, load_format=model.load_format, **where)
-    path = locate_configs(model.model, **where)
-    return BlankCheckpoint(path) if path.is_dir() else open_checkpoint(str(path))
 
 
 def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> TextTokenizer | None:

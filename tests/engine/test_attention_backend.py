@@ -112,7 +112,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_no_kernel_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, kind, message = BAD[case]
-    monkeypatch.setattr("jaxllm.engine.loading.load_weights", None)  # nothing is loaded before
+    monkeypatch.setattr("jaxllm.engine.weight_source.load_weights", None)  # nothing is loaded before
     with pytest.raises(kind, match=message):
         small_engine(attention_backend=kernel, **SMALL)
 

@@ -1,15 +1,18 @@
 """Replicas behind one queue: the same tokens as one engine, near their prefixes, whatever fails."""
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from small import greedy, small_engine
+from small import CHECKPOINTS, OPTIONS, golden, greedy, small_engine
+from small_text import text_checkpoint
 
-from jaxllm import AsyncEngine, Engine, RequestOutputKind, SamplingParams
+from jaxllm import AsyncEngine, Engine, RequestOutputKind, SamplingParams, StructuredOutputsParams
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.replicas import Replicas
 from jaxllm.engine.routing import Candidate, choose_replica
@@ -112,8 +115,9 @@ def test_the_same_tokens_as_one_engine(shared: Engine, expected: list[Any]) -> N
     assert devices == [{device} for device in jax.devices()[:3]]
 
 
-def test_each_replica_on_several_devices(expected: list[Any]) -> None:
-    with replicated(data_parallel_size=2, tensor_parallel_size=2) as engine:
+@pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_each_replica_on_several_devices(expected: list[Any], size: str) -> None:
+    with replicated(data_parallel_size=2, **{size: 2}) as engine:
         found = answers(engine)
         assert [[tokens for tokens, _ in one] for one in found] == [
             [tokens for tokens, _ in one] for one in expected
@@ -122,6 +126,60 @@ def test_each_replica_on_several_devices(expected: list[Any]) -> None:
             engine.sleep(level)
             engine.wake_up()
         assert list(engine.generate(PROMPTS[1], greedy(12))[0].outputs[0].token_ids) == expected[1][0][0]
+
+
+def test_each_replica_with_stages_and_experts() -> None:
+    """On somebody's own mesh, its axes in another order; what is counted of experts is summed."""
+    mesh = jax.make_mesh((2, 2, 2), ("expert", "data", "stage"))
+    prompts = [golden("mixtral")[f"prompt{row}"].tolist() for row in (0, 1)]
+    options = OPTIONS | SIZES | {"mesh": mesh, "expert_metrics": True}
+    with Engine.from_pretrained(str(CHECKPOINTS / "mixtral"), data_parallel_size=2, **options) as engine:
+        outputs = engine.generate(prompts, greedy())
+        for row, output in enumerate(outputs):
+            assert output.outputs[0].token_ids == golden("mixtral")[f"tokens{row}"].tolist()
+        each = engine.get_replica_metrics()
+        for figures in (engine.get_metrics(), each["0"], each["1"]):
+            tokens = [n for name, n in figures.items() if name.startswith('expert_tokens_total{layer="1"')]
+            assert sum(tokens) == 3 * figures["scheduled_tokens_total"] > 0
+        stages = [core.runner.stages for core in replicas_of(engine).cores]
+        devices = [[stage.lowering.mesh.devices.ravel().tolist() for stage in found] for found in stages]
+        assert devices == [[mesh.devices[:, data, stage].tolist() for stage in (0, 1)] for data in (0, 1)]
+        assert [len(weights) > 0 for weights in engine.get_weights()] == [True] * 4
+
+
+def test_the_pages_of_all_replicas_are_shown(shared: Engine) -> None:
+    shared.reset_prefix_cache()
+    pool = replicas_of(shared).cores[1].scheduler.cache.pool
+    [page] = pool.allocate(1)
+    found = shared.page_occupancy(3)
+    pool.release(page)
+    assert (found.run, found.used, found.cached) == (60, (0, 1, 0), (0, 0, 0))
+
+
+def test_steps_are_counted_by_their_programs(shared: Engine) -> None:
+    shared.generate(PROMPTS, greedy(2))
+    for figures in (shared.get_metrics(), *map(shared.get_replica_metrics().__getitem__, "012")):
+        of_buckets = sum(n for name, n in figures.items() if name.startswith("bucket_steps_total{"))
+        assert of_buckets == figures["steps_total"] > 0
+
+
+def test_grammars_hold_where_steps_fail(tmp_path: Path) -> None:
+    """A request that goes on elsewhere is held to what its grammar still allows."""
+    folder = text_checkpoint(tmp_path / "model")
+    held = StructuredOutputsParams(regex="[a-f]{6,9}(-[0-9]{2}){2,3}")
+    asked = [SamplingParams(seed=seed, max_tokens=40, n=2, structured_outputs=held) for seed in range(6)]
+    options = OPTIONS | SIZES | {"skip_tokenizer_init": False}
+    found = []
+    for count in (1, 2):
+        with Engine.from_pretrained(str(folder), data_parallel_size=count, **options) as engine:
+            if count > 1:
+                for index in range(count):
+                    break_steps(engine, index, lambda step, index=index: step % 30 == 8 + 10 * index)
+            outputs = engine.generate(["abc"] * len(asked), asked)
+            found.append([sample.text for output in outputs for sample in output.outputs])
+            assert count == 1 or "device is gone" in str(engine.last_error)
+    assert found[0] == found[1]
+    assert all(re.fullmatch("[a-f]{6,9}(-[0-9]{2}){2,3}", text) for text in found[0])
 
 
 def test_too_few_devices_and_other_meshes_are_named() -> None:
@@ -237,6 +295,53 @@ def test_when_all_are_gone_everybody_is_told() -> None:
                 await ask(engine, PROMPTS[0])
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_all_start_over_together(expected: list[Any]) -> None:
+    """Also one that had been taken out, whether requests were running, waiting, or on their way."""
+
+    async def main() -> None:
+        with_replicas = replicated()
+        broken = True
+        for index in range(3):
+            break_steps(with_replicas, index, lambda count: broken and count > 2)
+        async with AsyncEngine(with_replicas) as engine:
+            failed = await asyncio.gather(*(last(engine, p) for p in PROMPTS * 3), return_exceptions=True)
+            assert all(isinstance(error, RequestFailedError | EngineFailedError) for error in failed)
+            broken = False
+            while engine.health == "restarting":
+                await asyncio.sleep(0.01)
+            assert engine.health == "running"
+            found = [await last(engine, PROMPTS[i]) for i in (1, 3)]
+            assert found == [expected[1][0][0], expected[3][0][0]]
+            figures = engine.get_metrics()
+            assert figures["replicas_failed"] == 0
+            assert figures["engine_restarts_total"] == 3
+            assert figures["requests_total"] == 36 + 2
+            assert sum(n for name, n in figures.items() if name.startswith("requests_finished_")) == 36 + 2
+
+    async def last(engine: AsyncEngine, prompt: list[int]) -> list[int]:
+        return [list(o.outputs[0].token_ids) async for o in engine.generate(prompt, greedy(12))][-1]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_replica_that_cannot_start_over_stays_out() -> None:
+    with replicated() as engine:
+        replicas_of(engine).cores[1].runner.reset = lost_device  # pyright: ignore[reportAttributeAccessIssue]
+        for _ in range(2):
+            engine.add_request("left", PROMPTS[0], greedy(4))
+            engine.step()
+            engine.restart()
+            assert not engine.has_unfinished_requests()
+        assert [engine.get_replica_metrics()[name]["replica_up"] for name in "012"] == [1, 0, 1]
+        assert len(engine.generate(PROMPTS, greedy(3))) == len(PROMPTS)
+        for core in replicas_of(engine).cores:
+            core.runner.reset = lost_device  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(RuntimeError, match="no device"):
+            engine.restart()
+        with pytest.raises(EngineFailedError, match=r"call restart\(\)"):
+            engine.generate(PROMPTS[0], greedy(1))
 
 
 def test_aborts_and_priorities() -> None:

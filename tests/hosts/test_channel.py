@@ -16,7 +16,7 @@ from jaxllm.parallel import hosts as hosts_module
 from jaxllm.parallel.channel import Channel, ChannelClosedError, Message
 from jaxllm.parallel.hosts import HostGroup, HostLostError
 from jaxllm.parallel.meeting import MeetingError, meet
-from jaxllm.runner.calls import dispatch_message, read_dispatch
+from jaxllm.runner.calls import dispatch_message, read_dispatch, read_sample, sample_message
 from jaxllm.runner.runner import Admission
 from jaxllm.sampling import SamplingParams
 from jaxllm.sampling.settings import row_settings
@@ -73,6 +73,17 @@ def test_a_step_without_news_arrives(pair: tuple[Channel, Channel]) -> None:
     plan = StepPlan((RowPlan("", 1, 5, 1, True),))
     pair[0].send(dispatch_message(plan, {}, 2))
     assert read_dispatch(pair[1].receive()) == (plan, {}, 2)
+
+
+def test_masks_of_a_step_arrive(pair: tuple[Channel, Channel]) -> None:
+    words = np.array([[1, 2**31], [0, 2**32 - 1]], np.uint32)
+    pair[0].send(sample_message(((3, 1), words)))
+    pair[0].send(sample_message(None))
+    found = read_sample(pair[1].receive())
+    assert found is not None
+    assert tuple(found[0]) == (3, 1)
+    np.testing.assert_array_equal(found[1], words)
+    assert read_sample(pair[1].receive()) is None
 
 
 @pytest.mark.parametrize(

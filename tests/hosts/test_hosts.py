@@ -14,7 +14,7 @@ from host_processes import ENGINE, HostProcess, flags, hosts
 from small import OPTIONS
 from small_text import text_checkpoint
 
-from jaxllm import Engine, SamplingParams
+from jaxllm import Engine, SamplingParams, StructuredOutputsParams
 
 PROMPTS = ["abc", "the quick brown fox", "1 2 3 4 5 6 7 8 9 10 11 12"]
 SAMPLED: dict[str, Any] = {
@@ -29,6 +29,14 @@ SAMPLED: dict[str, Any] = {
     "echo": True,
 }
 """Runs every program: admissions with and without tables, sampler, logprobs, scores of prompts."""
+HELD: dict[str, Any] = {
+    "prompt": PROMPTS,
+    "temperature": 1.0,
+    "seed": 5,
+    "max_tokens": 30,
+    "structured_outputs": {"regex": "[a-f]{3,9}(-[0-9]{2}){1,3}"},
+}
+"""Runs what loads masks."""
 SERVE_TIMEOUT = 150
 
 
@@ -51,9 +59,11 @@ def engine(model: Path) -> Iterator[Engine]:
 
 def expected(engine: Engine, body: dict[str, Any]) -> list[str]:
     wanted = {key: value for key, value in body.items() if key not in ("prompt", "echo")}
+    if (held := wanted.get("structured_outputs")) is not None:
+        wanted["structured_outputs"] = StructuredOutputsParams(**held)
     outputs = engine.generate(PROMPTS, SamplingParams(**wanted))
     return [
-        prompt + sample.text
+        (prompt if body.get("echo") else "") + sample.text
         for prompt, output in zip(PROMPTS, outputs, strict=True)
         for sample in output.outputs
     ]
@@ -80,6 +90,7 @@ def test_the_same_tokens_as_one_host(model: Path, engine: Engine) -> None:
     with hosts(serve(model, tensor_parallel_size=4), 2, devices=2) as (leader, follower):
         url = url_of(leader)
         assert texts(url, SAMPLED) == expected(engine, SAMPLED)
+        assert texts(url, HELD) == expected(engine, HELD)
         for level in (1, 2):
             assert httpx2.post(f"{url}/sleep?level={level}", timeout=30).is_success
             assert httpx2.post(f"{url}/wake_up", timeout=60).is_success
@@ -115,6 +126,7 @@ def test_four_hosts_and_one_is_lost(model: Path, engine: Engine) -> None:
             assert other.wait(30) in (1, -signal.SIGABRT)
         assert time.monotonic() - begin < 30
         leader.wait_for("host 2 is gone")
+        assert not any("start over" in line for line in leader.log)  # nothing could
 
 
 def test_followers_end_when_host_0_is_gone(model: Path) -> None:
@@ -172,6 +184,7 @@ def test_generate_on_two_hosts(model: Path) -> None:
         ({"num_hosts": 2, "coordinator_address": "a", "host_rank": 2}, r"host_rank=2: must be 0 to 1"),
         ({"num_hosts": -1}, "num_hosts=-1"),
         ({"num_hosts": 2, "coordinator_address": "a", "data_parallel_size": 2}, "data_parallel_size=2"),
+        ({"num_hosts": 0, "pipeline_parallel_size": 2}, "pipeline_parallel_size=2: must be 1 with several"),
         ({"coordinator_port": 0}, "coordinator_port=0"),
         (
             {"num_hosts": 2, "coordinator_address": "a", "host_rank": 1},

@@ -139,6 +139,10 @@ def test_metrics_of_replicas(model: Path) -> None:
         assert waiting == {"0", "1", "front"}
         assert text.count("# TYPE jaxllm:num_requests_running ") == 1
         assert [s.value for s in families["jaxllm:replica_up"].samples] == [1, 1]
+        for name in ("bucket_steps", "attention_backend_info", "matmul_backend_info", "engine_restarts"):
+            assert {s.labels["engine"] for s in families[f"jaxllm:{name}"].samples} == {"0", "1"}, name
+        figures = server.http.get("/ui/state").json()["engine"]
+        assert figures["figures"]["num_pages"] == sum(s.value for s in families["jaxllm:pages"].samples)
 
 
 def test_tokens_there_and_back(server: Running) -> None:
