@@ -49,7 +49,7 @@ REQUESTS: dict[str, tuple[Callable[[Engine], Any], type[Exception], str]] = {
     "negative token": (with_prompt([-1]), ValueError, "prompt_token_ids: -1 not in"),
     "array of floats": (with_prompt(np.ones(3)), TypeError, "prompt_token_ids: .*1.0.* whole number"),
     "too long": (with_prompt([5] * 96), ValueError, "prompt: 96 tokens .*max_model_len=96; shorten it"),
-    "far too long": (with_prompt("x" * 9999), ValueError, "prompt: 10000 tokens .*max_model_len=96"),
+    "far too long": (with_prompt("x" * 9999), ValueError, "prompt: 9999 characters.*max_model_len=96"),
     "not a prompt": (with_prompt(7), TypeError, "prompts: int is not a prompt; give a string"),
     "none": (with_prompt(None), TypeError, "prompts: NoneType is not a prompt"),
     "unknown key": (with_prompt({"text": "hi"}), ValueError, r"prompt: unknown keys \['text'\]; known are"),

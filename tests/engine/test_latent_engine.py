@@ -32,9 +32,10 @@ def test_tokens_are_transformers(devices: int) -> None:
         assert figures["prefix_cache_hits_total"] > 0
         assert engine.attention_backend.backend.name == "xla"
         runner = engine._core.runner
-        assert runner._cache is not None
+        (stage,) = runner.stages
+        _, pools, _ = stage.arrays
         kept = runner.lowering.model.head_dim * 4 * runner.num_pages * 4
-        assert [pool.addressable_shards[0].data.nbytes for pool in runner._cache] == [kept, kept]
+        assert [pool.addressable_shards[0].data.nbytes for pool in pools] == [kept, kept]
 
 
 def test_kernels_of_keys_and_values_are_refused() -> None:
