@@ -4,17 +4,14 @@ import itertools
 import logging
 import random
 from bisect import insort
-from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
-from jaxllm.cache.prefix import HashChain
-from jaxllm.engine.assembler import OutputAssembler
 from jaxllm.engine.core import EngineFailedError, Sample
 from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.metrics import EngineState, Metrics
 from jaxllm.engine.outputs import FinishReason, RequestOutput, join
+from jaxllm.engine.replica import Job, Replica
 from jaxllm.engine.replica_core import ReplicaCore
 from jaxllm.engine.routing import Candidate, choose_replica
 from jaxllm.sampling.params import RequestOutputKind
@@ -26,80 +23,6 @@ FRONT = "front"
 MOST_MOVES = 2
 """Times that a request goes to another replica because a step failed: where three replicas have failed, it is
 likely to be the reason."""
-
-
-@dataclass(eq=False)
-class Job:
-    """A request, where it waits or runs."""
-
-    samples: list[Sample]
-    order: tuple[int, int]
-    """Priority, and when it came."""
-    chain: HashChain
-    """Names of the prompt's full pages."""
-    place: "Replica | None" = None
-    """The replica that has it; None while it waits."""
-    avoid: "Replica | None" = None
-    """The replica that failed with it last."""
-    num_moves: int = 0
-
-    @property
-    def assembler(self) -> OutputAssembler:
-        """What its outputs are put together by."""
-        return self.samples[0].assembler
-
-
-@dataclass(eq=False)
-class Replica:
-    """A core, and what it has been given."""
-
-    index: int
-    core: ReplicaCore
-    inbox: list[Job] = field(default_factory=list)
-    """Requests that it takes before its next step."""
-    load: int = 0
-    """Outputs that it makes or is about to."""
-    coming: Counter[bytes] = field(default_factory=Counter)
-    """Names of the pages that its requests' prompts fill."""
-    step: "Future[list[RequestOutput]] | None" = None
-    """The step that its thread runs; meanwhile nobody else may change the core."""
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether it can be given requests."""
-        return self.core.failure is None
-
-    def place(self, job: Job) -> None:
-        """Gives it a request."""
-        self.inbox.append(job)
-        self._hold(job, 1)
-        job.place = self
-
-    def forget(self, job: Job) -> None:
-        """The request has ended, or has gone elsewhere."""
-        self._hold(job, -1)
-        job.place = None
-
-    def _hold(self, job: Job, count: int) -> None:
-        self.load += count * len(job.samples)
-        for name in job.chain.digests:
-            self.coming[name] += count
-            if not self.coming[name]:
-                del self.coming[name]
-
-    def empty_inbox(self) -> None:
-        """Hands the core what has come for it. Not while it runs a step."""
-        for job in self.inbox:
-            self.core.adopt(job.samples)
-            if job.assembler.metrics is not None and not job.num_moves:
-                self.core.metrics.request_taken(job.assembler.metrics)
-        self.inbox.clear()
-
-    def num_found(self, job: Job) -> int:
-        """Leading tokens of a prompt that the cache has, or will have; may be asked while a step runs."""
-        prompt, cache = job.samples[0].request.prompt_token_ids, self.core.scheduler.cache
-        prefix = cache.find_prefix(job.chain, prompt)
-        return prefix.num_tokens + cache.num_coming(prefix, job.chain, prompt, self.coming)
 
 
 class Replicas:
@@ -132,6 +55,8 @@ class Replicas:
         self._numbers = itertools.count()
         self._jobs: dict[str, Job] = {}
         """All requests whose last output has not been given out."""
+        self._names: set[str] = set()
+        """Of their samples, which no two requests may share."""
         self._queue: list[Job] = []
         self._outputs: list[RequestOutput] = []
         """What the next step gives out."""
@@ -203,12 +128,16 @@ class Replicas:
         core, seed = self.cores[0], input.params.seed
         drawn = self._random.getrandbits(64) if seed is None else seed
         samples = core.make(request_id, input, drawn)
+        names = frozenset(sample.request.request_id for sample in samples)
+        for name in names & self._names:
+            raise ValueError(f"request_id={name!r}: an unfinished request has this id; choose another")
+        self._names |= names
         samples[0].assembler.metrics = self.arrivals.request_arrived(len(input.prompt_token_ids))
         priority = input.priority if core.scheduler.policy == "priority" else 0
         cache, prompt = core.scheduler.cache, input.prompt_token_ids
         chain = cache.chain(input.cache_salt)
         cache.names(chain, prompt, 0, len(prompt))  # so that the chain has them
-        job = self._jobs[request_id] = Job(samples, (priority, next(self._numbers)), chain)
+        job = self._jobs[request_id] = Job(samples, names, (priority, next(self._numbers)), chain)
         self._enqueue(job)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> RequestOutput | None:
@@ -237,7 +166,7 @@ class Replicas:
         request_id = job.assembler.request_id
         own = [output for output in self._outputs if output.request_id == request_id]
         self._outputs = [output for output in self._outputs if output.request_id != request_id]
-        self._jobs.pop(request_id, None)
+        self._forget(request_id)
         found = None
         delta = job.assembler.input.params.output_kind is RequestOutputKind.DELTA
         for output in own:
@@ -265,8 +194,12 @@ class Replicas:
         outputs, self._outputs = self._outputs, []
         for output in outputs:
             if output.finished:
-                del self._jobs[output.request_id]
+                self._forget(output.request_id)
         return outputs
+
+    def _forget(self, request_id: str) -> None:
+        if (job := self._jobs.pop(request_id, None)) is not None:
+            self._names -= job.names
 
     def restart(self) -> None:
         """Starts all replicas over, those that have been taken out, too; requests get no last output.
@@ -279,7 +212,7 @@ class Replicas:
             known = any(job.assembler.request_id in core for core in self.cores)
             if not known and not job.assembler.finished:
                 self._count_end(job, "error")
-        for kept in (self._jobs, self._queue, self._outputs):
+        for kept in (self._jobs, self._names, self._queue, self._outputs):
             kept.clear()
         self._replicas = [Replica(index, core) for index, core in enumerate(self.cores)]
         for core in self.cores:

@@ -352,6 +352,12 @@ def test_aborts_and_priorities() -> None:
         engine.add_request("patient", PROMPTS[0], greedy(2), priority=1)
         with pytest.raises(ValueError, match="choose another"):
             engine.add_request("9", PROMPTS[0], greedy(1))
+        engine.add_request("pair", PROMPTS[0], greedy(1, n=2))
+        with pytest.raises(ValueError, match="request_id='pair/1'"):
+            engine.add_request("pair/1", PROMPTS[0], greedy(1))
+        engine.abort_request("pair")
+        engine.add_request("pair/1", PROMPTS[0], greedy(1))
+        engine.abort_request("pair/1")
         with pytest.raises(ValueError, match="max_model_len"):
             engine.add_request("long", [5] * 200, greedy(1))
         order = []

@@ -1,0 +1,88 @@
+"""One of several replicas, and the requests that it has been given."""
+
+from collections import Counter
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from jaxllm.cache.prefix import HashChain
+from jaxllm.engine.assembler import OutputAssembler
+from jaxllm.engine.outputs import RequestOutput
+from jaxllm.engine.replica_core import ReplicaCore
+from jaxllm.engine.sample import Sample
+
+
+@dataclass(eq=False)
+class Job:
+    """A request, where it waits or runs."""
+
+    samples: list[Sample]
+    """Those that have not ended, as far as a failure has led to ask."""
+    names: frozenset[str]
+    """Of all samples."""
+    order: tuple[int, int]
+    """Priority, and when it came."""
+    chain: HashChain
+    """Names of the prompt's full pages."""
+    place: "Replica | None" = None
+    """The replica that has it; None while it waits."""
+    avoid: "Replica | None" = None
+    """The replica that failed with it last."""
+    num_moves: int = 0
+
+    @property
+    def assembler(self) -> OutputAssembler:
+        """What its outputs are put together by."""
+        return self.samples[0].assembler
+
+
+@dataclass(eq=False)
+class Replica:
+    """A core, and what it has been given."""
+
+    index: int
+    core: ReplicaCore
+    inbox: list[Job] = field(default_factory=list)
+    """Requests that it takes before its next step."""
+    load: int = 0
+    """Outputs that it makes or is about to."""
+    coming: Counter[bytes] = field(default_factory=Counter)
+    """Names of the pages that its requests' prompts fill."""
+    step: "Future[list[RequestOutput]] | None" = None
+    """The step that its thread runs; meanwhile nobody else may change the core."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can be given requests."""
+        return self.core.failure is None
+
+    def place(self, job: Job) -> None:
+        """Gives it a request."""
+        self.inbox.append(job)
+        self._hold(job, 1)
+        job.place = self
+
+    def forget(self, job: Job) -> None:
+        """The request has ended, or has gone elsewhere."""
+        self._hold(job, -1)
+        job.place = None
+
+    def _hold(self, job: Job, count: int) -> None:
+        self.load += count * len(job.samples)
+        for name in job.chain.digests:
+            self.coming[name] += count
+            if not self.coming[name]:
+                del self.coming[name]
+
+    def empty_inbox(self) -> None:
+        """Hands the core what has come for it. Not while it runs a step."""
+        for job in self.inbox:
+            self.core.adopt(job.samples)
+            if job.assembler.metrics is not None and not job.num_moves:
+                self.core.metrics.request_taken(job.assembler.metrics)
+        self.inbox.clear()
+
+    def num_found(self, job: Job) -> int:
+        """Leading tokens of a prompt that the cache has, or will have; may be asked while a step runs."""
+        prompt, cache = job.samples[0].request.prompt_token_ids, self.core.scheduler.cache
+        prefix = cache.find_prefix(job.chain, prompt)
+        return prefix.num_tokens + cache.num_coming(prefix, job.chain, prompt, self.coming)
