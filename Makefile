@@ -42,7 +42,7 @@ asan: $(VENV)/.has-jaxllm $(VENV)/.has-test  ## run the CPU kernel on all cases 
 	$(VENV)/bin/python tests/kernels/asan/run_cases.py
 
 # The fuzzer goes into an environment of its own: it is a plugin of every pytest beside it.
-fuzz: export SCHEMATHESIS = $(VENV)-fuzz/bin/schemathesis
+fuzz: export SCHEMATHESIS = $(abspath $(VENV)-fuzz/bin/schemathesis)
 fuzz: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)-fuzz/.has-fuzzer  ## send a server whatever its OpenAPI document allows, and does not
 	$(PYTEST) -m fuzz tests/server $(ARGS)
 
