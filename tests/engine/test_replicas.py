@@ -352,7 +352,7 @@ def test_aborts_and_priorities() -> None:
         engine.add_request("patient", PROMPTS[0], greedy(2), priority=1)
         with pytest.raises(ValueError, match="choose another"):
             engine.add_request("9", PROMPTS[0], greedy(1))
-        engine.add_request("pair", PROMPTS[0], greedy(1, n=2))
+        engine.add_request("pair", PROMPTS[0], SamplingParams(n=2, max_tokens=1, detokenize=False))
         with pytest.raises(ValueError, match="request_id='pair/1'"):
             engine.add_request("pair/1", PROMPTS[0], greedy(1))
         engine.abort_request("pair")
