@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from jaxllm.cache.prefix import HashChain
 from jaxllm.engine.assembler import OutputAssembler
+from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.replica_core import ReplicaCore
 from jaxllm.engine.sample import Sample
@@ -16,7 +17,7 @@ class Job:
     """A request, where it waits or runs."""
 
     samples: list[Sample]
-    """Those that have not ended, as far as a failure has led to ask."""
+    """All, or after a step has failed those that had not ended."""
     names: frozenset[str]
     """Of all samples."""
     order: tuple[int, int]
@@ -28,6 +29,14 @@ class Job:
     avoid: "Replica | None" = None
     """The replica that failed with it last."""
     num_moves: int = 0
+    counted: bool = False
+    """Whether it is in the figures of some replica, or of those that none has had."""
+
+    def count(self, metrics: Metrics) -> None:
+        """Counts it among those that have arrived, unless that has been done."""
+        if self.assembler.metrics is not None and not self.counted:
+            metrics.request_taken(self.assembler.metrics)
+            self.counted = True
 
     @property
     def assembler(self) -> OutputAssembler:
@@ -77,8 +86,7 @@ class Replica:
         """Hands the core what has come for it. Not while it runs a step."""
         for job in self.inbox:
             self.core.adopt(job.samples)
-            if job.assembler.metrics is not None and not job.num_moves:
-                self.core.metrics.request_taken(job.assembler.metrics)
+            job.count(self.core.metrics)
         self.inbox.clear()
 
     def num_found(self, job: Job) -> int:

@@ -315,8 +315,6 @@ class Replicas:
         self._count_end(job, reason)
 
     def _count_end(self, job: Job, reason: FinishReason) -> None:
-        record = job.assembler.metrics
-        if record is not None:
-            if not job.num_moves:
-                self._ended.request_taken(record)
-            self._ended.request_finished(record, reason)
+        job.count(self._ended)
+        if job.assembler.metrics is not None:
+            self._ended.request_finished(job.assembler.metrics, reason)
