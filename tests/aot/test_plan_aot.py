@@ -60,7 +60,8 @@ def test_few_layers_stand_for_all() -> None:
             one.temporaries + 2 * one.outputs, rel=0.05
         )
     assert few.decode.nbytes == pytest.approx(whole.decode.nbytes, rel=0.02)
-    assert few.prefill.nbytes == pytest.approx(whole.prefill.nbytes, rel=0.25)
+    # a prompt's traffic is no line: few layers leave activations room in VMEM; products take the time
+    assert few.estimate.ttft_seconds == pytest.approx(whole.estimate.ttft_seconds, rel=0.05)
     rate = whole.estimate.output_tokens_per_second
     assert few.estimate.output_tokens_per_second == pytest.approx(rate, rel=0.02)
 
