@@ -14,6 +14,7 @@ from jaxllm.engine.outputs import FinishReason, RequestOutput
 from jaxllm.engine.sample import HeldRow, Sample, held_rows, make_samples, prompts_to_score
 from jaxllm.engine.step_clock import StepClock
 from jaxllm.engine.step_logprobs import StepLogprobs
+from jaxllm.engine.unfinished import Unfinished
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.runner.runner import Admission, Runner
 from jaxllm.runner.stage import RowMasks
@@ -65,12 +66,7 @@ class EngineCore:
         self.vocabulary = vocabulary
         self.depth = depth
         self._random = random.Random(seed)
-        self._samples: dict[str, Sample] = {}
-        self._requests: dict[str, list[Sample]] = {}
-        self._scoring: set[str] = set()
-        """Requests that want their prompts' logprobs."""
-        self._constrained: set[str] = set()
-        """Requests that are held to a grammar."""
+        self.unfinished = Unfinished()
         self._in_flight: deque[InFlight] = deque()
         self._masks = Masks(runner.lowering.sampler.vocab_size)
         self._clock = StepClock()
@@ -83,16 +79,16 @@ class EngineCore:
     @property
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do."""
-        return bool(self._requests)
+        return bool(self.unfinished)
 
     @property
     def num_unfinished(self) -> int:
         """Requests that have not given out their last output."""
-        return len(self._requests)
+        return len(self.unfinished)
 
     def __contains__(self, request_id: object) -> bool:
         """Whether an unfinished request has this id."""
-        return request_id in self._requests
+        return request_id in self.unfinished
 
     def get_metrics(self) -> dict[str, float]:
         """What has been counted, and how things stand; see `Metrics.snapshot`."""
@@ -113,7 +109,7 @@ class EngineCore:
         Raises:
             ValueError: the id is in use, the request can never fit, or it needs more than a row has room for.
         """
-        if request_id in self._requests:
+        if request_id in self.unfinished:
             raise ValueError(f"request_id={request_id!r}: an unfinished request has this id; choose another")
         seed = self._random.getrandbits(64) if input.params.seed is None else input.params.seed
         samples = self.make(request_id, input, seed)
@@ -138,23 +134,15 @@ class EngineCore:
         Raises:
             ValueError: an unfinished sample of another request has the id of one of these.
         """
-        for sample in samples:
-            if (name := sample.request.request_id) in self._samples:
-                raise ValueError(f"request_id={name!r}: an unfinished request has this id; choose another")
+        self.unfinished.require_new(samples)
         for sample in samples:
             self.scheduler.add(sample.request)
-            self._samples[sample.request.request_id] = sample
-        assembler = samples[0].assembler
-        self._requests[assembler.request_id] = list(samples)
-        if assembler.input.num_prompt_logprobs is not None:
-            self._scoring.add(assembler.request_id)
-        if assembler.input.grammar is not None:
-            self._constrained.add(assembler.request_id)
+        self.unfinished.add(samples)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> RequestOutput | None:
         """Ends a request and gives its last output; None if no unfinished request has this id."""
-        samples = self._requests.get(request_id)
-        if samples is None:
+        samples = self.unfinished.get(request_id)
+        if not samples:
             return None
         samples[0].assembler.abort(reason)
         for sample in samples:
@@ -175,7 +163,7 @@ class EngineCore:
         plan = self.scheduler.schedule()
         self._clock.scheduled(len(plan.rows), plan.num_tokens)
         for request_id in plan.preempted:
-            record = self._samples[request_id].assembler.metrics
+            record = self.unfinished.samples[request_id].assembler.metrics
             assert record is not None
             self.metrics.request_preempted(record)
         outputs: list[RequestOutput] = []
@@ -184,7 +172,7 @@ class EngineCore:
             self._failures_in_a_row = 0
         except Exception as error:
             outputs += self._recover(error)
-        self.metrics.step_done(self._clock.end(idle=not self._requests))
+        self.metrics.step_done(self._clock.end(idle=not self.unfinished))
         return outputs
 
     def _is_busy(self) -> bool:
@@ -206,7 +194,9 @@ class EngineCore:
             self.failure = error
             return self.abort_all("error")
         self._in_flight.clear()
-        failed = {self._samples[r.request_id].assembler.request_id for r in self.scheduler.abandon()}
+        failed = {
+            self.unfinished.samples[r.request_id].assembler.request_id for r in self.scheduler.abandon()
+        }
         outputs = [self.abort(request_id, "error") for request_id in failed]
         self.runner.reset()
         return [output for output in outputs if output is not None]
@@ -217,11 +207,12 @@ class EngineCore:
         Raises:
             Exception: pages and rows cannot be made. It may be tried again.
         """
-        for samples in self._requests.values():
-            if samples[0].assembler.metrics is not None:
-                self.metrics.request_finished(samples[0].assembler.metrics, "error")
-        for kept in (self._requests, self._samples, self._scoring, self._constrained, self._in_flight):
-            kept.clear()
+        for request_id in self.unfinished:
+            record = self.unfinished.get(request_id)[0].assembler.metrics
+            if record is not None:
+                self.metrics.request_finished(record, "error")
+        self.unfinished.clear()
+        self._in_flight.clear()
         self.scheduler.clear()
         self._clock = StepClock()
         self.runner.reset()
@@ -237,7 +228,7 @@ class EngineCore:
         """Ends every request, and gives their last outputs."""
         self._in_flight.clear()
         self.scheduler.abandon()
-        outputs = [self.abort(request_id, reason) for request_id in list(self._requests)]
+        outputs = [self.abort(request_id, reason) for request_id in list(self.unfinished)]
         return [output for output in outputs if output is not None]
 
     # To the device
@@ -248,10 +239,11 @@ class EngineCore:
         What a row may choose that is held to a grammar depends on its token before, which may be in flight.
         So the steps before are read, and the masks computed, while the device works on the forward pass.
         """
-        scored, targets = prompts_to_score(plan, self._samples) if self._scoring else ((), {})
+        samples = self.unfinished.samples
+        scored, targets = prompts_to_score(plan, samples) if self.unfinished.any_scored else ((), {})
         begun = self.runner.dispatch(plan, self._admissions(plan), scores=bool(targets))
         self._clock.dispatched(begun.packed_at, busy=self._is_busy())
-        held = held_rows(plan, self._samples) if self._constrained else []
+        held = held_rows(plan, samples) if self.unfinished.any_constrained else []
         before = [self._read(self._in_flight.popleft()) for _ in range(self._num_needed(held))]
         try:
             step = self.runner.sample(begun, self._compute_masks(held))
@@ -270,10 +262,11 @@ class EngineCore:
 
     def _num_needed(self, held: Sequence[HeldRow]) -> int:
         """How many steps in flight are to be read for all that those rows' grammars have to know."""
-        ids = {sample.request.request_id for _, sample, _ in held}
-        return max(
-            (n for n, one in enumerate(self._in_flight, 1) if ids & one.step.plan.request_ids), default=0
-        )
+        if not held:
+            return 0
+        names = {sample.request.request_id for _, sample, _ in held}
+        plans = [one.step.plan for one in self._in_flight]
+        return max((n for n, plan in enumerate(plans, 1) if names & plan.request_ids), default=0)
 
     def _compute_masks(self, held: Sequence[HeldRow]) -> RowMasks | None:
         """Masks of those rows whose outputs go on. All that is known of them has been read."""
@@ -286,7 +279,7 @@ class EngineCore:
     def _admissions(self, plan: StepPlan) -> dict[int, Admission]:
         admitted = set(plan.admitted)
         newcomers = [row for row in plan.rows if row.request_id in admitted] if admitted else []
-        return {row.row: self._admission(self._samples[row.request_id]) for row in newcomers}
+        return {row.row: self._admission(self.unfinished.samples[row.request_id]) for row in newcomers}
 
     def _admission(self, sample: Sample) -> Admission:
         request, assembler = sample.request, sample.assembler
@@ -310,7 +303,9 @@ class EngineCore:
         )
 
     def _wants_logprobs(self, row: RowPlan) -> bool:
-        return row.samples and self._samples[row.request_id].assembler.input.num_logprobs is not None
+        return (
+            row.samples and self.unfinished.samples[row.request_id].assembler.input.num_logprobs is not None
+        )
 
     # From the device
 
@@ -320,8 +315,8 @@ class EngineCore:
         self._clock.read(done.step.packed_at)
         self.metrics.experts_used(done.step.expert_load)
         new_tokens = self.scheduler.complete(done.step.plan, tokens)
-        for request, new in new_tokens if self._constrained else ():
-            constraint = self._samples[request.request_id].constraint
+        for request, new in new_tokens if self.unfinished.any_constrained else ():
+            constraint = self.unfinished.samples[request.request_id].constraint
             if constraint is not None:
                 constraint.accept(new)
         return done, new_tokens
@@ -341,7 +336,7 @@ class EngineCore:
         rows = done.step.plan.rows if done.logprobs else ()
         row_of = {row.request_id: i for i, row in enumerate(rows)}
         for request, new in new_tokens:
-            sample = self._samples[request.request_id]
+            sample = self.unfinished.samples[request.request_id]
             if new and not sample.assembler.finished:
                 self._add_tokens(sample, new, logprobs, row_of.get(request.request_id))
                 touched[sample.assembler.request_id] = sample.assembler
@@ -387,17 +382,14 @@ class EngineCore:
         """Ends a request, all of its samples, with an error."""
         self.last_error = assembler.error = error
         assembler.abort("error")
-        for sample in self._requests[assembler.request_id]:
+        for sample in self.unfinished.get(assembler.request_id):
             self.scheduler.finish(sample.request.request_id, RequestStatus.FINISHED_ERROR)
 
     def _take(self, assembler: OutputAssembler) -> RequestOutput | None:
         """The request's next output; forgets the request with the last one."""
         output = assembler.take()
         if assembler.finished:
-            self._scoring.discard(assembler.request_id)
-            self._constrained.discard(assembler.request_id)
-            for sample in self._requests.pop(assembler.request_id):
-                del self._samples[sample.request.request_id]
+            self.unfinished.remove(assembler.request_id)
             if assembler.metrics is not None and output is not None:
                 self.metrics.request_finished(assembler.metrics, output.outputs[0].finish_reason or "abort")
         return output

@@ -45,7 +45,7 @@ class EngineInfo:
     @property
     def max_num_seqs(self) -> int:
         """Most requests that run at a time, on all replicas together."""
-        return sum(core.scheduler.max_num_seqs for core in self._cores)
+        return sum(core.scheduler.limits.max_num_seqs for core in self._cores)
 
     @property
     def metrics(self) -> Metrics:

@@ -5,8 +5,9 @@ import logging
 
 from jaxllm.engine.assembler import OutputAssembler
 from jaxllm.engine.constraint import Constraint
-from jaxllm.engine.core import MOST_FAILURES, EngineCore, Sample
+from jaxllm.engine.core import MOST_FAILURES, EngineCore
 from jaxllm.engine.outputs import RequestOutput
+from jaxllm.engine.sample import Sample
 from jaxllm.scheduler.request import RequestStatus
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class ReplicaCore(EngineCore):
     def release_all(self) -> None:
         """Displaces every request, after the core has failed."""
         self._in_flight.clear()
-        for request_id in list(self._requests):
+        for request_id in list(self.unfinished):
             self._displace(request_id)
 
     def _recover(self, error: Exception) -> list[RequestOutput]:
@@ -47,7 +48,9 @@ class ReplicaCore(EngineCore):
         self.last_error = error
         self._failures_in_a_row += 1
         self._in_flight.clear()
-        failed = {self._samples[r.request_id].assembler.request_id for r in self.scheduler.abandon()}
+        failed = {
+            self.unfinished.samples[r.request_id].assembler.request_id for r in self.scheduler.abandon()
+        }
         for request_id in failed:
             self._displace(request_id)
         if self._failures_in_a_row == MOST_FAILURES:
@@ -57,12 +60,9 @@ class ReplicaCore(EngineCore):
         return []
 
     def _displace(self, request_id: str) -> None:
-        samples = self._requests.pop(request_id)
-        self._scoring.discard(request_id)
-        self._constrained.discard(request_id)
+        samples = self.unfinished.remove(request_id)
         ongoing = [sample for sample in samples if sample.request.status not in _ENDED]
         for sample in samples:
-            del self._samples[sample.request.request_id]
             self.scheduler.finish(sample.request.request_id, RequestStatus.FINISHED_ERROR)
         self.displaced.append((samples[0].assembler, [self._continued(sample) for sample in ongoing]))
 

@@ -50,7 +50,7 @@ class Replicas:
         self._ended = Metrics()
         """Counts those that end while no replica has them."""
         self._replicas = [Replica(index, core) for index, core in enumerate(cores)]
-        self._rows = cores[0].scheduler.max_num_seqs
+        self._rows = cores[0].scheduler.limits.max_num_seqs
         self._random = random.Random(seed)
         self._numbers = itertools.count()
         self._jobs: dict[str, Job] = {}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from jaxllm.cache.manager import CacheManager, CacheStats, Prefix
 from jaxllm.config import Policy
 from jaxllm.scheduler.draft import StepDraft
+from jaxllm.scheduler.limits import Limits
 from jaxllm.scheduler.plan import RowPlan, StepPlan
 from jaxllm.scheduler.queues import FcfsQueue, PriorityQueue, WaitingQueue
 from jaxllm.scheduler.request import Request, RequestStatus
@@ -63,38 +64,18 @@ class Scheduler:
         enable_chunked_prefill: bool = True,
         num_stages: int = 1,
     ) -> None:
-        """Makes a scheduler without requests.
-
-        Args:
-            max_num_seqs: rows, the most requests that run at a time.
-            max_num_batched_tokens: most tokens in one step.
-            max_model_len: most tokens of one request, prompt and output.
-            enable_chunked_prefill: a prompt may be spread over several steps. Otherwise it waits for a step
-                with room for all of it; only preempted requests are then computed in pieces, because their
-                outputs may have made them longer than a step.
-            num_stages: steps that the model's stages work on at a time, if no request is in two of them.
+        """Makes a scheduler without requests; the limits are explained in `Limits`.
 
         Raises:
             ValueError: a limit below 1, or an unknown policy.
         """
-        limits = {
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "max_model_len": max_model_len,
-            "num_stages": num_stages,
-        }
-        for name, value in limits.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+        self.limits = Limits(
+            max_num_seqs, max_num_batched_tokens, max_model_len, enable_chunked_prefill, num_stages
+        )
         if policy not in ("fcfs", "priority"):
             raise ValueError(f"policy={policy!r}: must be 'fcfs' or 'priority'")
         self.cache = cache
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_model_len = max_model_len
         self.policy = policy
-        self.enable_chunked_prefill = enable_chunked_prefill
-        self.num_stages = num_stages
         self.requests: dict[str, Request] = {}
         """All unfinished requests, by id."""
         self.running: list[Request] = []
@@ -153,28 +134,8 @@ class Scheduler:
         self._waiting.push(request)
 
     def check_fits(self, request: Request) -> None:
-        """Raises ValueError if the request could never run; see `add`."""
-        prompt, total = len(request.prompt_token_ids), len(request.prompt_token_ids) + request.max_tokens
-        what = f"request {request.request_id!r}: {prompt} prompt tokens"
-        if total > self.max_model_len:
-            raise ValueError(
-                f"{what} and max_tokens={request.max_tokens} make {total}, more than "
-                f"max_model_len={self.max_model_len}; shorten the prompt or lower max_tokens"
-            )
-        if not self.enable_chunked_prefill and prompt > self.max_num_batched_tokens:
-            raise ValueError(
-                f"{what} are more than max_num_batched_tokens={self.max_num_batched_tokens}; "
-                f"raise it, or set enable_chunked_prefill=True"
-            )
-        pages = self.cache.growth(total - 1)  # the last token is sampled and never computed
-        if not self.enable_chunked_prefill:
-            pages = max(pages, self.cache.num_columns(prompt) * len(self.cache.groups))
-        pool = self.cache.pool.num_pages
-        if pages > pool:
-            raise ValueError(
-                f"{what} and max_tokens={request.max_tokens} need {pages} pages of {self.cache.page_size} "
-                f"tokens and the cache has {pool}; lower max_tokens, or give the cache more memory"
-            )
+        """Raises ValueError if the request could never run; see `Limits.check_fits`."""
+        self.limits.check_fits(request, self.cache)
 
     def finish(self, request_id: str, status: RequestStatus) -> Request | None:
         """Ends a request and frees its row and pages. None if no unfinished request has this id.
@@ -216,7 +177,7 @@ class Scheduler:
         self.requests.clear()
         self.running.clear()
         self._waiting = self._no_requests()
-        self._free_rows = list(range(self.max_num_seqs))
+        self._free_rows = list(range(self.limits.max_num_seqs))
         self._in_flight.clear()
 
     def _no_requests(self) -> WaitingQueue:
@@ -243,7 +204,7 @@ class Scheduler:
 
         A plan with rows must be dispatched, in the order of planning, and then completed.
         """
-        draft = StepDraft(self.max_num_batched_tokens)
+        draft = StepDraft(self.limits.max_num_batched_tokens)
         self._continue_running(draft)
         if not draft.short:
             self._admit_waiting(draft)
@@ -254,7 +215,7 @@ class Scheduler:
 
     def _continue_running(self, draft: StepDraft) -> None:
         under_way = self._under_way()
-        index, share = 0, -(-len(self.running) // self.num_stages)
+        index, share = 0, -(-len(self.running) // self.limits.num_stages)
         while index < len(self.running) and draft.budget and share:
             request = self.running[index]
             index += 1
@@ -270,7 +231,7 @@ class Scheduler:
 
     def _under_way(self) -> set[str]:
         """Requests whose next tokens other stages still compute: with them the first stage would wait."""
-        others = itertools.islice(reversed(self._in_flight), self.num_stages - 1)
+        others = itertools.islice(reversed(self._in_flight), self.limits.num_stages - 1)
         return {row.request_id for plan, _ in others for row in plan.rows if row.samples}
 
     def _make_room(self, request: Request, wanted: int, draft: StepDraft) -> int:
@@ -342,7 +303,7 @@ class Scheduler:
             return 0
         missing = known - start
         count = min(missing, draft.budget, self.cache.capacity(columns, available) - start)
-        whole = self.enable_chunked_prefill or request.num_preemptions > 0 or count == missing
+        whole = self.limits.enable_chunked_prefill or request.num_preemptions > 0 or count == missing
         return count if whole else 0
 
     def _admit(self, request: Request, prefix: Prefix, draft: StepDraft) -> None:
