@@ -48,6 +48,9 @@ class ListenConfig:
             raise ValueError("ssl_keyfile: needs ssl_certfile, and the other way round")
         if self.ssl_cert_reqs not in (0, 1, 2):
             raise ValueError(f"ssl_cert_reqs={self.ssl_cert_reqs}: must be 0, 1 or 2")
+        for name in ("ssl_ca_certs", "ssl_cert_reqs"):
+            if getattr(self, name) and self.ssl_certfile is None:  # no TLS, and so no client is checked
+                raise ValueError(f"{name}: needs ssl_certfile and ssl_keyfile")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ValueError(f"root_path={self.root_path!r}: must begin with a slash and end without")
         _at_least(1024, h11_max_incomplete_event_size=self.h11_max_incomplete_event_size)
