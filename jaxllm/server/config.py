@@ -69,7 +69,9 @@ class AccessConfig:
         None, "Jinja template for chats, or a file with one, instead of the model's"
     )
     trust_request_chat_template: bool = option(False, "let requests bring their own chat template")
-    admin: bool = option(False, "serve /sleep, /wake_up, /reset_prefix_cache, /start_profile, /stop_profile")
+    admin: bool = option(
+        False, "serve /sleep, /wake_up, /is_sleeping, /reset_prefix_cache, /start_profile, /stop_profile"
+    )
     ui: bool = option(True, "serve a page at / to chat with the model and to watch the engine")
     vllm_metrics: bool = option(False, "give every metric under the prefix vllm: as well")
 
@@ -160,7 +162,9 @@ class LogConfig:
 class ObserveConfig:
     """How one can look on."""
 
-    profile_dir: Path | None = option(None, "folder for what /start_profile and /stop_profile record")
+    profile_dir: Path | None = option(
+        None, "folder for what /start_profile and /stop_profile record; needs --admin"
+    )
     otlp_traces_endpoint: str | None = option(
         None, "OpenTelemetry collector for traces, OTLP over HTTP, such as http://localhost:4318/v1/traces"
     )
