@@ -81,7 +81,8 @@ def _add_from_file(arguments: argparse.Namespace) -> None:
         arguments.usage_error(f"--config: {arguments.config}: must hold names of flags with their values")
     words = [word for name, value in entries.items() for word in _as_words(str(name), value)]
     for name, value in vars(arguments.parser.parse_args(words)).items():
-        if getattr(arguments, name, None) in (None, False):
+        default = arguments.parser.get_default(name)
+        if getattr(arguments, name, default) is default:
             setattr(arguments, name, value)
 
 

@@ -48,6 +48,9 @@ class ListenConfig:
             raise ValueError("ssl_keyfile: needs ssl_certfile, and the other way round")
         if self.ssl_cert_reqs not in (0, 1, 2):
             raise ValueError(f"ssl_cert_reqs={self.ssl_cert_reqs}: must be 0, 1 or 2")
+        for name in ("ssl_ca_certs", "ssl_cert_reqs"):
+            if getattr(self, name) and self.ssl_certfile is None:  # no TLS, and so no client is checked
+                raise ValueError(f"{name}: needs ssl_certfile and ssl_keyfile")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ValueError(f"root_path={self.root_path!r}: must begin with a slash and end without")
         _at_least(1024, h11_max_incomplete_event_size=self.h11_max_incomplete_event_size)
@@ -66,7 +69,9 @@ class AccessConfig:
         None, "Jinja template for chats, or a file with one, instead of the model's"
     )
     trust_request_chat_template: bool = option(False, "let requests bring their own chat template")
-    admin: bool = option(False, "serve /sleep, /wake_up, /reset_prefix_cache, /start_profile, /stop_profile")
+    admin: bool = option(
+        False, "serve /sleep, /wake_up, /is_sleeping, /reset_prefix_cache, /start_profile, /stop_profile"
+    )
     ui: bool = option(True, "serve a page at / to chat with the model and to watch the engine")
     vllm_metrics: bool = option(False, "give every metric under the prefix vllm: as well")
 
@@ -157,7 +162,9 @@ class LogConfig:
 class ObserveConfig:
     """How one can look on."""
 
-    profile_dir: Path | None = option(None, "folder for what /start_profile and /stop_profile record")
+    profile_dir: Path | None = option(
+        None, "folder for what /start_profile and /stop_profile record; needs --admin"
+    )
     otlp_traces_endpoint: str | None = option(
         None, "OpenTelemetry collector for traces, OTLP over HTTP, such as http://localhost:4318/v1/traces"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from jaxllm.server.config import AccessConfig
 from jaxllm.server.errors import ApiError
 
 EXEMPT = frozenset({"/health", "/ready", "/ping"})
@@ -51,6 +52,21 @@ def read_key_file(path: Path) -> list[str]:
     if not keys:
         raise ValueError(f"api_key_file={str(path)!r}: there is no key in it")
     return keys
+
+
+def make_keys(access: AccessConfig) -> Keys:
+    """The keys that clients may come with, those of the file among them.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it has none, or there are none where each is to have a prefix cache of its own.
+    """
+    keys = list(access.api_key)
+    if access.api_key_file is not None:
+        keys += read_key_file(access.api_key_file)
+    if access.cache_salt_per_key and not keys:
+        raise ValueError("cache_salt_per_key: there are no keys; give some, or leave it out")
+    return Keys(keys)
 
 
 class KeyMiddleware:

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from jaxllm.server.errors import ANTHROPIC_PATH
+from jaxllm.server.rate_limits import LIMITED
 
 ERRORS = {
     400: "Something in the request cannot be served; the message names it and says what to do.",
@@ -62,8 +63,11 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     for name in ("HTTPValidationError", "ValidationError"):  # errors of this form are never given
         schemas.pop(name, None)
     schemas["AnthropicError"] = _ANTHROPIC_ERROR
-    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    document["security"] = [{"key": []}, {}]
+    document["components"]["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer"},
+        "key_header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+    }
+    document["security"] = [{"key": []}, {"key_header": []}, {}]
     return document
 
 
@@ -104,7 +108,9 @@ def _statuses(path: str, method: str, operation: dict[str, Any]) -> Iterator[int
     """The errors that may come."""
     yield from EVERYWHERE
     if "requestBody" in operation:
-        yield from (400, 404, 413, 429, 503)
+        yield from (400, 404, 413, 503)
+    if method == "post" and path.startswith(LIMITED):
+        yield 429
     if path in GENERATING:
         yield 408
     if path in ADMIN:

@@ -24,7 +24,7 @@ from jaxllm.server import logs
 from jaxllm.server.app import create_app
 from jaxllm.server.asgi_call import call_app
 from jaxllm.server.config import PARTS, ServerConfig
-from jaxllm.server.keys import Keys, read_key_file
+from jaxllm.server.keys import make_keys
 from jaxllm.server.prompt_names import prompt_names
 from jaxllm.server.service import Service
 
@@ -63,12 +63,9 @@ class Replica:
     """
 
     async def __init__(self, config: ServerConfig, engine_config: EngineConfig) -> None:  # pyright: ignore[reportGeneralTypeIssues]  # Ray Serve waits for it
-        keys = list(config.access.api_key)
-        if config.access.api_key_file is not None:
-            keys += read_key_file(config.access.api_key_file)
         logs.configure(config.log)
         self._service = Service(config, engine_config)
-        self._app = create_app(self._service, Keys(keys))
+        self._app = create_app(self._service, make_keys(config.access))
         self._service.load()
         await self._service.wait_loaded()
 

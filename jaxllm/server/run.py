@@ -18,7 +18,7 @@ from jaxllm.engine.async_engine import AsyncEngine
 from jaxllm.server import logs
 from jaxllm.server.app import create_app
 from jaxllm.server.config import ServerConfig
-from jaxllm.server.keys import Keys, read_key_file
+from jaxllm.server.keys import make_keys
 from jaxllm.server.service import Service
 
 logger = logging.getLogger(__name__)
@@ -123,13 +123,9 @@ def make_server(config: ServerConfig, engine_config: EngineConfig) -> tuple[Serv
     Raises:
         OSError, ValueError: as `run` does.
     """
-    keys = list(config.access.api_key)
-    if config.access.api_key_file is not None:
-        keys += read_key_file(config.access.api_key_file)
-    if config.access.cache_salt_per_key and not keys:
-        raise ValueError("cache_salt_per_key: there are no keys; give some, or leave it out")
+    keys = make_keys(config.access)
     service = Service(config, engine_config)
-    server = Server(_uvicorn_config(config, create_app(service, Keys(keys))), service)
+    server = Server(_uvicorn_config(config, create_app(service, keys)), service)
     service.on_failure = server.stop
     return server, service
 

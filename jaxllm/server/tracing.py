@@ -107,7 +107,7 @@ class Tracing:
         from opentelemetry.trace import SpanKind
 
         attributes = {
-            "gen_ai.operation.name": OPERATIONS.get(request.url.path, "chat"),
+            "gen_ai.operation.name": OPERATIONS.get(request.scope["route"].path, "chat"),
             "gen_ai.provider.name": "jaxllm",
             "gen_ai.request.id": request_id,
             "gen_ai.request.model": model,

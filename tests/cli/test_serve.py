@@ -61,6 +61,16 @@ def test_a_file_of_flags_and_the_command_line_before_it(served: list[Any], tmp_p
     assert (engine.cache.enable_prefix_caching, engine.scheduler.max_num_seqs) == (False, 3)
 
 
+def test_what_is_switched_off_on_the_command_line_stays_off(served: list[Any], tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 9\nshutdown-timeout: 20\nadmin: true\nmodel: from-file\n")
+    argv = ["serve", "m", "--port", "0", "--shutdown-timeout", "0", "--no-admin", "--config", str(file)]
+    assert main(argv) == 0
+    config, engine = served
+    assert (config.listen.port, config.limits.shutdown_timeout, config.access.admin) == (0, 0, False)
+    assert engine.model.model == "m"
+
+
 def test_keys_from_the_environment(served: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXLLM_API_KEY", "a, b,")
     assert main(["serve", "m", "--api-key", "c"]) == 0
@@ -73,6 +83,8 @@ def test_keys_from_the_environment(served: list[Any], monkeypatch: pytest.Monkey
         ([], "MODEL"),
         (["m", "--port", "70000"], "port=70000"),
         (["m", "--ssl-keyfile", "k"], "ssl_certfile"),
+        (["m", "--ssl-cert-reqs", "2"], "ssl_cert_reqs: needs ssl_certfile"),
+        (["m", "--ssl-ca-certs", "c"], "ssl_ca_certs: needs ssl_certfile"),
         (["m", "--request-timeout", "0"], "request_timeout"),
         (["m", "--log-level", "loud"], "--log-level"),
         (["m", "--page-size", "3"], "page_size=3"),

@@ -1,4 +1,4 @@
-"""The operations page and the files of deploy/ speak of flags, paths and metrics that there are."""
+"""The pages for who runs the server, and deploy/, speak of flags, paths and metrics that there are."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from jaxllm.cli.main import command_parser
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = sorted(path for path in (ROOT / "deploy").rglob("*") if path.is_file())
-FILES = [ROOT / "docs" / "operations.md", *DEPLOY]
+FILES = [ROOT / "docs" / "operations.md", ROOT / "docs" / "distributed.md", *DEPLOY]
 
 
 def names(path: Path) -> str:
@@ -40,7 +40,7 @@ def test_flags_are_there(path: Path) -> None:
         "--start-period",
         "--fail",
     }
-    others |= {"--uid", "--silent", "--no-cache-dir", "--from-file", "--help"}
+    others |= {"--head", "--address", "--silent", "--no-cache-dir", "--from-file", "--help"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", path.read_text())) <= known | others
 
 

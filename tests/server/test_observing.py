@@ -67,6 +67,19 @@ def test_a_request_is_a_span_of_its_callers_trace(
     assert span.resource.attributes["service.name"] == "jaxllm"
 
 
+def test_what_a_request_does_is_known_under_a_proxys_path_too(
+    server: Running, spans: InMemorySpanExporter
+) -> None:
+    async def main() -> None:
+        transport = httpx2.ASGITransport(server.app, root_path="/llm")
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+            assert (await client.post("/llm/v1/completions", json=BODY)).is_success
+
+    asyncio.run(main())
+    _, found = only(server, spans)
+    assert found["gen_ai.operation.name"] == "text_completion"
+
+
 def test_a_request_that_fails_says_so(server: Running, spans: InMemorySpanExporter) -> None:
     headers = {"x-request-timeout": "0.001"}
     body = BODY | {"prompt": ["a", "b"], "max_tokens": 100}

@@ -4,6 +4,7 @@ import asyncio
 import re
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from running import Running
@@ -11,6 +12,7 @@ from test_status import not_loaded
 
 from jaxllm.server.live import MOST_RUNS
 from jaxllm.server.page import FOLDER, SECURITY, page_files
+from jaxllm.server.service import Status
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = sorted(FOLDER.glob("*.js"))
@@ -47,6 +49,11 @@ def test_nothing_else_is_in_the_folder(server: Running) -> None:
         assert answer.status_code == 404, path
         assert answer.json()["error"]["message"].startswith("no such path")
     assert server.http.post("/").status_code == 405
+
+
+def test_the_page_has_a_word_for_each_status() -> None:
+    [table] = re.findall(r"const STATUS = .*?\(\{(.*?)\}\)", (FOLDER / "page.js").read_text(), re.DOTALL)
+    assert set(get_args(Status)) <= set(re.findall(r"(\w+): ", table))
 
 
 def test_the_page_loads_what_there_is_and_nothing_from_elsewhere() -> None:

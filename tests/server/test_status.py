@@ -256,6 +256,21 @@ def test_keys_share_no_prefix_cache(server: Running, monkeypatch: pytest.MonkeyP
         make_server(server_config(cache_salt_per_key=True), EngineConfig.create("m"))
 
 
+def test_the_document_has_all_errors_and_ways_to_give_a_key() -> None:
+    async def main() -> None:
+        client, _ = not_loaded()
+        async with client:
+            document = (await client.get("/openapi.json")).json()
+        for path, item in document["paths"].items():
+            limited = "post" in item and path.startswith(("/v1/", "/tokenize", "/detokenize"))
+            assert ("429" in next(iter(item.values()))["responses"]) == limited, path
+        schemes = document["components"]["securitySchemes"]
+        assert {"bearer", "X-Api-Key"} == {s.get("scheme") or s["name"] for s in schemes.values()}
+        assert {name for given in document["security"] for name in given} == schemes.keys()
+
+    asyncio.run(main())
+
+
 def test_web_pages_from_elsewhere() -> None:
     async def main() -> None:
         client, _ = not_loaded(keys=["k"], allowed_origins=("http://page",))

@@ -6,10 +6,12 @@ import gc
 import json
 import socket
 import time
+from collections.abc import Awaitable
 
 import openai
 import pytest
 from running import Running
+from starlette.types import Message, Send
 
 from jaxllm.server.run import leave_to_themselves
 
@@ -78,29 +80,36 @@ def test_a_deadline(clean: Running) -> None:
         assert response.status_code == 400
 
 
-def test_a_reader_that_stops_reading_holds_nobody_up(clean: Running) -> None:
-    expected = clean.post("/v1/completions", **LONG).json()["choices"][0]["text"]
+def unread(server: Running, send: Send, *headers: tuple[bytes, bytes]) -> Awaitable[None]:
+    """Asks for a stream without a socket: the client stays, and reads what `send` takes."""
     scope = {
         "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions",
-        "query_string": b"", "root_path": "", "headers": [(b"content-type", b"application/json")],
+        "query_string": b"", "root_path": "", "headers": [(b"content-type", b"application/json"), *headers],
     }  # fmt: skip
+    asked = asyncio.Event()
+
+    async def receive() -> Message:
+        if asked.is_set():
+            await asyncio.Event().wait()
+        asked.set()
+        return {"type": "http.request", "body": json.dumps({**LONG, "stream": True}).encode()}
+
+    return server.app(scope, receive, send)
+
+
+def test_a_reader_that_stops_reading_holds_nobody_up(clean: Running) -> None:
+    expected = clean.post("/v1/completions", **LONG).json()["choices"][0]["text"]
     sent: list[bytes] = []
 
     async def main() -> None:
-        reads, asked = asyncio.Event(), asyncio.Event()
+        reads = asyncio.Event()
 
-        async def receive():
-            if asked.is_set():
-                await asyncio.Event().wait()
-            asked.set()
-            return {"type": "http.request", "body": json.dumps({**LONG, "stream": True}).encode()}
-
-        async def send(message) -> None:
+        async def send(message: Message) -> None:
             if message["type"] == "http.response.body":
                 sent.append(message["body"])
                 await reads.wait()
 
-        task = asyncio.create_task(clean.app(scope, receive, send))
+        task = asyncio.ensure_future(unread(clean, send))
         while not sent:
             await asyncio.sleep(0.001)
         other = await asyncio.to_thread(clean.post, "/v1/completions", **LONG)
@@ -120,27 +129,14 @@ def test_a_reader_that_stops_reading_holds_nobody_up(clean: Running) -> None:
 
 def test_a_reader_that_never_reads_is_given_up(clean: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxllm.server.event_stream.LINGER_SECONDS", 0.05)
-    scope = {
-        "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions",
-        "query_string": b"", "root_path": "",
-        "headers": [(b"content-type", b"application/json"), (b"x-request-timeout", b"0.1")],
-    }  # fmt: skip
 
     async def main() -> None:
-        asked = asyncio.Event()
-
-        async def receive():
-            if asked.is_set():
-                await asyncio.Event().wait()
-            asked.set()
-            return {"type": "http.request", "body": json.dumps({**LONG, "stream": True}).encode()}
-
-        async def send(message) -> None:
+        async def send(message: Message) -> None:
             if message["type"] == "http.response.body":
                 await asyncio.Event().wait()
 
         async with asyncio.timeout(10):
-            await clean.app(scope, receive, send)
+            await unread(clean, send, (b"x-request-timeout", b"0.1"))
 
     asyncio.run(main())
 

@@ -12,8 +12,8 @@ import { Watch } from "./watch.js";
 /** Pixels of width from which both panels are open beside the chat to begin with. */
 const WIDE = 1180;
 const STATUS = /** @type {Record<string, string>} */ ({
-  ready: "ready", loading: "loading", sleeping: "sleeping", draining: "stopping", failed: "failed",
-  lost: "no answer", key: "key wanted",
+  ready: "ready", loading: "loading", sleeping: "sleeping", restarting: "starting over", draining: "stopping",
+  failed: "failed", lost: "no answer", key: "key wanted",
 });
 
 const settings = new Settings();
