@@ -70,8 +70,10 @@ class DequantizedCheckpoint:
         self.dtype = checkpoint.dtype if wide else np.dtype(ml_dtypes.bfloat16)
         self._checkpoint = checkpoint
         about = checkpoint.config["quantization_config"]
-        find = _find_mxfp4 if about["quant_method"] == "mxfp4" else _find_float8
-        self._blocks = find(checkpoint, about)
+        if about["quant_method"] == "mxfp4":
+            self._blocks = _find_mxfp4(checkpoint)
+        else:
+            self._blocks = _find_float8(checkpoint, *about["weight_block_size"])
         parts = {name for one in self._blocks.values() for name in (one.values, one.scales)}
         plain = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
         made = {name: one.info for name, one in self._blocks.items()}
@@ -96,7 +98,7 @@ class DequantizedCheckpoint:
         self._checkpoint.close()
 
 
-def _find_mxfp4(checkpoint: Checkpoint, about: Mapping[str, Any]) -> dict[str, Blocks]:
+def _find_mxfp4(checkpoint: Checkpoint) -> dict[str, Blocks]:
     """`NAME_blocks`, uint8 `[experts, out, in / 32, 16]`, and `NAME_scales` `[experts, out, in / 32]`."""
     found = {}
     for values, info in checkpoint.tensors.items():
@@ -111,9 +113,8 @@ def _find_mxfp4(checkpoint: Checkpoint, about: Mapping[str, Any]) -> dict[str, B
     return found
 
 
-def _find_float8(checkpoint: Checkpoint, about: Mapping[str, Any]) -> dict[str, Blocks]:
+def _find_float8(checkpoint: Checkpoint, rows: int, columns: int) -> dict[str, Blocks]:
     """`NAME`, float8 `[out, in]`, and `NAME_scale_inv`, a float32 for each block of it."""
-    rows, columns = about["weight_block_size"]
 
     def dequantize(values: np.ndarray, scales: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
         return _dequantize_float8(values, scales, dtype, rows, columns)

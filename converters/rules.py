@@ -220,8 +220,8 @@ def unchanged(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
 
 
 def transposed(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
-    """`[out, in]`, as torch keeps a linear layer, to `[in, out]`."""
-    return arrays[0].T
+    """`[out, in]`, as torch keeps a linear layer, to `[in, out]`; of all experts likewise."""
+    return arrays[0].mT
 
 
 def vocabulary(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
@@ -266,8 +266,8 @@ def conv_output(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
 
 
 def gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
-    """Gate and up weights, each `[mlp, embed]`, to `[embed, 2, mlp]`."""
-    return np.stack([a.T for a in arrays], axis=1)
+    """Gate and up weights, each `[mlp, embed]`, to `[embed, 2, mlp]`; of all experts likewise."""
+    return np.stack([a.mT for a in arrays], axis=-2)
 
 
 def gate_up_bias(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
@@ -278,16 +278,6 @@ def gate_up_bias(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray
 def stacked_gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
     """One weight `[2 * mlp, embed]` holding gate, then up, to `[embed, 2, mlp]`."""
     return arrays[0].T.reshape(arrays[0].shape[1], 2, -1)
-
-
-def all_experts_gate_up(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
-    """Gates and ups of all experts, each `[experts, mlp, embed]`, to `[experts, embed, 2, mlp]`."""
-    return np.stack([a.swapaxes(1, 2) for a in arrays], axis=2)
-
-
-def all_experts_down(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:
-    """`[experts, embed, mlp]` to `[experts, mlp, embed]`."""
-    return arrays[0].swapaxes(1, 2)
 
 
 def one_output(arrays: Sequence[np.ndarray], geometry: Geometry) -> np.ndarray:

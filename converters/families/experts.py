@@ -1,20 +1,9 @@
 """Families with experts that keep Llama's names: Qwen2-MoE, Qwen3-MoE, OLMoE."""
 
 from converters.families.llama import ATTENTION, ENDS, HEAD_NORMS, IGNORED, MLP, NORMS
-from converters.rules import (
-    EachExpert,
-    Rule,
-    Table,
-    all_experts_down,
-    all_experts_gate_up,
-    gate_up,
-    key_norm,
-    one_output,
-    query_norm,
-    transposed,
-)
+from converters.families.olmo import TOKEN_NORMS
+from converters.rules import EachExpert, Rule, Table, gate_up, one_output, transposed
 
-_ATTENTION = "model.layers.{}.self_attn"
 _BLOCK = "model.layers.{}.mlp"
 _EXPERT = f"{_BLOCK}.experts.*"
 
@@ -33,9 +22,9 @@ MERGED_EXPERTS = (
     Rule(
         "layers.{}.mlp.experts.gate_up.weight",
         (f"{_BLOCK}.experts.gate_proj.weight", f"{_BLOCK}.experts.up_proj.weight"),
-        all_experts_gate_up,
+        gate_up,
     ),
-    Rule("layers.{}.mlp.experts.down.weight", (f"{_BLOCK}.experts.down_proj.weight",), all_experts_down),
+    Rule("layers.{}.mlp.experts.down.weight", (f"{_BLOCK}.experts.down_proj.weight",), transposed),
 )
 
 
@@ -59,10 +48,4 @@ QWEN_MOE = Table(
     IGNORED,
 )
 
-# As in OLMo 2, queries and keys are normalized over all heads at once.
-_ALL_HEADS = (
-    Rule("layers.{}.attention.query_norm.weight", (f"{_ATTENTION}.q_norm.weight",), query_norm),
-    Rule("layers.{}.attention.key_norm.weight", (f"{_ATTENTION}.k_norm.weight",), key_norm),
-)
-
-OLMOE = Table((*ENDS, *NORMS, *ATTENTION, *_ALL_HEADS, *EXPERTS, *MERGED_EXPERTS), IGNORED)
+OLMOE = Table((*ENDS, *NORMS, *ATTENTION, *TOKEN_NORMS, *EXPERTS, *MERGED_EXPERTS), IGNORED)

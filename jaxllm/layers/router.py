@@ -51,6 +51,8 @@ class RoutingOptions:
             )
         if self.groups < 1 or self.experts % self.groups:
             raise ValueError(f"n_group={self.groups}: must divide the number of experts={self.experts}")
+        if self.groups == self.experts > 1 and self.group_score == "best two":
+            raise ValueError(f"n_group={self.groups}: groups of one expert have no best two; have fewer")
         if not 1 <= self.groups_per_token <= self.groups:
             raise ValueError(f"topk_group={self.groups_per_token}: must be from 1 to n_group={self.groups}")
         if self.per_token > self.groups_per_token * self.experts // self.groups:

@@ -123,9 +123,10 @@ def _configure(
         value=fields.whole("v_head_dim", 128),
     )
     expert = fields.whole("moe_intermediate_size", size)
-    first = fields.get("first_k_dense_replace", dense)
+    first = fields.whole("first_k_dense_replace", dense, least=0)
     # Experts that all tokens go through are as good as one that is as wide as all of them.
-    wide = expert * (0 if fields.is_null("n_shared_experts") else fields.get("n_shared_experts", shared))
+    none = fields.is_null("n_shared_experts")
+    wide = expert * (0 if none else fields.whole("n_shared_experts", shared, least=0))
     return DecoderConfig(
         **{**fields.sizes(), "num_kv_heads": 1},
         head_dim=sizes.cached,
@@ -147,7 +148,7 @@ def _configure(
 
 def _stretch(fields: Fields) -> float:
     """By which YaRN multiplies queries and keys: of these models it is in the scale, not in the angles."""
-    parameters = fields.get("rope_scaling", None) or fields.get("rope_parameters", {})
+    parameters = fields.rope_parameters()
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     weight = parameters.get("mscale_all_dim") or 0
     if kind == "default" or not weight:

@@ -47,11 +47,11 @@ class Fields:
         """Whether the config says null, where that means something else than the default."""
         return name in self._fields and self._fields[name] is None
 
-    def whole(self, name: str, default: Any = _REQUIRED) -> int:
-        """A count of at least one."""
+    def whole(self, name: str, default: Any = _REQUIRED, *, least: int = 1) -> int:
+        """A count of at least `least`."""
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} in config.json: must be a whole number of at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} in config.json: must be a whole number of at least {least}")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
@@ -147,6 +147,10 @@ class Fields:
                 )
         return tuple(self.whole("sliding_window") if kind == "sliding_attention" else None for kind in types)
 
+    def rope_parameters(self) -> dict[str, Any]:
+        """`rope_scaling`, or `rope_parameters` (transformers 5), as the config has them."""
+        return dict(self.get("rope_scaling", None) or self.get("rope_parameters", {}))
+
     def rope(
         self,
         head_dim: int,
@@ -162,7 +166,7 @@ class Fields:
             partial: whether the family may rotate only a part of each head.
             original: the family's default for `original_max_position_embeddings`.
         """
-        parameters = dict(self.get("rope_scaling", None) or self.get("rope_parameters", {}))
+        parameters = self.rope_parameters()
         parameters.setdefault("rope_theta", self.number("rope_theta", theta))
         parameters.setdefault("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
         if not partial and parameters["partial_rotary_factor"] != 1.0:

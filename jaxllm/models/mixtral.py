@@ -29,8 +29,7 @@ class MixtralLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "tokens embed"], cache: Cache, batch: Batch, rotation: Rotation | None
     ) -> tuple[Float[Array, "tokens embed"], Cache]:
-        attended, cache = self.attention(self.attention_norm(x), cache, batch, rotation)
-        x += attended
+        x, cache = self.attention(x, cache, batch, rotation, norm=self.attention_norm, residual=x)
         return x + self.mlp(self.mlp_norm(x), batch), cache
 
 

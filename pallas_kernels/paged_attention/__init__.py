@@ -12,7 +12,7 @@ from pallas_kernels.paged_attention.backends import (
     register_backend,
 )
 from pallas_kernels.paged_attention.batch import RaggedBatch, TokenPlace, locate_tokens
-from pallas_kernels.paged_attention.call import Call
+from pallas_kernels.paged_attention.call import Call, check_values
 from pallas_kernels.paged_attention.check import check
 from pallas_kernels.paged_attention.layout import (
     HEAD_MAJOR,
@@ -72,7 +72,8 @@ def paged_attention(
         soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`.
         sinks: a score per head that takes part in the softmax and has no value.
         k_scale, v_scale: a number for each kv head, by which keys and values are divided before they are
-            stored in pages of 8 bits; int8 pages need them, for float8 pages 1 is the default.
+            stored in pages of 8 bits; int8 pages need them, for float8 pages 1 is the default. Pages of
+            keys alone take none.
         backend: a registered name, a backend or a function; "auto" is the first in the platform's order that
             serves this call and whose packing the pages have.
 
@@ -81,14 +82,16 @@ def paged_attention(
 
     Raises:
         ValueError: there is no such backend, the pages are not in its packing, heads is not a multiple of
-            kv_heads, or the scales do not go with the pages.
+            kv_heads, or values or scales do not go with the pages.
         NotImplementedError: the backend does not serve this call; the message says what.
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"heads={q.shape[1]}: must be a multiple of kv_heads={k.shape[1]}")
     call = Call(q, k, pages, sliding_window, soft_cap, sinks is not None)
     chosen = call.choose() if backend == "auto" else call.require(as_backend(backend))
-    check_scales(call.problem(chosen).geometry.dtype, k_scale, v_scale)
+    geometry = call.problem(chosen).geometry
+    check_values(geometry, k, v)
+    check_scales(geometry, k_scale, v_scale)
     return chosen.attend(
         q,
         k,

@@ -78,3 +78,17 @@ class Call:
     def geometry(self, backend: Backend) -> PageGeometry | None:
         """What the pages hold, if they are in the backend's packing."""
         return backend.layout.read(self.pages, self.k.shape[1], self.k.shape[2])
+
+
+def check_values(geometry: PageGeometry, k: Array, v: Array) -> None:
+    """Whether values have the shape of keys, or in pages of keys alone that of their first dimensions.
+
+    Raises:
+        ValueError: they do not.
+    """
+    longest = k.shape[2]
+    if v.shape[:2] != k.shape[:2] or not (1 if geometry.shared else longest) <= v.shape[2] <= longest:
+        last = f"1 to {longest}" if geometry.shared else longest
+        raise ValueError(
+            f"v{list(v.shape)}: must be [{k.shape[0]}, {k.shape[1]}, {last}] to go with k and pages"
+        )

@@ -120,6 +120,8 @@ class HeadMajor:
         if array.ndim != 5 or (array.shape[0], array.shape[4]) != (kv_heads, head_dim):
             return None
         _, count, vectors, size, _ = array.shape
+        if vectors not in (1, 2):
+            return None
         dtype = values_dtype(array.dtype)
         return PageGeometry(count, size, kv_heads, head_dim, dtype, shared=vectors == 1)
 

@@ -11,6 +11,7 @@ from pallas_kernels.paged_attention import (
     HEAD_MAJOR,
     INTERLEAVED,
     PageGeometry,
+    PageLayout,
     Problem,
     RaggedBatch,
     as_backend,
@@ -101,6 +102,43 @@ def test_a_page_takes_half_as_much() -> None:
         pool = layout.array(one)
         assert pool.size * pool.dtype.itemsize == one.bytes_per_page
         assert layout.read(jnp.zeros(pool.shape, pool.dtype), 1, KEY) == one
+
+
+@pytest.mark.parametrize("layout", [INTERLEAVED, HEAD_MAJOR], ids=["interleaved", "head-major"])
+def test_a_page_holds_no_third_vector(layout: PageLayout) -> None:
+    shape = list(layout.array(problem().geometry).shape)
+    shape[2] = 3
+    assert layout.read(jnp.zeros(shape), 1, KEY) is None
+
+
+@pytest.mark.parametrize(
+    ("shared", "value_dim", "message"),
+    [
+        (True, KEY + 1, rf"v\[2, 1, {KEY + 1}\]: must be \[2, 1, 1 to {KEY}\]"),
+        (False, VALUE, rf"v\[2, 1, {VALUE}\]: must be \[2, 1, {KEY}\]"),
+    ],
+)
+def test_values_that_do_not_go_with_pages(shared: bool, value_dim: int, message: str) -> None:
+    geometry = PageGeometry(2, PAGE_SIZE, 1, KEY, jnp.dtype("float32"), shared=shared)
+    pages = jnp.zeros(INTERLEAVED.array(geometry).shape)
+    _, batch = build([(2, 2)], 0, "float32")
+    x = jnp.zeros((2, 1, KEY + 1))
+    with pytest.raises(ValueError, match=message):
+        paged_attention(
+            x[..., :KEY], x[..., :KEY], x[..., :value_dim], pages, batch, scale=1.0, backend="reference"
+        )
+
+
+def test_keys_that_are_values_have_no_scales() -> None:
+    """Values would be multiplied by one scale after keys were divided by another."""
+    geometry = PageGeometry(2, PAGE_SIZE, 1, KEY, jnp.dtype("float8_e4m3fn"), shared=True)
+    pages = jnp.zeros(INTERLEAVED.array(geometry).shape, geometry.dtype)
+    _, batch = build([(2, 2)], 0, "float32")
+    x = jnp.zeros((2, 1, KEY))
+    with pytest.raises(NotImplementedError, match="k_scale, v_scale: pages of keys alone"):
+        paged_attention(
+            x, x, x[..., :VALUE], pages, batch, scale=1.0, k_scale=jnp.ones(1), backend="reference"
+        )
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])

@@ -18,14 +18,7 @@ QWEN3_LIKE = ("qwen3-moe", "olmoe", "gpt-oss", "deepseek-v2")
 # Fields of each family's config that must not be ignored, and values that the golden files do not have.
 CHANGES = [
     *((name, "vocab_size", 200) for name in CASES),
-    *(
-        (
-            name,
-            "tie_word_embeddings",
-            name not in ("smollm3", "qwen3", "qwen3-moe", "gemma2", "gemma3", "gpt2"),
-        )
-        for name in CASES
-    ),
+    *((name, "tie_word_embeddings", name not in TIED) for name in CASES),
     *((name, "rms_norm_eps", 1e-3) for name in CASES if name != "gpt2"),
     *((name, "num_key_value_heads", 4) for name in CASES if name not in ("gpt2", *LATENT)),
     *((name, "head_dim", 6) for name in CASES if name not in ("gpt2", *LATENT) and "phi3" not in name),
@@ -160,6 +153,14 @@ def test_gemma3_with_a_vision_tower_reads_its_text_config() -> None:
         ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
         ("deepseek-v2", {"norm_topk_prob": True}, "norm_topk_prob=True"),
         ("deepseek-v3", {"topk_group": 5}, "topk_group=5: must be from 1 to n_group=4"),
+        ("deepseek-v3", {"n_group": 8, "topk_group": 4}, "n_group=8: groups of one expert have no best two"),
+        (
+            "deepseek-v3",
+            {"first_k_dense_replace": "1"},
+            "first_k_dense_replace='1' in config.json",
+        ),
+        ("deepseek-v2", {"n_shared_experts": "2"}, "n_shared_experts='2' in config.json: must be a whole"),
+        ("deepseek-v2", {"n_shared_experts": -1}, "n_shared_experts=-1 .* at least 0"),
         ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ("deepseek-v3", {"rope_interleave": False}, "rope_interleave=False"),
         ("gpt-oss", {"hidden_act": "relu"}, "hidden_act='relu'"),
