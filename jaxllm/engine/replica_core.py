@@ -5,8 +5,9 @@ import logging
 
 from jaxllm.engine.assembler import OutputAssembler
 from jaxllm.engine.constraint import Constraint
-from jaxllm.engine.core import MOST_FAILURES, EngineCore, Sample
+from jaxllm.engine.core import MOST_FAILURES, EngineCore
 from jaxllm.engine.outputs import RequestOutput
+from jaxllm.engine.sample import Sample
 from jaxllm.scheduler.request import RequestStatus
 
 logger = logging.getLogger(__name__)
