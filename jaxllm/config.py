@@ -168,6 +168,7 @@ class ParallelConfig:
         _require(
             ray or self.ray_resources is None, "ray_resources", self.ray_resources, "left out without Ray"
         )
+        _require(self.num_hosts > 0 or not ray, "num_hosts", 0, "a count with Ray, which starts the others")
         given = self.coordinator_address is not None or ray
         _require(
             given or self.num_hosts < 2, "coordinator_address", None, "given when num_hosts is more than one"

@@ -38,22 +38,16 @@ class OutputAssembler:
         request_id: the caller's name for the request.
         input: the request.
         vocabulary: what the tokens say; None if there is no tokenizer.
-        metrics: given out with each output.
 
     Raises:
         ValueError: the input wants text, and there is no vocabulary to make it with.
     """
 
-    def __init__(
-        self,
-        request_id: str,
-        input: EngineInput,
-        vocabulary: Vocabulary | None,
-        metrics: RequestMetrics | None = None,
-    ) -> None:
+    def __init__(self, request_id: str, input: EngineInput, vocabulary: Vocabulary | None) -> None:
         self.request_id = request_id
         self.input = input
-        self.metrics = metrics
+        self.metrics: RequestMetrics | None = None
+        """Set by whoever counts the request; given out with each output."""
         self.error: Exception | None = None
         """Set by whoever ends the request because of it."""
         self.num_cached_tokens: int | None = None

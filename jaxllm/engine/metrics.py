@@ -163,9 +163,9 @@ class Metrics:
             num_prompt_tokens: tokens of its prompt.
             arrival_time: when it arrived, on the engine's clock, if that was not now.
         """
-        self._totals["requests"] += 1
-        self._totals["prompt_tokens"] += num_prompt_tokens
-        return RequestMetrics(self._clock() if arrival_time is None else arrival_time, num_prompt_tokens)
+        request = RequestMetrics(self._clock() if arrival_time is None else arrival_time, num_prompt_tokens)
+        self.request_taken(request)
+        return request
 
     def request_taken(self, request: RequestMetrics) -> None:
         """Counts a request that has arrived somewhere else, where its record was started."""

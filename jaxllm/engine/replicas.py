@@ -7,13 +7,14 @@ from bisect import insort
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
-from jaxllm.engine.core import EngineFailedError, Sample
+from jaxllm.engine.core import EngineFailedError
 from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.metrics import EngineState, Metrics
 from jaxllm.engine.outputs import FinishReason, RequestOutput, join
 from jaxllm.engine.replica import Job, Replica
 from jaxllm.engine.replica_core import ReplicaCore
 from jaxllm.engine.routing import Candidate, choose_replica
+from jaxllm.engine.sample import Sample
 from jaxllm.sampling.params import RequestOutputKind
 
 logger = logging.getLogger(__name__)

@@ -95,7 +95,10 @@ class Channel:
         Raises:
             ChannelClosedError: the other side has gone.
         """
-        data = encode(message)
+        self.send_encoded(encode(message))
+
+    def send_encoded(self, data: bytes) -> None:
+        """The same, of what `encode` has made of a message: for one that goes to several hosts."""
         try:
             with self._sending:
                 self._connection.sendall(data)

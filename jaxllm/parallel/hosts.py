@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxllm.parallel.channel import Channel, ChannelClosedError, Message
+from jaxllm.parallel.channel import Channel, ChannelClosedError, Message, encode
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +57,12 @@ class HostGroup:
         return self.rank == 0
 
     def when_lost(self, listener: Callable[[], object]) -> None:
-        """Has a function called, in some thread, once the group falls apart."""
+        """Has a function called, in some thread, once the group falls apart, or now if it has."""
         with self._losing:
-            self._listeners.append(listener)
-        if self.lost is not None:
+            late = self.lost is not None
+            if not late:
+                self._listeners.append(listener)
+        if late:
             listener()
 
     def when_ended(self, listener: Callable[[], object]) -> None:
@@ -84,9 +86,10 @@ class HostGroup:
             HostLostError: one of them is gone.
         """
         self.check()
+        data = encode(message)  # once for all: the masks of a step are megabytes
         for peer, channel in self._channels.items():
             try:
-                channel.send(message)
+                channel.send_encoded(data)
             except ChannelClosedError as error:
                 self.lose(f"host {peer} is gone: {error}")
         self.check()

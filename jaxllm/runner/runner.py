@@ -96,7 +96,8 @@ class Runner:
             scores: `score` will be called with it.
             bucket: that it runs in; by default the best one.
         """
-        self._receive(plan)
+        if self._returning:  # only where the model is cut
+            self._receive(plan)
         whole, grown = _split_updates(plan, admissions)
         for row, admission in admissions.items():
             self._admit(row, admission, whole[row])

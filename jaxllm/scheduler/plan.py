@@ -1,5 +1,6 @@
 """What one step runs. Plans are immutable and speak of requests by id and row, never by object."""
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,4 +61,4 @@ class StepPlan:
     @property
     def num_decode_rows(self) -> int:
         """Leading rows that compute a single token."""
-        return sum(row.num_tokens == 1 for row in self.rows)
+        return bisect_left(self.rows, True, key=lambda row: row.num_tokens > 1)

@@ -160,6 +160,44 @@ def test_a_silent_host_is_lost(monkeypatch: pytest.MonkeyPatch, pair: tuple[Chan
     assert late.is_set()
 
 
+def test_who_asks_just_as_a_host_is_lost_is_told_once(pair: tuple[Channel, Channel]) -> None:
+    leader, _ = groups(pair)
+    told: list[int] = []
+
+    class LosesAtTheEnd:
+        """A lock after whose first use the host is lost, as if by another thread."""
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            leader._losing = threading.Lock()
+            leader.lose("host 1 is gone")
+
+    leader._losing = LosesAtTheEnd()  # pyright: ignore[reportAttributeAccessIssue]
+    leader.when_lost(lambda: told.append(1))
+    assert told == [1]
+
+
+def test_what_goes_to_several_hosts_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[str] = []
+    encode = hosts_module.encode
+
+    def counting(message: Message) -> bytes:
+        packed.append(message.kind)
+        return encode(message)
+
+    monkeypatch.setattr(hosts_module, "encode", counting)
+    ends = [tuple(Channel(end, silence=5) for end in socket.socketpair()) for _ in range(3)]
+    leader = HostGroup(0, {rank: ours for rank, (ours, _) in enumerate(ends, 1)})
+    leader.send(Message("step"))
+    assert [theirs.receive().kind for _, theirs in ends] == ["step"] * 3
+    assert packed == ["step"]
+    leader.lose("done")
+    for _, theirs in ends:
+        theirs.close()
+
+
 def test_a_host_that_fails_says_why(pair: tuple[Channel, Channel]) -> None:
     leader, follower = groups(pair)
     follower.fail("out of memory")

@@ -192,6 +192,7 @@ def test_generate_on_two_hosts(model: Path) -> None:
         ),
         ({"ray_resources": {"TPU": 4}}, "ray_resources"),
         ({"distributed_executor_backend": "uni"}, "distributed_executor_backend='uni'"),
+        ({"distributed_executor_backend": "ray", "num_hosts": 0}, "num_hosts=0: must be a count with Ray"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
