@@ -78,6 +78,6 @@ class ChatCompletionRequest(GenerationRequest):
         Raises:
             ValueError: tools or a choice that make no sense.
         """
-        mode, names = read_choice(self.tool_choice, lambda mention: mention.get("function", {}).get("name"))
+        mode, names = read_choice(self.tool_choice, "function", "name")
         tools = [tool.tool() for tool in self.tools or ()]
         return ToolUse.make(tools, mode, names=names, parallel=self.parallel_tool_calls)
