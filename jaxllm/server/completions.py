@@ -172,7 +172,8 @@ class CompletionWriter:
         """A chunk for each sample that has something new."""
         for sample in output.outputs:
             choice = self._choice(prompt, output, sample)
-            if choice["text"] or choice["logprobs"] or choice["finish_reason"] or "token_ids" in choice:
+            asked = "token_ids" in choice or "prompt_logprobs" in choice
+            if choice["text"] or choice["logprobs"] or choice["finish_reason"] or asked:
                 yield event({**self._head, "choices": [choice], **self._usage()})
 
     def end(self) -> Iterable[bytes]:
