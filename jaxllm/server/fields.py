@@ -61,6 +61,13 @@ class ApiModel(BaseModel):
     """A JSON object of a request: no value is converted, and no unknown field goes by."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    refused: ClassVar[Refusals] = {}
+    """Fields that are known, and not served."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        return refuse(data, cls.refused) if cls.refused else data
 
 
 class StreamOptions(ApiModel):
@@ -184,11 +191,6 @@ class GenerationRequest(ApiModel):
     request_id: str | None = Field(None, pattern=r"^[\w.:-]{1,128}$")
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        return refuse(data, cls.refused)
 
     @model_validator(mode="after")
     def _streams_with_options(self) -> Self:

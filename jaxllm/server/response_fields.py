@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxllm.server.fields import ApiModel, Finite, Refusals, StreamOptions, refuse
+from jaxllm.server.fields import ApiModel, Finite, Refusals, StreamOptions
 from jaxllm.server.response_input import InputItem, conversation
 from jaxllm.server.tools import FunctionDefinition, Tool, ToolUse, read_choice
 
@@ -42,11 +42,6 @@ class TextOptions(ApiModel):
     refused: ClassVar[Refusals] = {"verbosity": (("medium",), "ask for it in the prompt")}
 
     format: TextFormat | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        return refuse(data, cls.refused)
 
 
 class ResponsesRequest(ApiModel):
@@ -87,11 +82,6 @@ class ResponsesRequest(ApiModel):
     metadata: dict[str, str] | None = Field(None, max_length=16)
     user: str | None = None
     safety_identifier: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        return refuse(data, cls.refused)
 
     @model_validator(mode="after")
     def _belong_together(self) -> Self:
