@@ -112,16 +112,15 @@ def _job(body: CompletionRequest, infilling: Infilling | None) -> Job:
     prompts = body.prompts()
     if not prompts:
         raise ApiError(400, "prompt: there are none; give at least one", param="prompt")
-
+    special = body.add_special_tokens is not False
     if infilling is not None:
         params["stop_token_ids"] = [*params.get("stop_token_ids", ()), *infilling.stop_token_ids]
 
     async def give(engine: AsyncEngine) -> Sequence[Prompt]:
         if infilling is None:
             return prompts
-        return await asyncio.to_thread(infilling.prompts, prompts, body.suffix or "")
+        return await asyncio.to_thread(infilling.prompts, prompts, body.suffix or "", special=special)
 
-    special = True if body.add_special_tokens is None else body.add_special_tokens
     return Job(
         prompts=give,
         num_prompts=len(prompts),
