@@ -176,7 +176,7 @@ class GenerationRequest(ApiModel):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None
-    """Older names of what `structured_outputs` has."""
+    """Older names of what `structured_outputs` has; the pattern goes with any way to ask for JSON."""
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
@@ -239,7 +239,10 @@ class GenerationRequest(ApiModel):
             text = f"{' and '.join(found)}: an output can be held to one of them; leave the others out"
             raise ApiError(400, text, param=list(found)[1])
         name, constraint = next(iter(found.items()), ("structured_outputs", None))
-        if constraint is not None and self.guided_whitespace_pattern is not None:
+        if self.guided_whitespace_pattern is not None:
+            if constraint is None:
+                text = "guided_whitespace_pattern: only with guided_json, or another way to ask for JSON"
+                raise ApiError(400, text, param="guided_whitespace_pattern")
             constraint = {**constraint, "whitespace_pattern": self.guided_whitespace_pattern}
         return name, constraint
 
