@@ -49,7 +49,10 @@ class ResponsesRequest(ApiModel):
 
     refused: ClassVar[Refusals] = {
         "max_tool_calls": ((), "it counts calls of tools that run on the server, and none do"),
-        "reasoning": (({"effort": None}, {"effort": "none"}), "reasoning is a part of the text"),
+        "reasoning": (
+            ({"effort": None}, {"effort": "none"}),
+            "ask /v1/chat/completions, and set what the model's template reads with chat_template_kwargs",
+        ),
         "prompt": ((), "prompts are not kept here; send the text"),
         "conversation": ((), "go on with previous_response_id"),
         "context_management": ((), "shorten the conversation yourself"),
