@@ -36,6 +36,13 @@ REFUSED: Refusals = {
 }
 """What neither chats nor completions are served with."""
 
+OF_CONVERSATIONS: Refusals = {
+    "moderation": ((), "there is no moderation"),
+    "prompt_cache_options": ((), "prompts that begin alike share a cache by themselves"),
+    "prompt_cache_retention": ((), "prompts are kept as long as there is room"),
+}
+"""What neither `/v1/chat/completions` nor `/v1/responses` is served with."""
+
 
 def refuse(data: Any, refused: Refusals) -> Any:
     """A request's fields without those of `refused` that ask for nothing.
@@ -73,16 +80,10 @@ class ApiModel(BaseModel):
 class StreamOptions(ApiModel):
     """What a stream brings besides the text."""
 
+    refused: ClassVar[Refusals] = {"include_obfuscation": ((), "chunks are not padded; use TLS")}
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None
-    """OpenAI pads its chunks against eavesdroppers; here only False is served."""
-
-    @model_validator(mode="after")
-    def _without_padding(self) -> Self:
-        if self.include_obfuscation:
-            raise ValueError("include_obfuscation: chunks are not padded; leave it out, and use TLS")
-        return self
 
 
 class JsonSchema(ApiModel):

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxllm.server.fields import ApiModel, Finite, Refusals, StreamOptions
+from jaxllm.server.fields import OF_CONVERSATIONS, ApiModel, Finite, Refusals, StreamOptions
 from jaxllm.server.response_input import InputItem, conversation
 from jaxllm.server.tools import FunctionDefinition, Tool, ToolUse, read_choice
 
@@ -47,7 +47,7 @@ class TextOptions(ApiModel):
 class ResponsesRequest(ApiModel):
     """What is to be answered, and how."""
 
-    refused: ClassVar[Refusals] = {
+    refused: ClassVar[Refusals] = OF_CONVERSATIONS | {
         "max_tool_calls": ((), "it counts calls of tools that run on the server, and none do"),
         "reasoning": (
             ({"effort": None}, {"effort": "none"}),
@@ -58,10 +58,7 @@ class ResponsesRequest(ApiModel):
         "context_management": ((), "shorten the conversation yourself"),
         "truncation": (("disabled",), "shorten the conversation yourself, or let previous_response_id go"),
         "service_tier": (("auto", "default"), "all requests are served alike"),
-        "moderation": ((), "there is no moderation"),
         "prompt_cache_key": ((), "prompts that begin alike share a cache by themselves"),
-        "prompt_cache_options": ((), "prompts that begin alike share a cache by themselves"),
-        "prompt_cache_retention": ((), "prompts are kept as long as there is room"),
         "background_options": ((), "answers in the background start as soon as there is room"),
     }
 
