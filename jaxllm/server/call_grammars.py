@@ -6,6 +6,7 @@ https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from jaxllm.engine.vocabulary import Vocabulary
@@ -21,7 +22,12 @@ class Literals:
     """Words as a grammar has them: tokens that are special are no text, and are named by their ids."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        self._ids = {text: id for id, text in vocabulary.added_tokens.items() if id in vocabulary.special_ids}
+        self._vocabulary = vocabulary
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        # made when a grammar needs it: most requests need none, and some tokenizers have thousands
+        return {self._vocabulary.added_tokens[id]: id for id in self._vocabulary.special_ids}
 
     def of(self, word: str) -> str:
         """A word as a terminal."""

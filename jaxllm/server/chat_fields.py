@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import model_validator
 
-from jaxllm.server.fields import REFUSED, GenerationRequest, Refusals
+from jaxllm.server.fields import OF_CONVERSATIONS, REFUSED, GenerationRequest, Refusals
 from jaxllm.server.tools import ChatTool, ToolUse, read_choice
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -14,7 +14,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 class ChatCompletionRequest(GenerationRequest):
     """A conversation that is to be gone on with, and how."""
 
-    refused: ClassVar[Refusals] = REFUSED | {
+    refused: ClassVar[Refusals] = {
+        **REFUSED,
+        **OF_CONVERSATIONS,
         "functions": ((), "use tools"),
         "function_call": (("none", "auto"), "use tools and tool_choice"),
         "reasoning_effort": (("none",), "set what the model's template reads with chat_template_kwargs"),
@@ -26,13 +28,10 @@ class ChatCompletionRequest(GenerationRequest):
         "metadata": ((), "answers are not kept, and so neither is what describes them"),
         "service_tier": (("auto", "default"), "all requests are served alike; order them with priority"),
         "web_search_options": ((), "there is no search"),
-        "moderation": ((), "there is no moderation"),
         "prompt_cache_key": (
             (),
             "prompts that begin alike share a cache; keep them apart with cache_salt",
         ),
-        "prompt_cache_options": ((), "prompts that begin the same share a cache by themselves"),
-        "prompt_cache_retention": ((), "prompts are kept as long as there is room"),
         "echo": ((), "use continue_final_message, and put the text before the answer yourself"),
     }
 
@@ -78,6 +77,6 @@ class ChatCompletionRequest(GenerationRequest):
         Raises:
             ValueError: tools or a choice that make no sense.
         """
-        mode, names = read_choice(self.tool_choice, lambda mention: mention.get("function", {}).get("name"))
+        mode, names = read_choice(self.tool_choice, "function", "name")
         tools = [tool.tool() for tool in self.tools or ()]
         return ToolUse.make(tools, mode, names=names, parallel=self.parallel_tool_calls)

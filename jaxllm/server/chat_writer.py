@@ -4,7 +4,6 @@ https://platform.openai.com/docs/api-reference/chat/object and .../chat/streamin
 field `reasoning`, as in vLLM.
 """
 
-import time
 from collections.abc import Iterable
 from typing import Any, Literal, NotRequired
 
@@ -24,8 +23,7 @@ from jaxllm.server.answer_parts import (
     join_parts,
 )
 from jaxllm.server.chat_fields import ChatCompletionRequest
-from jaxllm.server.errors import ApiError
-from jaxllm.server.event_stream import DONE, event
+from jaxllm.server.chunk_writer import ChunkWriter
 from jaxllm.server.generation import Generation, Usage
 from jaxllm.server.logprobs import ChatLogprobs, RankedLogprob, TokenNames
 from jaxllm.server.service import Service
@@ -80,7 +78,7 @@ class ChatCompletion(TypedDict):
     prompt_token_ids: NotRequired[list[int]]
 
 
-class ChatWriter:
+class ChatWriter(ChunkWriter):
     """Turns outputs into answers; an `Encoder` for those that are streamed."""
 
     def __init__(
@@ -91,18 +89,14 @@ class ChatWriter:
         model: str,
         service: Service,
     ) -> None:
-        self._body, self._form, self._generation = body, form, generation
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        super().__init__(body, generation, id=f"chatcmpl-{generation.id}", kind=kind, model=model)
+        self._body, self._form = body, form
         self._names = TokenNames(service.vocabulary, as_ids=bool(body.return_tokens_as_token_ids))
         self._top = service.top_logprobs(body.top_logprobs or 0)
         self._n = generation.inputs[0].params.n
         self._readers = [form.reader(generation.inputs[0].prompt) for _ in range(self._n)]
         self._prompt_sent = False
-        self._head: dict[str, Any] = {
-            "id": f"chatcmpl-{generation.id}",
-            "object": "chat.completion.chunk" if body.stream else "chat.completion",
-            "created": int(time.time()),
-            "model": model,
-        }
 
     def whole(self, output: RequestOutput) -> dict[str, Any]:
         """The answer to a request that does not stream."""
@@ -161,24 +155,6 @@ class ChatWriter:
                 prompt_fields = {} if self._prompt_sent else self._prompt(output)
                 self._prompt_sent = True
                 yield self._chunk(choice if i else self._with_tokens(sample, choice), **prompt_fields)
-
-    def end(self) -> Iterable[bytes]:
-        """The usage, if it was asked for."""
-        if self._body.include_usage:
-            yield event({**self._head, "choices": [], "usage": self._generation.usage()})
-        yield DONE
-
-    def error(self, error: ApiError) -> Iterable[bytes]:
-        """The error as a chunk."""
-        return (event(error.body()), DONE)
-
-    def _chunk(self, choice: dict[str, Any], **more: Any) -> bytes:
-        chunk = {**self._head, "choices": [choice], **more}
-        if self._body.continuous_usage:
-            chunk["usage"] = self._generation.usage()
-        elif self._body.include_usage:
-            chunk["usage"] = None
-        return event(chunk)
 
     @staticmethod
     def _delta(index: int, delta: dict[str, Any], logprobs: ChatLogprobs | None = None) -> dict[str, Any]:

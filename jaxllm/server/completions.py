@@ -1,7 +1,6 @@
 """`/v1/completions`: https://platform.openai.com/docs/api-reference/completions"""
 
 import asyncio
-import time
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, NotRequired, Self
 
@@ -15,8 +14,9 @@ from jaxllm.engine.async_engine import AsyncEngine
 from jaxllm.engine.inputs import Prompt
 from jaxllm.engine.outputs import CompletionOutput, RequestOutput
 from jaxllm.server import logprobs as forms
+from jaxllm.server.chunk_writer import ChunkWriter
 from jaxllm.server.errors import ApiError, ErrorResponse
-from jaxllm.server.event_stream import DONE, EventStream, event
+from jaxllm.server.event_stream import EventStream
 from jaxllm.server.fields import GenerationRequest, Tokens
 from jaxllm.server.generation import Generation, Job, Usage, start, while_connected
 from jaxllm.server.infilling import Infilling
@@ -112,16 +112,15 @@ def _job(body: CompletionRequest, infilling: Infilling | None) -> Job:
     prompts = body.prompts()
     if not prompts:
         raise ApiError(400, "prompt: there are none; give at least one", param="prompt")
-
+    special = body.add_special_tokens is not False
     if infilling is not None:
         params["stop_token_ids"] = [*params.get("stop_token_ids", ()), *infilling.stop_token_ids]
 
     async def give(engine: AsyncEngine) -> Sequence[Prompt]:
         if infilling is None:
             return prompts
-        return await asyncio.to_thread(infilling.prompts, prompts, body.suffix or "")
+        return await asyncio.to_thread(infilling.prompts, prompts, body.suffix or "", special=special)
 
-    special = True if body.add_special_tokens is None else body.add_special_tokens
     return Job(
         prompts=give,
         num_prompts=len(prompts),
@@ -138,22 +137,17 @@ def _job(body: CompletionRequest, infilling: Infilling | None) -> Job:
     )
 
 
-class CompletionWriter:
+class CompletionWriter(ChunkWriter):
     """Turns outputs into answers; an `Encoder` for those that are streamed."""
 
     def __init__(self, body: CompletionRequest, generation: Generation, model: str, service: Service) -> None:
-        self._body, self._generation, self._service = body, generation, service
+        super().__init__(body, generation, id=f"cmpl-{generation.id}", kind="text_completion", model=model)
+        self._body, self._service = body, service
         self._names = TokenNames(service.vocabulary, as_ids=bool(body.return_tokens_as_token_ids))
         self._n = generation.inputs[0].params.n
         self._silent = body.max_tokens == 0
         self._echoed: set[int] = set()
         self._offsets: dict[int, int] = {}
-        self._head: dict[str, Any] = {
-            "id": f"cmpl-{generation.id}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The answer to a request that does not stream."""
@@ -172,23 +166,9 @@ class CompletionWriter:
         """A chunk for each sample that has something new."""
         for sample in output.outputs:
             choice = self._choice(prompt, output, sample)
-            if choice["text"] or choice["logprobs"] or choice["finish_reason"] or "token_ids" in choice:
-                yield event({**self._head, "choices": [choice], **self._usage()})
-
-    def end(self) -> Iterable[bytes]:
-        """The usage, if it was asked for."""
-        if self._body.include_usage:
-            yield event({**self._head, "choices": [], "usage": self._generation.usage()})
-        yield DONE
-
-    def error(self, error: ApiError) -> Iterable[bytes]:
-        """The error as a chunk."""
-        return (event(error.body()), DONE)
-
-    def _usage(self) -> dict[str, Any]:
-        if self._body.continuous_usage:
-            return {"usage": self._generation.usage()}
-        return {"usage": None} if self._body.include_usage else {}
+            asked = "token_ids" in choice or "prompt_logprobs" in choice
+            if choice["text"] or choice["logprobs"] or choice["finish_reason"] or asked:
+                yield self._chunk(choice)
 
     def _choice(self, number: int, output: RequestOutput, sample: CompletionOutput) -> CompletionChoice:
         index = number * self._n + sample.index

@@ -36,6 +36,13 @@ REFUSED: Refusals = {
 }
 """What neither chats nor completions are served with."""
 
+OF_CONVERSATIONS: Refusals = {
+    "moderation": ((), "there is no moderation"),
+    "prompt_cache_options": ((), "prompts that begin alike share a cache by themselves"),
+    "prompt_cache_retention": ((), "prompts are kept as long as there is room"),
+}
+"""What neither `/v1/chat/completions` nor `/v1/responses` is served with."""
+
 
 def refuse(data: Any, refused: Refusals) -> Any:
     """A request's fields without those of `refused` that ask for nothing.
@@ -61,21 +68,22 @@ class ApiModel(BaseModel):
     """A JSON object of a request: no value is converted, and no unknown field goes by."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    refused: ClassVar[Refusals] = {}
+    """Fields that are known, and not served."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        return refuse(data, cls.refused) if cls.refused else data
 
 
 class StreamOptions(ApiModel):
     """What a stream brings besides the text."""
 
+    refused: ClassVar[Refusals] = {"include_obfuscation": ((), "chunks are not padded; use TLS")}
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None
-    """OpenAI pads its chunks against eavesdroppers; here only False is served."""
-
-    @model_validator(mode="after")
-    def _without_padding(self) -> Self:
-        if self.include_obfuscation:
-            raise ValueError("include_obfuscation: chunks are not padded; leave it out, and use TLS")
-        return self
 
 
 class JsonSchema(ApiModel):
@@ -169,7 +177,7 @@ class GenerationRequest(ApiModel):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None
-    """Older names of what `structured_outputs` has."""
+    """Older names of what `structured_outputs` has; the pattern goes with any way to ask for JSON."""
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
@@ -184,11 +192,6 @@ class GenerationRequest(ApiModel):
     request_id: str | None = Field(None, pattern=r"^[\w.:-]{1,128}$")
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        return refuse(data, cls.refused)
 
     @model_validator(mode="after")
     def _streams_with_options(self) -> Self:
@@ -237,7 +240,10 @@ class GenerationRequest(ApiModel):
             text = f"{' and '.join(found)}: an output can be held to one of them; leave the others out"
             raise ApiError(400, text, param=list(found)[1])
         name, constraint = next(iter(found.items()), ("structured_outputs", None))
-        if constraint is not None and self.guided_whitespace_pattern is not None:
+        if self.guided_whitespace_pattern is not None:
+            if constraint is None:
+                text = "guided_whitespace_pattern: only with guided_json, or another way to ask for JSON"
+                raise ApiError(400, text, param="guided_whitespace_pattern")
             constraint = {**constraint, "whitespace_pattern": self.guided_whitespace_pattern}
         return name, constraint
 

@@ -17,7 +17,7 @@ from jaxllm.engine.async_engine import AsyncEngine
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.inputs import EngineInput, Prompt
 from jaxllm.engine.output_stream import OutputStream
-from jaxllm.engine.outputs import RequestOutput
+from jaxllm.engine.outputs import PromptLogprobs, RequestOutput, join
 from jaxllm.sampling import RequestOutputKind, SamplingParams
 from jaxllm.server.errors import ApiError, bad_value, unavailable
 from jaxllm.server.rate_limits import Account
@@ -103,6 +103,8 @@ class Generation:
         self._stream, self._ticket, self.deadline, self._service = stream, ticket, deadline, service
         self._job = job
         self._cached = [0] * len(inputs)
+        self._prompt_logprobs: dict[int, PromptLogprobs] = {}
+        self._unscored: dict[int, RequestOutput] = {}
         self._generated = 0
         self._closed = self._cancelled = False
         self.on_close: Callable[[], None] = lambda: None
@@ -115,6 +117,8 @@ class Generation:
 
     async def take(self, patience: float | None = None) -> list[tuple[int, RequestOutput]]:
         """What is new, with the number of the prompt that it belongs to.
+
+        A prompt's logprobs, if they were asked for, are in each of its outputs.
 
         Args:
             patience: seconds after which it gives an empty list.
@@ -143,7 +147,26 @@ class Generation:
             return []
         except ValueError as error:
             raise bad_value(error, self._job.known, self._job.rename) from error
-        return [(self._numbers[output.request_id], self._count(output)) for output in outputs]
+        counted = [(self._numbers[output.request_id], self._count(output)) for output in outputs]
+        return [
+            (number, scored) for number, new in counted if (scored := self._scored(number, new)) is not None
+        ]
+
+    def _scored(self, number: int, output: RequestOutput) -> RequestOutput | None:
+        """An output with its prompt's logprobs, which the engine gives once; None, and kept, before it does.
+
+        They may come with a sample that has no text yet, and samples that begin later need them, too.
+        """
+        if self.inputs[number].num_prompt_logprobs is None:
+            return output
+        if number in self._unscored:
+            output = join(self._unscored.pop(number), output)
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs[number] = output.prompt_logprobs
+        elif number not in self._prompt_logprobs and not output.finished:
+            self._unscored[number] = output
+            return None
+        return replace(output, prompt_logprobs=self._prompt_logprobs.get(number))
 
     def _count(self, output: RequestOutput) -> RequestOutput:
         if any(sample.finish_reason == "abort" for sample in output.outputs):

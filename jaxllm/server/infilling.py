@@ -70,26 +70,36 @@ class Infilling:
         self._before = self._encode("", special=True)
         """What the tokenizer begins every text with."""
 
-    def prompts(self, prompts: Sequence[Prompt], suffix: str) -> list[Prompt]:
+    def prompts(self, prompts: Sequence[Prompt], suffix: str, *, special: bool = True) -> list[Prompt]:
         """The prompts, each a text with the suffix added.
 
-        Raises:
-            ValueError: a text that is no Unicode.
-        """
-        return [self._prompt(dict(cast(Any, prompt)), suffix) for prompt in prompts]
+        Args:
+            special: whether they begin with what the tokenizer begins every text with.
 
-    def _prompt(self, given: dict[str, Any], suffix: str) -> Prompt:
-        prefix, after = self._encode(given.pop("prompt")), self._encode(suffix, joined=self._form.joined)
+        Raises:
+            ValueError: a text that is no Unicode; the message begins with the parameter.
+        """
+        _check_unicode("suffix", suffix)
+        after = self._encode(suffix, joined=self._form.joined)
+        before = self._before if special else []
+        return [self._prompt(dict(cast(Any, prompt)), before, after) for prompt in prompts]
+
+    def _prompt(self, given: dict[str, Any], before: list[int], after: list[int]) -> Prompt:
+        text = given.pop("prompt")
+        _check_unicode("prompt", text)
         begin, hole, end = self._ids
-        ids = [*self._before, begin, *prefix, hole, *after, end]
+        ids = [*before, begin, *self._encode(text), hole, *after, end]
         return cast(Prompt, given | {"prompt_token_ids": ids})
 
     def _encode(self, text: str, *, special: bool = False, joined: bool = False) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"prompt: not valid Unicode text: {error}") from error
         if not joined:
             return cast(list[int], self._tokenizer.encode(text, add_special_tokens=special))
         anchor = cast(list[int], self._tokenizer.encode(ANCHOR, add_special_tokens=False))
         return cast(list[int], self._tokenizer.encode(ANCHOR + text, add_special_tokens=False))[len(anchor) :]
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: not valid Unicode text: {error}") from error

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, model_validator
 
 from jaxllm.server.answer_blocks import call_message
-from jaxllm.server.fields import ApiModel, Refusals, refuse
+from jaxllm.server.fields import ApiModel, Refusals
 
 CACHE = (({"type": "ephemeral"},), "prompts that begin alike share a cache by themselves")
 """How `cache_control` is refused, should it ask for something."""
@@ -23,11 +23,6 @@ class ContentBlock(ApiModel):
         "citations": ((), "there are no citations"),
         "caller": (({"type": "direct"},), "only the model calls tools"),
     }
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        return refuse(data, cls.refused)
 
 
 class TextBlock(ContentBlock):

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxllm.server.fields import ApiModel, Finite, Refusals, refuse
+from jaxllm.server.fields import ApiModel, Finite, Refusals
 from jaxllm.server.message_blocks import CACHE, TextBlock, Turn, join_texts
 from jaxllm.server.tools import Mode, Schema, Tool, ToolName, ToolUse
 
@@ -26,11 +26,6 @@ class MessageTool(ApiModel):
     description: str | None = None
     input_schema: Schema
     strict: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        return refuse(data, cls.refused)
 
     def tool(self) -> Tool:
         """The tool, whatever the interface."""
@@ -82,11 +77,6 @@ class CountTokensRequest(ApiModel):
     tools: list[MessageTool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        return refuse(data, cls.refused)
 
     @model_validator(mode="after")
     def _make_sense_together(self) -> Self:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxllm.server.fields import ApiModel, Finite, Refusals, StreamOptions, refuse
+from jaxllm.server.fields import OF_CONVERSATIONS, ApiModel, Finite, Refusals, StreamOptions
 from jaxllm.server.response_input import InputItem, conversation
 from jaxllm.server.tools import FunctionDefinition, Tool, ToolUse, read_choice
 
@@ -43,27 +43,22 @@ class TextOptions(ApiModel):
 
     format: TextFormat | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        return refuse(data, cls.refused)
-
 
 class ResponsesRequest(ApiModel):
     """What is to be answered, and how."""
 
-    refused: ClassVar[Refusals] = {
+    refused: ClassVar[Refusals] = OF_CONVERSATIONS | {
         "max_tool_calls": ((), "it counts calls of tools that run on the server, and none do"),
-        "reasoning": (({"effort": None}, {"effort": "none"}), "reasoning is a part of the text"),
+        "reasoning": (
+            ({"effort": None}, {"effort": "none"}),
+            "ask /v1/chat/completions, and set what the model's template reads with chat_template_kwargs",
+        ),
         "prompt": ((), "prompts are not kept here; send the text"),
         "conversation": ((), "go on with previous_response_id"),
         "context_management": ((), "shorten the conversation yourself"),
         "truncation": (("disabled",), "shorten the conversation yourself, or let previous_response_id go"),
         "service_tier": (("auto", "default"), "all requests are served alike"),
-        "moderation": ((), "there is no moderation"),
         "prompt_cache_key": ((), "prompts that begin alike share a cache by themselves"),
-        "prompt_cache_options": ((), "prompts that begin alike share a cache by themselves"),
-        "prompt_cache_retention": ((), "prompts are kept as long as there is room"),
         "background_options": ((), "answers in the background start as soon as there is room"),
     }
 
@@ -88,11 +83,6 @@ class ResponsesRequest(ApiModel):
     user: str | None = None
     safety_identifier: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        return refuse(data, cls.refused)
-
     @model_validator(mode="after")
     def _belong_together(self) -> Self:
         if self.background and (self.stream or self.store is False):
@@ -113,7 +103,7 @@ class ResponsesRequest(ApiModel):
         Raises:
             ValueError: tools or a choice that make no sense.
         """
-        mode, names = read_choice(self.tool_choice, lambda mention: mention.get("name"))
+        mode, names = read_choice(self.tool_choice, "name")
         tools = [tool.tool() for tool in self.tools or ()]
         return ToolUse.make(tools, mode, names=names, parallel=self.parallel_tool_calls)
 

@@ -26,35 +26,36 @@ def _text(content: str | list[TextPart]) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
-class InputMessage(ApiModel):
+class Item(ApiModel):
+    """What all items may have because an answer's had it; nothing is made of it."""
+
+    id: str | None = None
+    status: str | None = None
+
+
+class InputMessage(Item):
     """One message of the input; an answer's `output` can be given back as it is."""
 
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
     content: str | list[TextPart]
-    id: str | None = None
-    status: str | None = None
 
 
-class CallItem(ApiModel):
+class CallItem(Item):
     """A call of a tool, as an earlier answer had it."""
 
     type: Literal["function_call"]
     call_id: str
     name: str
     arguments: str
-    id: str | None = None
-    status: str | None = None
 
 
-class CallOutputItem(ApiModel):
+class CallOutputItem(Item):
     """What came of a call."""
 
     type: Literal["function_call_output"]
     call_id: str
     output: str | list[TextPart]
-    id: str | None = None
-    status: str | None = None
 
 
 class ReasoningPart(ApiModel):
@@ -64,14 +65,12 @@ class ReasoningPart(ApiModel):
     text: str
 
 
-class ReasoningItem(ApiModel):
+class ReasoningItem(Item):
     """Reasoning of an earlier answer."""
 
     type: Literal["reasoning"]
     content: list[ReasoningPart] | None = None
     summary: Annotated[list[Any], Field(max_length=0)] | None = None
-    id: str | None = None
-    status: str | None = None
 
 
 def _kind(item: Any) -> str | None:

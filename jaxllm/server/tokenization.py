@@ -33,6 +33,13 @@ class TokenizeRequest(ApiModel):
     def _one_of_them(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("prompt: give either prompt or messages")
+        if self.messages is not None and self.add_special_tokens:
+            raise ValueError(
+                "add_special_tokens: a chat's template writes special tokens itself; leave it out"
+            )
+        for name in ("continue_final_message", "chat_template_kwargs", "tools"):
+            if self.prompt is not None and getattr(self, name):
+                raise ValueError(f"{name}: only with messages")
         return self
 
 

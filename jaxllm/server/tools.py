@@ -1,7 +1,7 @@
 """Tools that a request brings, and which of them an answer may or must call."""
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -159,30 +159,37 @@ def check_results(messages: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(f"messages[{i}].tool_call_id: no call before it has the id {id!r}")
 
 
-def read_choice(choice: Any, function_name: Callable[[Mapping[str, Any]], Any]) -> tuple[Mode | None, Any]:
+def read_choice(choice: Any, *name_at: str) -> tuple[Mode | None, Any]:
     """OpenAI's `tool_choice`: its mode, and the names that it holds.
 
     Args:
-        function_name: finds the name in a tool's mention, which the interfaces write differently.
+        name_at: under which keys the name stands in a tool's mention; the interfaces write it differently.
 
     Raises:
         ValueError: it is none; the message begins with the parameter.
     """
     if choice is None or choice in MODES:
         return choice, None
-    kind = choice.get("type") if isinstance(choice, Mapping) else None
+    kind = _at(choice, "type")
     if kind == "function":
-        name = function_name(choice)
+        name = _at(choice, *name_at)
         if not isinstance(name, str):
             raise ValueError("tool_choice: needs the function's name")
         return "named", (name,)
     if kind == "allowed_tools":
         allowed = choice.get("allowed_tools", choice)
-        mode, mentions = allowed.get("mode"), allowed.get("tools")
+        mode, mentions = _at(allowed, "mode"), _at(allowed, "tools")
         if mode not in ("auto", "required") or not isinstance(mentions, list) or not mentions:
             raise ValueError("tool_choice: allowed_tools needs a mode, 'auto' or 'required', and tools")
-        names = [function_name(mention) if isinstance(mention, Mapping) else None for mention in mentions]
+        names = [_at(mention, *name_at) for mention in mentions]
         if not all(isinstance(name, str) for name in names):
             raise ValueError("tool_choice: allowed_tools needs the functions' names")
         return mode, tuple(names)
     raise ValueError(f"tool_choice: must be one of {', '.join(MODES)}, or name a function or allowed_tools")
+
+
+def _at(found: Any, *keys: str) -> Any:
+    """What stands under keys, one in the other; None if it is not there, whatever stands there instead."""
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found

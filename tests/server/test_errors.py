@@ -100,6 +100,10 @@ def test_what_is_not_served_is_refused_by_name(server: Running, path: str, name:
         ({"messages": MESSAGES, "chat_template": "{{ 1 }}"}, "chat_template"),
         ({"messages": MESSAGES, "documents": [{"text": "x"}]}, "documents"),
         ({"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens"),
+        (
+            {"messages": MESSAGES, "stream": True, "stream_options": {"include_obfuscation": True}},
+            "include_obfuscation",
+        ),
         ({"messages": MESSAGES, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         (
             {"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True},

@@ -1,5 +1,6 @@
 """Prompts with a suffix, in the forms of the families that can fill in the middle."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,6 +69,15 @@ def test_over_http(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b, c, d = own.convert_tokens_to_ids(list("abcd"))
     assert choices[0]["prompt_token_ids"] == [1, 10, a, b, 11, d, 12]
     assert choices[1]["prompt_token_ids"] == [1, 10, c, 11, d, 12]
+    bare = server.post("/v1/completions", **body, add_special_tokens=False).json()["choices"]
+    assert bare[0]["prompt_token_ids"] == [10, a, b, 11, d, 12]
+    for name in ("prompt", "suffix"):
+        broken = server.http.post(
+            "/v1/completions",
+            content=json.dumps({"prompt": "a", "suffix": "d", name: "\ud800"}),
+            headers={"content-type": "application/json"},
+        )
+        assert (broken.status_code, broken.json()["error"]["param"]) == (400, name)
     params = {"prompt": "a", "suffix": "d", "max_tokens": 4, "logit_bias": {"13": 100}, "temperature": 0}
     [choice] = server.post("/v1/completions", **params).json()["choices"]
     assert (choice["finish_reason"], choice["stop_reason"], choice["text"]) == ("stop", 13, "")

@@ -252,3 +252,21 @@ def test_the_events_are_well_formed(server: Running) -> None:
     assert all(
         json.loads(event.removeprefix("data: "))["object"] == "text_completion" for event in events[:-2]
     )
+
+
+def test_streams_bring_the_logprobs_of_prompts(server: Running) -> None:
+    """Also where the first tokens may be a stop, and samples wait until others have ended."""
+    fields = {"max_tokens": 3, "stream": True, "prompt_logprobs": 0, "n": 8}
+    first = server.post("/tokenize", prompt="a", add_special_tokens=False).json()["tokens"][0]
+    held = {"logit_bias": {str(first): 100}, "stop": ["aab"]}
+    for path, prompt in (
+        ("/v1/completions", {"prompt": PROMPT}),
+        ("/v1/completions", {"prompt": PROMPT, "echo": True, "logprobs": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+    ):
+        lines = server.post(path, **fields, **held, **prompt).text.splitlines()
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        parts = chunks if "messages" in prompt else [chunk["choices"][0] for chunk in chunks]
+        found = [part["prompt_logprobs"] for part in parts if "prompt_logprobs" in part]
+        assert len(found) == (1 if "messages" in prompt else 8)
+        assert all(scores is not None and scores[0] is None and scores[1] for scores in found)

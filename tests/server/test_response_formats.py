@@ -123,6 +123,7 @@ def schema_format(schema: Any, **fields: Any) -> dict[str, Any]:
         ({"guided_json": "[]"}, "guided_json", "must be an object"),
         ({"guided_choice": []}, "guided_choice", "at least one"),
         ({"guided_regex": "a", "guided_whitespace_pattern": " "}, "guided_regex", "whitespace_pattern: only"),
+        ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "only with guided_json"),
         ({"guided_regex": "a", "response_format": FORMAT}, "guided_regex", "can be held to one of them"),
         ({"guided_grammar": "x" * 70_000}, "guided_grammar", "at most 65536"),
     ],
@@ -213,15 +214,21 @@ def test_a_grammar_that_fails_on_the_way(
     server.wait_idle()
 
 
-def test_a_slow_grammar_stops_nobody(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def held_back(monkeypatch: pytest.MonkeyPatch, regex: str) -> threading.Event:
+    """Makes the grammar of an expression wait for the event."""
     release, make = threading.Event(), Grammar.__init__
 
     def slow(self, tokens, params, *others) -> None:
-        if params.regex == "slow":
+        if params.regex == regex:
             release.wait(20)
         make(self, tokens, params, *others)
 
     monkeypatch.setattr(Grammar, "__init__", slow)
+    return release
+
+
+def test_a_slow_grammar_stops_nobody(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = held_back(monkeypatch, "slow")
     found: list[Any] = []
     body = {"prompt": "a", "max_tokens": 9, "structured_outputs": {"regex": "slow"}}
     askers = [
@@ -243,14 +250,7 @@ def test_a_slow_grammar_stops_nobody(server: Running, monkeypatch: pytest.Monkey
 
 def test_a_client_that_leaves_takes_nobody_along(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two wait for the same grammar, and one gives up."""
-    release, make = threading.Event(), Grammar.__init__
-
-    def slow(self, tokens, params, *others) -> None:
-        if params.regex == "patience":
-            release.wait(20)
-        make(self, tokens, params, *others)
-
-    monkeypatch.setattr(Grammar, "__init__", slow)
+    release = held_back(monkeypatch, "patience")
     body = {"prompt": "a", "max_tokens": 9, "structured_outputs": {"regex": "patience"}}
     found: list[Any] = []
     asker = threading.Thread(target=lambda: found.append(server.post(COMPLETIONS, **body)))

@@ -157,6 +157,8 @@ def test_tokens_there_and_back(server: Running) -> None:
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": []}, "prompt"),
         ("/tokenize", {"messages": [{"content": "x"}]}, "messages"),
+        ("/tokenize", {"messages": [], "add_special_tokens": True}, "add_special_tokens"),
+        ("/tokenize", {"prompt": "a", "continue_final_message": True}, "continue_final_message"),
         ("/detokenize", {"tokens": [5000]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
     ):

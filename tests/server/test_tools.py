@@ -207,8 +207,13 @@ CALLS = [{"id": "a", "type": "function", "function": {"name": "weather", "argume
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}},
          "tool_choice", "'other'"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {}}}, "tool_choice", "name"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": "weather"}}, "tool_choice", "name"),
         ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "x"}}},
          "tool_choice", "mode"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": ["weather"]}},
+         "tool_choice", "mode"),
+        ({"tools": TOOLS, "tool_choice": {
+            "type": "allowed_tools", "mode": "auto", "tools": [{"function": 1}]}}, "tool_choice", "names"),
         ({"tool_choice": "required"}, "tool_choice", "tools"),
         ({"tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice", "tools"),
         ({"tools": TOOLS, "skip_special_tokens": True}, "skip_special_tokens", "leave it out"),

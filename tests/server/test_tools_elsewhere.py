@@ -115,6 +115,7 @@ def test_a_response_is_held_to_calls(server: Running) -> None:
         ({"tools": [*TOOLS, TOOLS[0]]}, "'weather'"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "other"}}, "'other'"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": ["weather"]}}, "a mode"),
         ({"tools": TOOLS, "max_tool_calls": 3}, "max_tool_calls"),
         ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "'c'"),
         ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"}]}, "not JSON"),
