@@ -98,7 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
 
-    import jax
+    with _without_messages():
+        import jax
 
     from jaxllm.bench.picture import check_plots
     from jaxllm.plan.planner import planner_of

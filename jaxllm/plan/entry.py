@@ -4,6 +4,7 @@ plan = make_plan("meta-llama/Meta-Llama-3-8B", "v5e:2x4", tensor_parallel_size=8
 plan.memory.num_pages, plan.estimate.output_tokens_per_second
 """
 
+import math
 from typing import Any
 
 from jaxllm.plan.layout import Layout
@@ -46,8 +47,10 @@ def make_plan(
         RuntimeError: the compiler for the chips is not installed; the message has the command that does.
         TypeError: an option that no plan depends on.
         ValueError: no such target, a layout that does not divide, a model that does not fit or is not
-            supported.
+            supported, a price that is none.
     """
+    if price_per_chip_hour is not None and not 0 < price_per_chip_hour < math.inf:
+        raise ValueError(f"price_per_chip_hour={price_per_chip_hour}: must be above 0 and finite")
     workload = Workload(input_len, output_len, concurrency)
     planner = planner_of(model, workload, few_layers=few_layers, options=options)
     parallel = planner.config.parallel

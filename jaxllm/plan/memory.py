@@ -106,15 +106,17 @@ def require_weights(config: EngineConfig, layout: Layout, lowering: Lowering) ->
     Raises:
         TooLargeError: they are; the message says by how much.
     """
-    usable, share = layout.target.chip.usable_hbm, config.cache.memory_utilization or DEFAULT_UTILIZATION
-    needed, budget = (
-        bytes_per_device(lowering.params) + bytes_per_device(lowering.rows_shapes),
-        usable * share,
-    )
-    if needed > budget:
+    cache, usable = config.cache, layout.target.chip.usable_hbm
+    if cache.num_pages is None and cache.kv_cache_memory is None:
+        share = cache.memory_utilization or DEFAULT_UTILIZATION
+        source = f"memory_utilization={share} of its"
+    else:  # pages do not fill a share of the memory then
+        share, source = 1.0, "its"
+    needed = bytes_per_device(lowering.params) + bytes_per_device(lowering.rows_shapes)
+    if (excess := needed - usable * share) > 0:
         raise TooLargeError(
-            f"weights and rows take {needed / 1e9:.1f} GB of each chip, {(needed - budget) / 1e9:.1f} GB "
-            f"more than memory_utilization={share} of its {usable / 1e9:.1f} GB"
+            f"weights and rows take {needed / 1e9:.1f} GB of each chip, {excess / 1e9:.1f} GB more than "
+            f"{source} {usable / 1e9:.1f} GB"
         )
 
 

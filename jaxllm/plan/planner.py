@@ -110,18 +110,22 @@ class Planner:
     @property
     def has_experts(self) -> bool:
         """Whether the model is a mixture of experts."""
-        fields = ("num_experts", "num_local_experts", "n_routed_experts")
-        return any(self.checkpoint.config.get(name) for name in fields)
+        model = self.architecture.read_config(
+            self.checkpoint.config, dtype=jnp.bfloat16, tensor_parallel_size=1
+        )
+        return model.mixture is not None
 
     def _requests(self, lowering: Lowering, num_pages: int) -> int:
         """At a time on each replica."""
-        most, length = lowering.sizes.max_num_seqs, self.workload.length
+        sizes, length = lowering.sizes, self.workload.length
+        most = min(sizes.max_num_seqs, sizes.max_num_batched_tokens)  # each has a token in every step
         fitting = min(count_requests(lowering, num_pages, length), most)
         wanted = self.workload.concurrency
         if fitting < (wanted or 1):
             raise ValueError(
-                f"concurrency={wanted or 1}: {num_pages - 1} pages and max_num_seqs={most} hold {fitting} "
-                f"requests of {length} tokens; lower it, input_len or output_len"
+                f"concurrency={wanted or 1}: {num_pages - 1} pages, max_num_seqs={sizes.max_num_seqs} and "
+                f"max_num_batched_tokens={sizes.max_num_batched_tokens} hold {fitting} requests of {length} "
+                "tokens; lower it, input_len or output_len"
             )
         return wanted or fitting
 

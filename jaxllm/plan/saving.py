@@ -62,7 +62,7 @@ def save_programs(
     with compiling_anew():
         for key in tqdm(sources, desc="Compiling", unit="program", disable=not progress):
             kept.compile(key, sources[key]())
-    written = len(list((folder / "whole").glob("*.program")))
+    written = sum(key in kept for key in sources)
     if written < len(sources):
         raise OSError(f"{folder}: only {written} of {len(sources)} programs could be written; see the log")
     return len(sources)

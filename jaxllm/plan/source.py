@@ -1,8 +1,6 @@
 """A model's config, and nothing else of it."""
 
-from contextlib import closing
 from importlib import resources
-from pathlib import Path
 
 from converters.blank import BlankCheckpoint, locate_configs
 from converters.checkpoint import Checkpoint, open_checkpoint
@@ -26,7 +24,7 @@ def list_configs() -> list[str]:
 def open_configs(config: ModelConfig) -> Checkpoint:
     """The configs of a folder, a config.json, a GGUF file, a repo id of `list_configs`, or another repo's.
 
-    With a revision the repo is asked in any case.
+    With a revision the repo is asked in any case. The caller closes it.
 
     Raises:
         CheckpointError: the model cannot be found, read or reached.
@@ -43,11 +41,5 @@ def open_configs(config: ModelConfig) -> Checkpoint:
         raise CheckpointError(
             f"{error}; give the path of a config.json, or one of {', '.join(list_configs())}"
         ) from error
-    return _open(path)
-
-
-def _open(path: Path) -> Checkpoint:
-    if path.is_dir() or path.suffix == ".json":
-        return BlankCheckpoint(path)
-    with closing(open_checkpoint(str(path))) as checkpoint:
-        return checkpoint
+    blank = path.is_dir() or path.suffix == ".json"
+    return BlankCheckpoint(path) if blank else open_checkpoint(str(path))

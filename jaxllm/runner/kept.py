@@ -126,6 +126,9 @@ class KeptPrograms:
             self.num_loaded += 1
         return compiled
 
+    def __contains__(self, key: Hashable) -> bool:
+        return self._path(key).exists()
+
     def compile(self, key: Hashable, lowered: Lowered) -> Compiled:
         """Compiles a program, and keeps it for later processes."""
         compiled, is_new = compile_watched(lowered)

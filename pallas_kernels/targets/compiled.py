@@ -49,6 +49,12 @@ class Instruction:
         match = _CALLS.search(self.line) if self.opcode == "fusion" else None
         return match[1] if match else None
 
+    @property
+    def target(self) -> str | None:
+        """What a custom call calls."""
+        match = _TARGET.search(self.line) if self.opcode == "custom-call" else None
+        return match[1] if match else None
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -84,16 +90,17 @@ class CompiledText:
         return {one.name: one for one in self.instructions}
 
     @cached_property
-    def _fused(self) -> set[str]:
+    def fused(self) -> set[str]:
         """Computations inside fusions: of what they compute only the root's result is ever in memory."""
         return {one.calls for one in self.instructions if one.calls}
 
     @cached_property
-    def _computations(self) -> dict[str, list[Instruction]]:
+    def computations(self) -> dict[str, list[Instruction]]:
+        """The instructions of each function."""
         found: dict[str, list[Instruction]] = defaultdict(list)
         for one in self.instructions:
             found[one.computation].append(one)
-        return found
+        return dict(found)
 
     def copies(self, at_least: int) -> list[Instruction]:
         """Instructions that write so many bytes to memory again, in the same order or type or another.
@@ -104,7 +111,7 @@ class CompiledText:
             one
             for one in self.instructions
             if one.nbytes >= at_least
-            and one.computation not in self._fused
+            and one.computation not in self.fused
             and self._moves_only(one)
             and "S(1)" not in one.result.split("}")[0]  # to a TPU's VMEM, ahead of its use
         ]
@@ -132,8 +139,8 @@ class CompiledText:
         """Calls of kernels and of the compiler's own code, by target."""
         found: dict[str, list[Instruction]] = defaultdict(list)
         for one in self.instructions:
-            if one.opcode == "custom-call" and (match := _TARGET.search(one.line)):
-                found[match[1]].append(one)
+            if one.target is not None:
+                found[one.target].append(one)
         return dict(found)
 
     def vmem(self) -> int | None:
@@ -145,7 +152,7 @@ class CompiledText:
         """Whether it computes nothing: a copy, or a fusion of such."""
         if one.calls is None:
             return one.opcode in _COPIES
-        inside = self._computations[one.calls]
+        inside = self.computations[one.calls]
         return any(map(self._moves_only, inside)) and all(
             self._moves_only(part) or part.opcode in ("parameter", "bitcast", "reshape") for part in inside
         )

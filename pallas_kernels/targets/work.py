@@ -19,7 +19,6 @@ _NO_WORK = ("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitc
 _CONTROL = ("while", "conditional", "call", "after-all", "partition-id", "replica-id")
 _LEAF = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
-_TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _NUMBER = re.compile(r"parameter\((\d+)\)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LOOKS_ALIKE = ("bitcast", "bitcast-convert", "reshape", "convert")
@@ -76,27 +75,22 @@ def _shapes(result: str) -> list[tuple[int, ...]]:
 
 
 class _Counter:
-    """The text with what is looked up again and again."""
+    """Of the bytes that a program's instructions move."""
 
     def __init__(self, text: CompiledText) -> None:
         self._text = text
-        self._inside: dict[str, list[Instruction]] = {}
-        for one in text.instructions:
-            self._inside.setdefault(one.computation, []).append(one)
-        self._fused = {one.calls for one in text.instructions if one.calls}
 
     def total(self) -> int:
         """Of all instructions that run by themselves."""
-        return sum(self._moved(one) for one in self._text.instructions if one.computation not in self._fused)
+        text = self._text
+        return sum(self._moved(one) for one in text.instructions if one.computation not in text.fused)
 
     def _moved(self, one: Instruction) -> int:
         opcode = one.opcode
         if opcode in (*_NO_WORK, *_CONTROL) or opcode.endswith(("-done", "-update")):
             return 0
-        if opcode == "custom-call":
-            target = _TARGET.search(one.line)
-            if target is not None and target[1] in (*KERNEL_TARGETS, *_NOT_CALLS):
-                return 0
+        if one.target in (*KERNEL_TARGETS, *_NOT_CALLS):
+            return 0
         if opcode == "slice-start":  # its result is (what it slices, the slice, a flag)
             part = _leaves(one.result)[1]
             return part[0] + _in_memory([part])
@@ -113,7 +107,7 @@ class _Counter:
         return sum(map(self._operand, one.operands)) + _in_memory(_leaves(one.result))
 
     def _fusion(self, one: Instruction) -> int:
-        inside = self._inside.get(one.calls or "", [])
+        inside = self._text.computations.get(one.calls or "", [])
         read = sum(self._fused_read(inside, index, name) for index, name in enumerate(one.operands))
         roots = [part for part in inside if part.line.lstrip().startswith("ROOT")]
         if roots and roots[0].opcode in _WRITES_PART and _in_memory(_leaves(one.result)):

@@ -5,9 +5,11 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from plan_cases import step
 
@@ -15,7 +17,9 @@ from jaxllm import Engine
 from jaxllm.cli import plan as command
 from jaxllm.cli.main import main
 from jaxllm.config import ModelConfig
+from jaxllm.models.llama import Llama
 from jaxllm.models.registry import ModelRegistry
+from jaxllm.plan.saving import save_programs
 from jaxllm.plan.source import list_configs, open_configs
 from jaxllm.plan.step import Step
 from jaxllm.runner.buckets import Bucket
@@ -152,6 +156,31 @@ def test_a_model_that_is_too_large(model: Callable[..., str], capsys: pytest.Cap
 
 
 @pytest.mark.usefixtures("steps")
+def test_weights_beside_pages_that_were_counted(
+    model: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They may take more than `memory_utilization`, which is for pages that fill what is left."""
+    large = model(vocab_size=970_000, hidden_size=4096, num_attention_heads=32)
+    assert main(["plan", large, "--target", "v5e", *SMALL]) == 1
+    assert "more than memory_utilization=0.9 of its 16.9 GB" in capsys.readouterr().err
+    assert main(["plan", large, "--target", "v5e", "--num-pages", "20", "--json", *SMALL]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["num_pages"] == 20
+    larger = model(vocab_size=1_100_000, hidden_size=4096, num_attention_heads=32)
+    assert main(["plan", larger, "--target", "v5e", "--num-pages", "20", *SMALL]) == 1
+    assert re.search(r"GB more than its 16\.9 GB", capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("steps")
+def test_experts_are_tried_whole_where_the_config_leaves_their_number_out(
+    model: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixtral = model(architectures=["MixtralForCausalLM"], num_key_value_heads=4)
+    assert main(["plan", mixtral, "--target", "v5e:2x2", "--search", "--json", *SMALL]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 4 in [plan["layout"]["expert_parallel_size"] for plan in found["plans"]]
+
+
+@pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -160,7 +189,11 @@ def test_a_model_that_is_too_large(model: Callable[..., str], capsys: pytest.Cap
         (["--target", "v5e:2x2", "--tensor-parallel-size", "3"], "tensor_parallel_size=3: must divide the 4"),
         (["--target", "v5e", "--input-len", "500"], "together more than max_model_len=128"),
         (["--target", "v5e", "--dtype", "float32"], "dtype=float32: rates are known for bfloat16"),
-        (["--target", "v5e", "--concurrency", "5"], "concurrency=5: .* max_num_seqs=4 hold 4 requests"),
+        (["--target", "v5e", "--concurrency", "5"], "concurrency=5: .* max_num_seqs=4 .* hold 4 requests"),
+        (
+            ["--target", "v5e", "--concurrency", "4", "--max-num-batched-tokens", "2"],
+            "max_num_batched_tokens=2 hold 2 requests of 40 tokens",
+        ),
         (["--target", "h100", "--save", "x"], "--save: programs for h100 are not kept"),
         (
             ["--target", "v5p:2x2x2", "--tensor-parallel-size", "8", "--save", "x"],
@@ -213,6 +246,19 @@ def test_configs_that_come_along(name: str) -> None:
     assert config.num_layers >= 32
 
 
+def test_programs_that_were_not_written_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others in the folder do not stand in for them."""
+    mesh = SimpleNamespace(devices=np.array(jax.devices()[:1]))
+    lowering: Any = SimpleNamespace(mesh=mesh, programs=lambda pages: {"one": lambda: None})
+    monkeypatch.setattr("jaxllm.engine.loading.identify", lambda *_: "these")
+    monkeypatch.setattr("jaxllm.runner.kept.compile_watched", lambda lowered: (object(), True))
+    folder = tmp_path / "whole"
+    folder.mkdir(mode=0o700)
+    (folder / "of-another-plan.program").touch()
+    with pytest.raises(OSError, match="only 0 of 1 programs could be written"):
+        save_programs(tmp_path, Llama, lowering, 3, progress=False)
+
+
 def test_models_that_cannot_be_had(model: Callable[..., str], tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"its config cannot be had .*give the path of a config\.json, or one of"
@@ -220,5 +266,7 @@ def test_models_that_cannot_be_had(model: Callable[..., str], tmp_path: Path) ->
         open_configs(ModelConfig("nobody/nothing"))
     with pytest.raises(ValueError, match=r"architectures=\['MambaForCausalLM'\]: none of them is supported"):
         Engine.plan(model(architectures=["MambaForCausalLM"]), "v5e", few_layers=True)
+    with pytest.raises(ValueError, match="price_per_chip_hour=0: must be above 0"):
+        Engine.plan(model(), "v5e", price_per_chip_hour=0)
     with pytest.raises(TypeError, match="seed: no option of plans; there are"):
         Engine.plan(model(), "v5e", seed=1)
