@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints."""
-    options = engine_options(arguments)
+    options = engine_options(arguments, several_hosts=True)
     if arguments.dataset and (arguments.num_prompts or arguments.input_len):
         arguments.usage_error("--dataset brings its own prompts: leave out --num-prompts and --input-len")
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Streams the text if there is only one, else prints each when all are done."""
-    options = engine_options(arguments)
+    options = engine_options(arguments, several_hosts=True)
     sampling = sampling_options(arguments, {"max_tokens": None} if arguments.chat else {})
     _check(arguments, sampling)
     prompts = arguments.prompts or [sys.stdin.read()]

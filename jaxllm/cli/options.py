@@ -64,11 +64,20 @@ def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The engine's options that were given; a bad one is an error of usage, before anything is loaded."""
+def engine_options(arguments: argparse.Namespace, *, several_hosts: bool = False) -> dict[str, Any]:
+    """The engine's options that were given; a bad one is an error of usage, before anything is loaded.
+
+    Args:
+        several_hosts: the command calls `follow_if_told`. Host 0 would wait in vain for others that do not.
+    """
     options = _engine_options(arguments)
     try:
-        EngineConfig.create(arguments.model, **options)
+        hosts = EngineConfig.create(arguments.model, **options).parallel.num_hosts
+        if hosts != 1 and not several_hosts:
+            raise ValueError(
+                f"num_hosts={hosts}: this command runs on one host; on several run "
+                "`jaxllm serve`, `jaxllm generate` and `jaxllm bench throughput`"
+            )
     except (TypeError, ValueError) as error:
         arguments.usage_error(str(error))
     return options

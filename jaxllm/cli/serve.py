@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = arguments.model = arguments.model or arguments.model_flag
     if not model:
         arguments.usage_error("MODEL is missing: give it first, as --model, or in the --config file")
-    options = _with_vllm_flags(arguments, engine_options(arguments))
+    options = _with_vllm_flags(arguments, engine_options(arguments, several_hosts=True))
     options.setdefault("progress", False)  # the log says how far loading is
     try:
         config = _server_config(arguments)

@@ -52,6 +52,8 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["generate", "m", "hi", "--system", "s"], "--chat"),
         (["generate", "m", "hi", "--logprobs", "2"], "--json"),
         (["chat", "m", "--n", "2"], "--n"),
+        (["chat", "m", "--num-hosts", "2", "--coordinator-address", "a"], "num_hosts=2"),
+        (["bench", "latency", "m", "--num-hosts", "0"], "num_hosts=0"),
     ],
 )
 def test_errors_of_usage(argv: list[str], complaint: str, engine: type, capsys: pytest.CaptureFixture[str]):
