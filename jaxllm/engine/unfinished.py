@@ -37,14 +37,15 @@ class Unfinished:
         """Whether a request is held to a grammar."""
         return bool(self._constrained)
 
-    def require_new(self, samples: Sequence[Sample]) -> None:
-        """Raises ValueError if a sample of another request has the name of one of these."""
+    def add(self, samples: Sequence[Sample]) -> None:
+        """Takes a request, all of its samples.
+
+        Raises:
+            ValueError: a sample of another request has the name of one of these.
+        """
         for sample in samples:
             if (name := sample.request.request_id) in self.samples:
                 raise ValueError(f"request_id={name!r}: an unfinished request has this id; choose another")
-
-    def add(self, samples: Sequence[Sample]) -> None:
-        """Takes a request, all of its samples."""
         assembler = samples[0].assembler
         self._requests[assembler.request_id] = list(samples)
         self.samples.update((sample.request.request_id, sample) for sample in samples)
