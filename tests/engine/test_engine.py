@@ -1,17 +1,15 @@
-"""What the engine does for its caller: answers, streams, steps, and its memory."""
+"""What the engine does for its caller: answers, streams, and steps."""
 
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 from small import golden, greedy, small_engine
 from small_text import BOS, USER, text_checkpoint
 
 from jaxllm import Engine, RequestOutput, RequestOutputKind, SamplingParams
-from jaxllm.engine.core import EngineFailedError, RequestFailedError
 
 SIZES: dict[str, Any] = {"max_model_len": 96, "num_pages": 60}
 """As in the other tests, so that their compiled programs serve here."""
@@ -332,59 +330,6 @@ def test_generate_loses_nobody_elses_outputs(engine: Engine, kind: RequestOutput
     )
 
 
-# Failures
-
-
-def test_a_prompt_that_no_step_can_take_is_refused_with_the_numbers() -> None:
-    with small_engine(enable_chunked_prefill=False, enforce_eager=True, **SIZES) as engine:
-        with pytest.raises(ValueError, match=r"(?s)41.*32"):
-            engine.generate([PROMPT[:5], PROMPT], greedy(4))
-        assert engine.num_unfinished_requests == 0
-        assert len(tokens(engine.generate([PROMPT[:30]], greedy(4)))[0]) == 4
-
-
-def test_a_bad_prompt_starts_none_of_a_call(engine: Engine) -> None:
-    before = engine.get_metrics()["requests_total"]
-    with pytest.raises(ValueError, match=r"prompts\[1\]: .*999"):
-        engine.generate([PROMPT, [5, 999]], GREEDY)
-    assert engine.get_metrics()["requests_total"] == before
-
-
-def test_a_failed_step_fails_its_requests_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = engine._core.runner
-    dispatch, calls = runner.dispatch, iter(range(100))
-
-    def fail_once(*args: Any, **options: Any) -> Any:
-        if next(calls) == 3:
-            raise RuntimeError("the device is gone")
-        return dispatch(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "dispatch", fail_once)
-        with pytest.raises(RequestFailedError) as failure:
-            engine.generate([PROMPT], GREEDY)
-        assert str(failure.value.__cause__) == "the device is gone"
-        assert tokens(engine.generate([PROMPT], GREEDY)) == [EXPECTED[:12]]
-
-
-def test_an_engine_that_always_fails_says_so_and_can_start_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    with small_engine(enforce_eager=True, **SIZES) as engine:
-
-        def fail(*_args: Any, **_options: Any) -> Any:
-            raise RuntimeError("the device is gone")
-
-        monkeypatch.setattr(engine._core.runner, "dispatch", fail)
-        for _ in range(3):
-            with pytest.raises((RequestFailedError, EngineFailedError)):
-                engine.generate([PROMPT], greedy(4))
-        with pytest.raises(EngineFailedError, match=r"call restart\(\)"):
-            engine.generate([PROMPT], greedy(4))
-        monkeypatch.undo()
-        engine.restart()
-        assert tokens(engine.generate([PROMPT], greedy(12))) == [EXPECTED[:12]]
-        assert engine.get_metrics()["engine_restarts_total"] == 1
-
-
 # The engine itself
 
 
@@ -432,40 +377,6 @@ def test_tokenizer(engine: Engine) -> None:
         without.get_tokenizer()
 
 
-def device_bytes() -> int:
-    return sum(array.nbytes for array in jax.live_arrays())
-
-
-@pytest.mark.parametrize("level", [1, 2])
-def test_sleep(level: int) -> None:
-    before = device_bytes()
-    with small_engine(enforce_eager=True, **SIZES) as engine:
-        assert tokens(engine.generate([PROMPT], greedy(16))) == [EXPECTED]
-        awake = device_bytes()
-        assert awake - before > 200_000
-        engine.sleep(level)
-        assert engine.is_sleeping
-        assert device_bytes() == before
-        for use in (
-            lambda: engine.generate([PROMPT], GREEDY),
-            lambda: engine.stream([5]),
-            lambda: engine.add_request("a", PROMPT),
-            engine.step,
-            engine.sleep,
-        ):
-            with pytest.raises(RuntimeError, match="wake_up"):
-                use()
-        engine.wake_up()
-        engine.wake_up()
-        assert not engine.is_sleeping
-        assert device_bytes() == awake
-        compiled = engine.get_metrics()["programs_compiled_late_total"]
-        [again] = engine.generate([PROMPT], greedy(16))
-        assert again.outputs[0].token_ids == EXPECTED
-        assert again.num_cached_tokens == 0  # what the pages held is gone
-        assert engine.get_metrics()["programs_compiled_late_total"] == compiled
-
-
 def test_sleep_refusals(engine: Engine) -> None:
     with pytest.raises(ValueError, match=r"level=3: must be 1 .* or 2"):
         engine.sleep(3)
@@ -474,60 +385,3 @@ def test_sleep_refusals(engine: Engine) -> None:
         engine.sleep()
     engine.abort_request("a")
     assert tokens(engine.generate([PROMPT], GREEDY)) == [EXPECTED[:12]]
-
-
-def test_memory_is_back_after_close() -> None:
-    before = device_bytes()
-    engine = small_engine(enforce_eager=True, **SIZES)
-    engine.add_request("a", PROMPT, greedy(30))
-    for _ in range(3):
-        engine.step()
-    assert device_bytes() > before + 200_000
-    engine.close()
-    assert device_bytes() == before
-    engine.close()
-    assert not engine.has_unfinished_requests()
-
-
-def test_memory_is_back_after_del() -> None:
-    before = device_bytes()
-    engine = small_engine(enforce_eager=True, **SIZES)
-    engine.generate([PROMPT], greedy(4, logprobs=1))
-    del engine
-    assert sum(array.nbytes for array in jax.live_arrays()) == before  # at once, no garbage collection
-
-
-def test_memory_is_back_after_the_context() -> None:
-    before = device_bytes()
-
-    def fail() -> None:
-        with small_engine(enforce_eager=True, **SIZES) as engine:
-            engine.generate([PROMPT], greedy(4, prompt_logprobs=1))
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert device_bytes() == before
-
-
-@pytest.mark.parametrize("asleep", [False, True])
-def test_a_closed_engine_is_of_no_use(asleep: bool) -> None:
-    before = device_bytes()
-    engine = small_engine(enforce_eager=True, **SIZES)
-    if asleep:
-        engine.sleep()
-    engine.close()
-    uses: list[Any] = [
-        lambda: engine.generate([PROMPT], greedy(4)),
-        lambda: engine.generate([]),
-        lambda: engine.chat([{"role": "user", "content": "hi"}]),
-        lambda: engine.stream(PROMPT),
-        lambda: engine.add_request("a", PROMPT, greedy(4)),
-        engine.step,
-        engine.sleep,
-        engine.wake_up,
-    ]
-    for use in uses:
-        with pytest.raises(RuntimeError, match="the engine is closed; make another"):
-            use()
-    assert device_bytes() == before

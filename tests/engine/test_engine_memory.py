@@ -1,0 +1,105 @@
+"""What an engine takes of the device's memory is given back: asleep, closed, deleted, and after an error."""
+
+from typing import Any
+
+import jax
+import pytest
+from small import golden, greedy, small_engine
+
+SIZES: dict[str, Any] = {"max_model_len": 96, "num_pages": 60}
+"""As in the other tests, so that their compiled programs serve here."""
+REFERENCE = golden("llama")
+PROMPT: list[int] = REFERENCE["prompt0"].tolist()
+EXPECTED: list[int] = REFERENCE["tokens0"].tolist()
+
+
+def device_bytes() -> int:
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep(level: int) -> None:
+    before = device_bytes()
+    with small_engine(enforce_eager=True, **SIZES) as engine:
+        [first] = engine.generate([PROMPT], greedy(16))
+        assert first.outputs[0].token_ids == EXPECTED
+        awake = device_bytes()
+        assert awake - before > 200_000
+        engine.sleep(level)
+        assert engine.is_sleeping
+        assert device_bytes() == before
+        for use in (
+            lambda: engine.generate([PROMPT], greedy(12)),
+            lambda: engine.stream([5]),
+            lambda: engine.add_request("a", PROMPT),
+            engine.step,
+            engine.sleep,
+        ):
+            with pytest.raises(RuntimeError, match="wake_up"):
+                use()
+        engine.wake_up()
+        engine.wake_up()
+        assert not engine.is_sleeping
+        assert device_bytes() == awake
+        compiled = engine.get_metrics()["programs_compiled_late_total"]
+        [again] = engine.generate([PROMPT], greedy(16))
+        assert again.outputs[0].token_ids == EXPECTED
+        assert again.num_cached_tokens == 0  # what the pages held is gone
+        assert engine.get_metrics()["programs_compiled_late_total"] == compiled
+
+
+def test_memory_is_back_after_close() -> None:
+    before = device_bytes()
+    engine = small_engine(enforce_eager=True, **SIZES)
+    engine.add_request("a", PROMPT, greedy(30))
+    for _ in range(3):
+        engine.step()
+    assert device_bytes() > before + 200_000
+    engine.close()
+    assert device_bytes() == before
+    engine.close()
+    assert not engine.has_unfinished_requests()
+
+
+def test_memory_is_back_after_del() -> None:
+    before = device_bytes()
+    engine = small_engine(enforce_eager=True, **SIZES)
+    engine.generate([PROMPT], greedy(4, logprobs=1))
+    del engine
+    assert sum(array.nbytes for array in jax.live_arrays()) == before  # at once, no garbage collection
+
+
+def test_memory_is_back_after_the_context() -> None:
+    before = device_bytes()
+
+    def fail() -> None:
+        with small_engine(enforce_eager=True, **SIZES) as engine:
+            engine.generate([PROMPT], greedy(4, prompt_logprobs=1))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert device_bytes() == before
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_a_closed_engine_is_of_no_use(asleep: bool) -> None:
+    before = device_bytes()
+    engine = small_engine(enforce_eager=True, **SIZES)
+    if asleep:
+        engine.sleep()
+    engine.close()
+    uses: list[Any] = [
+        lambda: engine.generate([PROMPT], greedy(4)),
+        lambda: engine.generate([]),
+        lambda: engine.chat([{"role": "user", "content": "hi"}]),
+        lambda: engine.stream(PROMPT),
+        lambda: engine.add_request("a", PROMPT, greedy(4)),
+        engine.step,
+        engine.sleep,
+        engine.wake_up,
+    ]
+    for use in uses:
+        with pytest.raises(RuntimeError, match="the engine is closed; make another"):
+            use()
+    assert device_bytes() == before
