@@ -184,8 +184,7 @@ template <class E, class Out> void multiply_panel(const Product& p, int panel, i
   const bool amx = kPack<E> == 2 && has_amx();
   const int most = amx ? kBlock : kRows;
   const int blocks = (end - first + most - 1) / most;
-  // each block fetches its part of the panel
-  const int part = blocks == 1 ? 128 : blocks == 2 ? 64 : blocks <= 4 ? 32 : blocks <= 8 ? 16 : 8;
+  const int part = (kPanel * 4 + blocks - 1) / blocks;  // bytes of each word of depth that a block fetches: all of the panel in the end
   const char* next = (const char*)(p.weight + int64_t{following} * p.depth * kPanel);
   alignas(64) float sums[kBlock * kPanel];
   for (int block = 0, row = first; block < blocks; block++) {
