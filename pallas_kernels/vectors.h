@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -39,6 +39,22 @@ inline Halves to_bf16(F16 x) {
 #endif
 }
 
+inline F16 get(const float* from) { return load<F16>(from); }
+inline F16 get(const bf16* from) { return (F16)(__builtin_convertvector(load<Halves>(from), Words<16>) << 16); }
+inline void put(float* to, F16 x) { store(to, x); }
+inline void put(bf16* to, F16 x) { store(to, to_bf16(x)); }
+
+// The first `count` of 16 numbers, and zeros.
+template <class E> F16 get_some(const E* from, int count) {
+  E some[16] = {};
+  return get((const E*)std::memcpy(some, from, count * sizeof(E)));
+}
+template <class E> void put_some(E* to, F16 x, int count) {
+  E some[16];
+  put(some, x);
+  std::memcpy(to, some, count * sizeof(E));
+}
+
 // The sixteen lanes as one number, halves first.
 template <class V, class F> inline float fold(V x, F f) {
   if constexpr (sizeof(V) == 2 * sizeof(float)) return f(x[0], x[1]);
@@ -47,15 +63,23 @@ template <class V, class F> inline float fold(V x, F f) {
     return fold(f(load<Half>(&x), load<Half>((const char*)&x + sizeof(V) / 2)), f);
   }
 }
+#if defined(__AVX512F__)  // as the folds below, without a way through memory
+inline float total(F16 x) { return _mm512_reduce_add_ps((__m512)x); }
+inline float greatest(F16 x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
 inline float total(F16 x) { return fold(x, [](auto a, auto b) { return a + b; }); }
 inline float greatest(F16 x) { return fold(x, [](auto a, auto b) { return a > b ? a : b; }); }
+#endif
 
-inline F16 exp2(F16 x) {  // relative error 2e-7 over the range of floats; below it 2^-126
-  x = (x < -126.f) ? (F16{} - 126.f) : x;
+// 2^x over the range of floats; below it 2^-126. The relative error is 2e-7, or 1e-4 where `Rough`.
+template <bool Rough = false> inline F16 exp2(F16 x) {
+  const F16 least = F16{} - 126.f;
+  x = (least > x) ? least : x;   // the order that makes it one instruction; NaN stays
   F16 shifted = x + 12582912.f;  // rounds to an integer in the low bits
   F16 f = x - (shifted - 12582912.f);
-  F16 p = F16{} + 1.5353362e-4f;
-  for (float c : {1.3398874e-3f, 9.6184373e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.9314718e-1f, 1.f}) p = p * f + c;
+  F16 p = F16{} + (Rough ? 5.500893e-2f : 1.5353362e-4f);
+  if constexpr (Rough) for (float c : {0.24221096f, 0.69328293f, 1.f}) p = p * f + c;
+  else for (float c : {1.3398874e-3f, 9.6184373e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.9314718e-1f, 1.f}) p = p * f + c;
   return (F16)((Ints<16>)p + ((Ints<16>)shifted << 23));
 }
 inline F16 tanh(F16 x) {

@@ -1,6 +1,5 @@
 """The sizes that steps are padded to, known before the first request."""
 
-import bisect
 from dataclasses import dataclass
 
 SMALLEST = 2
@@ -10,6 +9,11 @@ SMALLEST = 2
 FEWEST_SAMPLED, SAMPLED_GROWTH = 8, 4
 """The sampler is compiled for few numbers of rows, each so many times the one before: it is a third of a
 small model's code. With 64 rows for 32, the logits of the others took 2 ms of a step's 38 on CPU."""
+
+
+FEW_ROWS, MANY_ROWS = 8, 32
+"""A step of a long prompt has few rows. On CPU the logits of 64 took 4.5 ms of the 39 to its first token,
+those of up to 32 take what reading the weights takes."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +33,29 @@ class Buckets:
     sizes: tuple[Bucket, ...]
 
     @classmethod
-    def up_to(cls, max_tokens: int, max_rows: int, growth: int = 2) -> "Buckets":
+    def up_to(
+        cls, max_tokens: int, max_rows: int, growth: int = 2, *, with_few_rows: bool = False
+    ) -> "Buckets":
         """Sizes from 2 to `max_tokens`, each `growth` times the one before.
 
         A row has at least one token, so a step of few tokens needs few rows: the tokens determine the rows.
+
+        Args:
+            with_few_rows: where those are more than `MANY_ROWS`, there is one of `FEW_ROWS`, too.
         """
         sizes = []
         for tokens in _grow(SMALLEST, growth, max(max_tokens, SMALLEST)):
-            rows = max(SMALLEST, min(tokens, max_rows))
-            sampled = next(
-                n for n in _grow(FEWEST_SAMPLED, SAMPLED_GROWTH, max(max_rows, SMALLEST)) if n >= rows
-            )
-            sizes.append(Bucket(tokens, rows, sampled))
+            most = max(SMALLEST, min(tokens, max_rows))
+            for rows in (FEW_ROWS, most) if with_few_rows and most > MANY_ROWS else (most,):
+                sampled = next(
+                    n for n in _grow(FEWEST_SAMPLED, SAMPLED_GROWTH, max(max_rows, SMALLEST)) if n >= rows
+                )
+                sizes.append(Bucket(tokens, rows, sampled))
         return cls(tuple(sizes))
 
     @property
     def largest(self) -> Bucket:
-        """The one with the most tokens."""
+        """The one with the most tokens and rows."""
         return self.sizes[-1]
 
     @property
@@ -53,20 +63,23 @@ class Buckets:
         """The different numbers of rows that the sampler takes, in order."""
         return tuple(sorted({bucket.sampled for bucket in self.sizes}))
 
-    def fit(self, num_tokens: int) -> Bucket:
+    def fit(self, num_tokens: int, num_rows: int | None = None) -> Bucket:
         """The smallest bucket that holds so many tokens.
+
+        Args:
+            num_rows: that it has to hold; None: as many as there can be.
 
         Raises:
             ValueError: none does; the scheduler must keep to the largest one's tokens.
         """
-        return self.holding(num_tokens)[0]
+        return self.holding(num_tokens, num_rows)[0]
 
-    def holding(self, num_tokens: int) -> tuple[Bucket, ...]:
-        """All buckets that hold so many tokens, smallest first; raises as `fit` does."""
-        at = bisect.bisect_left(self.sizes, num_tokens, key=lambda bucket: bucket.tokens)
-        if at == len(self.sizes):
+    def holding(self, num_tokens: int, num_rows: int | None = None) -> tuple[Bucket, ...]:
+        """All buckets that hold so many tokens and rows, smallest first; raises as `fit` does."""
+        if num_tokens > self.largest.tokens:
             raise ValueError(f"num_tokens={num_tokens}: a step holds at most {self.largest.tokens}")
-        return self.sizes[at:]
+        rows = min(num_tokens, self.largest.rows) if num_rows is None else num_rows
+        return tuple(bucket for bucket in self.sizes if bucket.tokens >= num_tokens and bucket.rows >= rows)
 
 
 def _grow(first: int, factor: int, last: int) -> list[int]:

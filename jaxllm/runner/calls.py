@@ -20,7 +20,7 @@ def dispatch_message(plan: StepPlan, admissions: Mapping[int, Admission], bucket
     """A step as a message. Requests' names are left out: devices know rows alone.
 
     Args:
-        bucket: tokens of the one that the step is to run in.
+        bucket: index of the one that the step is to run in.
     """
     rows = [(row.row, row.start, row.num_tokens, row.samples) for row in plan.rows]
     updates = [(update.row, update.group, update.index, len(update.pages)) for update in plan.page_updates]

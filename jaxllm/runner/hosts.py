@@ -84,8 +84,8 @@ class LeadingRunner(Runner):
         bucket: Bucket | None = None,
     ) -> BegunStep:
         """As `Runner.dispatch`, on all hosts."""
-        found = bucket or self._choose_bucket(plan.num_tokens, scores=scores)
-        told = dispatch_message(plan, admissions, found.tokens)
+        found = bucket or self._choose_bucket(plan, scores=scores)
+        told = dispatch_message(plan, admissions, self.lowering.buckets.sizes.index(found))
         dispatch = super().dispatch
         return self._on_all(told, lambda: dispatch(plan, admissions, scores=scores, bucket=found))
 
@@ -171,9 +171,9 @@ def follow(runner: Runner, hosts: HostGroup, load: LoadWeights) -> None:
         try:
             match message.kind, begun, step:
                 case "dispatch", _, _:
-                    plan, admissions, tokens = read_dispatch(message)
-                    bucket = runner.lowering.buckets.fit(tokens)
-                    begun = runner.dispatch(plan, admissions, bucket=bucket)
+                    plan, admissions, bucket = read_dispatch(message)
+                    found = runner.lowering.buckets.sizes[bucket]
+                    begun = runner.dispatch(plan, admissions, bucket=found)
                 case "sample", BegunStep(), _:
                     step = runner.sample(begun, read_sample(message))
                 case "logprobs", _, DispatchedStep():

@@ -88,8 +88,10 @@ class Lowering:
     @cached_property
     def buckets(self) -> Buckets:
         """The shapes that steps are padded to."""
-        sizes = self.sizes
-        return Buckets.up_to(sizes.max_num_batched_tokens, sizes.max_num_seqs, sizes.bucket_growth)
+        sizes, on_cpu = self.sizes, self.mesh.devices.flat[0].platform == "cpu"
+        return Buckets.up_to(
+            sizes.max_num_batched_tokens, sizes.max_num_seqs, sizes.bucket_growth, with_few_rows=on_cpu
+        )
 
     @cached_property
     def replicated(self) -> NamedSharding:
@@ -136,7 +138,7 @@ class Lowering:
         }
         found |= {"empty": partial(self.empty, num_pages), "score": self.score}
         for bucket in self.buckets.sizes[::-1]:
-            found["forward", bucket.tokens] = partial(self.forward, bucket, num_pages)
+            found["forward", bucket.tokens, bucket.rows] = partial(self.forward, bucket, num_pages)
             for name, lower in self._after_forward.items():
                 found[name, bucket.sampled] = partial(lower, bucket.sampled)
         rest = [key for key in found if key != "score"]
@@ -151,7 +153,8 @@ class Lowering:
 
     def step_programs(self, bucket: Bucket) -> list[Hashable]:
         """Keys of the programs that a step of this bucket may run, besides those that serve all."""
-        return [("forward", bucket.tokens), *((name, bucket.sampled) for name in self._after_forward)]
+        forward = ("forward", bucket.tokens, bucket.rows)
+        return [forward, *((name, bucket.sampled) for name in self._after_forward)]
 
     @property
     def _after_forward(self) -> dict[str, Callable[[int], Lowered]]:

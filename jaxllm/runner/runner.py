@@ -101,7 +101,7 @@ class Runner:
         whole, grown = _split_updates(plan, admissions)
         for row, admission in admissions.items():
             self._admit(row, admission, whole[row])
-        bucket = bucket or self._choose_bucket(plan.num_tokens, scores=scores)
+        bucket = bucket or self._choose_bucket(plan, scores=scores)
         self.bucket_steps[bucket.tokens] += 1
         packed = self.lowering.step_layout(bucket).pack(plan, grown)
         packed_at = time.perf_counter()
@@ -144,14 +144,14 @@ class Runner:
             step = self._returning.popleft()
             self.stages[0].receive(step.ids, step.lengths, step.tokens)
 
-    def _choose_bucket(self, num_tokens: int, *, scores: bool) -> Bucket:
-        """The smallest bucket whose programs are there and that holds so many tokens."""
-        buckets = self.lowering.buckets
+    def _choose_bucket(self, plan: StepPlan, *, scores: bool) -> Bucket:
+        """The smallest bucket whose programs are there and that holds the plan's tokens and rows."""
+        buckets, size = self.lowering.buckets, (plan.num_tokens, len(plan.rows))
         if scores:
             return buckets.largest
         if self._exact:
-            return buckets.fit(num_tokens)
-        fitting = buckets.holding(num_tokens)
+            return buckets.fit(*size)
+        fitting = buckets.holding(*size)
         there = (bucket for bucket in fitting if all(stage.is_ready(bucket) for stage in self.stages))
         return next(there, buckets.largest)
 

@@ -77,7 +77,7 @@ class StageRunner:
         """
         params, cache, rows = self.arrays
         entering = rows.tokens if hidden is None else jax.device_put(hidden, self.lowering.replicated)
-        program = self._programs[self._key(("forward", bucket.tokens))]
+        program = self._programs[self._key(("forward", bucket.tokens, bucket.rows))]
         self._cache, tables, output = program(params, cache, rows.tables, entering, packed)
         self._rows = rows._replace(tables=tables)
         return output

@@ -135,11 +135,6 @@ struct Product {
   int panels() const { return (columns + width() - 1) / width(); }
 };
 
-inline F16 get(const float* from) { return load<F16>(from); }
-inline F16 get(const bf16* from) { return (F16)(__builtin_convertvector(load<Halves>(from), Words<16>) << 16); }
-inline void put(float* to, F16 x) { store(to, x); }
-inline void put(bf16* to, F16 x) { store(to, to_bf16(x)); }
-
 // Writes the sums of a panel, `columns` of each row, with the residual added to them if there is one.
 template <class Out> void write(const float* sums, int rows, int columns, Gate gate, const Out* residual, int64_t stride, Out* out) {
   for (int r = 0; r < rows; r++, sums += kPanel, out += stride) {
@@ -165,12 +160,6 @@ struct Norm {
   float epsilon, offset;
 };
 
-// The first `count` of 16 numbers, and zeros.
-template <class E> F16 get_some(const E* from, int count) {
-  E some[16] = {};
-  return get((const E*)std::memcpy(some, from, count * sizeof(E)));
-}
-
 // A row as the product reads it: normalized, and padded with zeros to `size`, a multiple of 16.
 template <class E> void prepare(const E* x, int inputs, int size, const Norm& norm, E* out) {
   const int rest = inputs % 16, last = inputs - rest;
@@ -195,8 +184,7 @@ template <class E, class Out> void multiply_panel(const Product& p, int panel, i
   const bool amx = kPack<E> == 2 && has_amx();
   const int most = amx ? kBlock : kRows;
   const int blocks = (end - first + most - 1) / most;
-  // each block fetches its part of the panel
-  const int part = blocks == 1 ? 128 : blocks == 2 ? 64 : blocks <= 4 ? 32 : blocks <= 8 ? 16 : 8;
+  const int part = (kPanel * 4 + blocks - 1) / blocks;  // bytes of each word of depth that a block fetches: all of the panel in the end
   const char* next = (const char*)(p.weight + int64_t{following} * p.depth * kPanel);
   alignas(64) float sums[kBlock * kPanel];
   for (int block = 0, row = first; block < blocks; block++) {

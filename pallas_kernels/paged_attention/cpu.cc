@@ -33,6 +33,12 @@ struct Vectors {
   }
 };
 
+// Pairs of neighbouring numbers, `stride` words from one to the next; the last may be half full.
+inline void copy_pairs(const bf16* from, int count, int stride, uint32_t* to) {
+  for (int i = 0; i + 1 < count; i += 2, to += stride) std::memcpy(to, from + i, 4);
+  if (count % 2) std::memcpy(to, from + count - 1, 2);
+}
+
 template <class E> inline E stored(float x, float scale) {
   if constexpr (std::is_same_v<E, bf16>) return to_bf16(x);
   else if constexpr (std::is_same_v<E, int8_t>) return x != x ? 0 : int8_t(std::nearbyint(std::clamp(x / scale, -127.f, 127.f)));
@@ -145,11 +151,16 @@ template <class E> class Step {
     const bool dot = kHasDot && q.is_bf16 && kPack<E> == 2 && s.lanes == 16;
     std::vector<float> qs(dot ? 0 : int64_t{rows} * s.depth), sums(partial_size(t)), more;
     std::vector<uint32_t> words(dot ? int64_t{rows} * s.depth / 2 : 0);
-    for (int r = 0; r < rows; r++) {
-      const int64_t token = b.start[t.row] + t.token + r / s.group;
-      const int head = g * s.group + r % s.group;
-      if (dot) std::memcpy(words.data() + int64_t{r} * s.depth / 2, (const bf16*)q.data + q.place(token, head), s.head_dim * 2);
-      else for (int d = 0; d < s.head_dim; d++) qs[int64_t{r} * s.depth + d] = q.at(token, head, d);
+    const bool tiled = dot && fits_tiles(s);
+    for (int r = 0, count; r < rows; r += count) {
+      count = tile_rows(s, tiled, rows - r);
+      for (int i = r; i < r + count; i++) {
+        const int64_t token = b.start[t.row] + t.token + i / s.group;
+        const int head = g * s.group + i % s.group;
+        if (tiled) std::memcpy(words.data() + int64_t{i} * s.depth / 2, (const bf16*)q.data + q.place(token, head), s.head_dim * 2);
+        else if (dot) copy_pairs((const bf16*)q.data + q.place(token, head), s.head_dim, count, words.data() + int64_t{r} * s.depth / 2 + i - r);
+        else for (int d = 0; d < s.head_dim; d++) qs[int64_t{r} * s.depth + d * count + i - r] = q.at(token, head, d);
+      }
     }
     for (int begin = t.begin; begin < t.end; begin = end_of_segment(begin)) {
       std::vector<float>& segment = begin == t.begin ? sums : more;
@@ -181,8 +192,7 @@ template <class E> class Step {
       chunk.begin = begin, chunk.size = std::min(kChunk, to - begin);
       for (int i = 0; i < kChunk / s.page_size + kAhead; i++) chunk.keys[i] = page(b.pages(t.row)[std::clamp(begin / s.page_size + i, lowest, last)], g);
       for (int r = 0, count; r < rows; r += count) {
-        count = tiled ? kTileRows : rows - r >= kRows ? kRows : kFewRows;
-        count = std::min(count, rows - r);
+        count = tile_rows(s, tiled, rows - r);
         const Tile tile{qs.empty() ? nullptr : qs.data() + r * s.depth, words.empty() ? nullptr : words.data() + r * s.depth / 2, sums + r * s.depth, top + r, total + r, first + r, end + r};
 #if JAXLLM_AMX
         if constexpr (std::is_same_v<E, bf16>) if (tiled) {
@@ -226,8 +236,12 @@ template <class E> class Step {
       const float sink = o.sinks ? o.sinks[head] * kLog2e : kMasked, most = std::max(top[r], sink), rescale = std::exp2(top[r] - most);
       const float factor = v_scale * rescale / (total[r] * rescale + (o.sinks ? std::exp2(sink - most) : 0.f));
       const float* sum = sums + r * s.depth;
-      if (q.is_bf16) for (int d = 0; d < s.head_dim; d++) ((bf16*)out)[place + d] = to_bf16(sum[d] * factor);
-      else for (int d = 0; d < s.head_dim; d++) ((float*)out)[place + d] = sum[d] * factor;
+      auto write_to = [&](auto* to) {
+        int d = 0;
+        for (; d + 16 <= s.head_dim; d += 16) put(to + d, load<F16>(sum + d) * factor);
+        put_some(to + d, load<F16>(sum + std::min(d, s.depth - 16)) * factor, s.head_dim - d);
+      };
+      q.is_bf16 ? write_to((bf16*)out + place) : write_to((float*)out + place);
     }
   }
 };

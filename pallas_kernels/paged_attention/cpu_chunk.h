@@ -75,8 +75,8 @@ struct Options {
 
 // Queries that are handled together, and where their softmax stands; scores are in units of log2.
 struct Tile {
-  const float* q;      // [rows, depth]
-  const uint32_t* qw;  // the same as pairs of bf16
+  const float* q;      // [depth, rows]
+  const uint32_t* qw;  // the same as pairs of bf16; for tiles of AMX [rows, depth / 2]
   float *out, *top, *total;
   const int *first, *end;  // the keys that each query sees
 };
@@ -98,13 +98,13 @@ inline void score(const Shape& s, const Tile& t, const E* const (&k)[G], float* 
     if constexpr (Dot) {
       __m512bh x[G];
       for (int g = 0; g < G; g++) x[g] = (__m512bh)load<__m512i>(k[g] + i * N * P);
-      for (int r = 0; r < R; r++) for (int g = 0; g < G; g++) sum[r][g] = (Floats<N>)_mm512_dpbf16_ps((__m512)sum[r][g], x[g], (__m512bh)_mm512_set1_epi32(t.qw[r * steps + i]));
+      for (int r = 0; r < R; r++) for (int g = 0; g < G; g++) sum[r][g] = (Floats<N>)_mm512_dpbf16_ps((__m512)sum[r][g], x[g], (__m512bh)_mm512_set1_epi32(t.qw[i * R + r]));
       continue;
     }
 #endif
     Floats<N> x[G][P];
     for (int g = 0; g < G; g++) widen<N>(k[g] + i * N * P, x[g]);
-    for (int r = 0; r < R; r++) for (int g = 0; g < G; g++) for (int j = 0; j < P; j++) sum[r][g] += x[g][j] * t.q[r * s.depth + i * P + j];
+    for (int r = 0; r < R; r++) for (int g = 0; g < G; g++) for (int j = 0; j < P; j++) sum[r][g] += x[g][j] * t.q[(i * P + j) * R + r];
   }
   for (int r = 0; r < R; r++) for (int g = 0; g < G; g++) store(scores + r * kScores + g * N, sum[r][g]);
 }
@@ -116,18 +116,19 @@ inline void add_values(const Shape& s, const E* v, int begin, int end, const flo
     for (int i = begin / 2; 2 * i < end; i++) {
       // a slot that no query sees may hold NaN
       const uint32_t mask = (2 * i < begin ? 0xffff0000u : ~0u) & (2 * i + 1 >= end ? 0x0000ffffu : ~0u);
-      for (int c = 0; c < C; c++) {
-        Words<16> w = load<Words<16>>(v + (int64_t{i} * s.depth + 16 * c) * 2) & mask;
+      Words<16> w[C];
+      for (int c = 0; c < C; c++) w[c] = load<Words<16>>(v + (int64_t{i} * s.depth + 16 * c) * 2) & mask;
 #if defined(__AVX512BF16__)
-        if constexpr (Dot) {
-          for (int r = 0; r < R; r++) {
-            uint32_t pair; std::memcpy(&pair, rounded + r * kScores + 2 * i, 4);
-            sum[r][c] = (F16)_mm512_dpbf16_ps((__m512)sum[r][c], (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
-          }
-          continue;
+      if constexpr (Dot) {
+        for (int r = 0; r < R; r++) {
+          const __m512bh pair = (__m512bh)_mm512_set1_epi32(load<int>(rounded + r * kScores + 2 * i));
+          for (int c = 0; c < C; c++) sum[r][c] = (F16)_mm512_dpbf16_ps((__m512)sum[r][c], (__m512bh)w[c], pair);
         }
+        continue;
+      }
 #endif
-        F16 even = (F16)(w << 16), odd = (F16)(w & 0xffff0000u);
+      for (int c = 0; c < C; c++) {
+        F16 even = (F16)(w[c] << 16), odd = (F16)(w[c] & 0xffff0000u);
         for (int r = 0; r < R; r++) sum[r][c] += even * weights[r * kScores + 2 * i] + odd * weights[r * kScores + 2 * i + 1];
       }
     }
@@ -205,7 +206,7 @@ void soften(int rows, const Options& o, float scale, const Tile& t, int chunk, i
     };
     for (int i = low; i < s.from; i += 16) weigh(i, F16{});
     for (int i = s.from; i < s.to; i += 16) {
-      const F16 x = s.mask(i, exp2(load<F16>(row + i) * factor - highest), 0.f);  // a score of NaN stays one
+      const F16 x = s.mask(i, exp2<Dot>(load<F16>(row + i) * factor - highest), 0.f);  // a score of NaN stays one
       sums += x;
       weigh(i, x);
     }
@@ -219,7 +220,7 @@ void soften(int rows, const Options& o, float scale, const Tile& t, int chunk, i
 // Takes one chunk of keys into account for R queries; `fetch` asks for its pages ahead.
 template <class E, int N, int R, bool Dot>
 void step(bool fetch, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
-  constexpr int G = N == 16 ? kGroups : 1, C = R > kFewRows ? 2 : 4;
+  constexpr int G = N == 16 ? kGroups : 1, C = 4, V = R > kFewRows ? R / 2 : R;  // V x C sums of values
   alignas(64) float scores[R * kScores];
   alignas(64) bf16 rounded[R * kScores];
   int begin = kChunk, end = 0;
@@ -243,14 +244,25 @@ void step(bool fetch, const Shape& s, const Options& o, float scale, const Tile&
   }
   float rescale[R];
   soften<Dot>(R, o, scale, t, chunk.begin, chunk.size, low, high, scores, rounded, rescale);
-  int column = 0;
-  for (; column + 16 * C <= s.depth; column += 16 * C) add_columns<E, R, C, Dot>(s, column, chunk, begin, end, scores, rounded, rescale, t.out);
-  for (; column < s.depth; column += 16) add_columns<E, R, 1, Dot>(s, column, chunk, begin, end, scores, rounded, rescale, t.out);
+  for (int r = 0; r < R; r += V) {
+    const float* weights = scores + r * kScores;
+    const bf16* halves = rounded + r * kScores;
+    float* out = t.out + r * s.depth;
+    int column = 0;
+    for (; column + 16 * C <= s.depth; column += 16 * C) add_columns<E, V, C, Dot>(s, column, chunk, begin, end, weights, halves, rescale + r, out);
+    for (; column < s.depth; column += 16) add_columns<E, V, 1, Dot>(s, column, chunk, begin, end, weights, halves, rescale + r, out);
+  }
 }
 
 constexpr int kTileRows = 16, kMostDepth = 256;
 
 bool fits_tiles(const Shape& s) { return has_amx() && s.lanes == 16 && s.depth % 32 == 0 && s.depth <= kMostDepth; }
+
+// How many of the queries that are left are handled together; with small pages, which are right, not fast, one.
+int tile_rows(const Shape& s, bool tiled, int left) {
+  if (s.lanes < 16) return 1;
+  return std::min(left, tiled ? kTileRows : left >= kRows ? kRows : kFewRows);
+}
 
 #if JAXLLM_AMX
 
@@ -341,17 +353,14 @@ void steps(int rows, bool fetch, const Shape& s, const Options& o, float scale, 
   }
 }
 
-// As `step`, for up to `kFewRows` queries or for `kRows`.
+// As `step`, for as many queries as `tile_rows` says.
 template <class E>
 void attend_tile(int rows, bool fetch, bool dot, const Shape& s, const Options& o, float scale, const Tile& t, const Chunk<E>& chunk) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<E, bf16>) if (dot) return steps<E, 16, true>(rows, fetch, s, o, scale, t, chunk);
 #endif
   if (s.lanes == 16) return steps<E, 16, false>(rows, fetch, s, o, scale, t, chunk);
-  for (int r = 0; r < rows; r++) {  // small pages: right, not fast
-    const Tile one{t.q + r * s.depth, nullptr, t.out + r * s.depth, t.top + r, t.total + r, t.first + r, t.end + r};
-    s.lanes == 8 ? step<E, 8, 1, false>(false, s, o, scale, one, chunk) : step<E, 1, 1, false>(false, s, o, scale, one, chunk);
-  }
+  s.lanes == 8 ? step<E, 8, 1, false>(false, s, o, scale, t, chunk) : step<E, 1, 1, false>(false, s, o, scale, t, chunk);
 }
 
 }  // namespace

@@ -122,7 +122,8 @@ def check_shards(engine: Engine, stage: StageRunner, layout: Layout) -> None:
 def check_collectives(engine: Engine, stage: StageRunner, layout: Layout) -> None:
     """A sum for the embedding and two a layer, and a gather of logits; inside a stage nothing else moves."""
     lowering = stage.lowering
-    key = lowering.stage.key(("forward", lowering.buckets.largest.tokens))
+    largest = lowering.buckets.largest
+    key = lowering.stage.key(("forward", largest.tokens, largest.rows))
     found = COLLECTIVES.findall(engine._core.runner.programs[key].as_text() or "")
     layers = len(lowering.stage.layers(lowering.model.num_layers))
     expected = {"all-reduce": lowering.stage.is_first + 2 * layers, "all-gather": int(lowering.stage.is_last)}

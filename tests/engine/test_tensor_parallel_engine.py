@@ -48,7 +48,8 @@ def run(engine: Engine, model: str) -> list[list[int]]:
 def forward_text(engine: Engine) -> str:
     """The compiled forward pass that served the largest steps."""
     runner = engine._core.runner
-    text = runner.programs["forward", runner.lowering.buckets.largest.tokens].as_text()
+    largest = runner.lowering.buckets.largest
+    text = runner.programs["forward", largest.tokens, largest.rows].as_text()
     assert text is not None
     return text
 

@@ -27,6 +27,20 @@ def test_few_programs() -> None:
     assert buckets.sampled == (8, 32, 128, 256)
 
 
+@given(tokens=st.integers(1, 600), rows=st.integers(1, 100), data=st.data())
+def test_few_rows_of_many_tokens(tokens: int, rows: int, data: st.DataObject) -> None:
+    """A prompt's step computes few logits, and one of all rows finds its place as well."""
+    buckets = Buckets.up_to(512, 64, with_few_rows=True)
+    tokens, rows = min(tokens, 512), min(rows, tokens, 64, 512)
+    bucket = buckets.fit(tokens, rows)
+    assert bucket in buckets.sizes
+    assert bucket.tokens == Buckets.up_to(512, 64).fit(tokens).tokens
+    assert rows <= bucket.rows <= bucket.sampled
+    assert bucket.sampled == 8 or rows > 8 or bucket.tokens <= 32
+    assert buckets.fit(tokens).rows >= min(tokens, 64)
+    assert buckets.largest == Buckets.up_to(512, 64).largest
+
+
 def test_too_many_tokens() -> None:
     with pytest.raises(ValueError, match="num_tokens=65: a step holds at most 64"):
         Buckets.up_to(64, 8).fit(65)
