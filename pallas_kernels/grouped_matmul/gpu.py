@@ -46,7 +46,13 @@ def grouped_matmul_gpu(
     weights, tokens = from_bits(weights), x.shape[0]
     kind = "" if interpret else current_device()[1]
     problem = Problem(
-        "gpu", kind, tokens, *weights.shape, jnp.dtype(x.dtype), jnp.dtype(weights.dtype), jnp.dtype(out_dtype)
+        "gpu",
+        kind,
+        tokens,
+        *weights.shape,
+        jnp.dtype(x.dtype),
+        jnp.dtype(weights.dtype),
+        jnp.dtype(out_dtype),
     )
     if plan is None:
         plan = fit(problem, blocks) if blocks else make_plan(problem)
@@ -82,9 +88,7 @@ def require(problem: Problem) -> None:
         if dtype != jnp.bfloat16:
             raise NotImplementedError(f"{name} of {dtype}: the GPU kernel serves bfloat16")
     if problem.out_dtype not in OUT_DTYPES:
-        raise NotImplementedError(
-            f"out of {problem.out_dtype}: the GPU kernel serves float32 and bfloat16"
-        )
+        raise NotImplementedError(f"out of {problem.out_dtype}: the GPU kernel serves float32 and bfloat16")
     if problem.inputs % INPUTS or problem.outputs % OUTPUTS:
         raise NotImplementedError(
             f"weights of [{problem.inputs}, {problem.outputs}]: the GPU kernel serves multiples of "

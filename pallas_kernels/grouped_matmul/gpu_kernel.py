@@ -1,9 +1,9 @@
 """The grouped product on Hopper: tiles of rows of one group, each with the columns of its weights.
 
 As many thread blocks as the card runs at a time share out the tiles. In each, one warpgroup brings rows and
-weights into shared memory with the copy engine, ahead of those that compute, from one tile into the next. Each
-of these takes 64 outputs: it multiplies the transposed weights, as the operand of which wgmma takes 64 rows at
-least, with the transposed rows, of which it takes as few as 8: an expert has few in a decode step.
+weights into shared memory with the copy engine, ahead of those that compute, from one tile into the next.
+Each of these takes 64 outputs: it multiplies the transposed weights, as the operand of which wgmma takes 64
+rows at least, with the transposed rows, of which it takes as few as 8: an expert has few in a decode step.
 
 Beyond the edges of the weights the copy engine reads zeros. It would not begin a tile at any row: its boxes
 are of 8 rows and a swizzle's columns, at multiples of these.
