@@ -145,4 +145,9 @@ def product_cases() -> list[Product]:
             Product("grouped_matmul", target, tokens, 4096, 14336, experts=8) for tokens in (32, 4096)
         ]  # Mixtral 8x7B
         cases.append(Product("grouped_matmul", target, 256, 2048, 768, experts=128))  # Qwen3-30B-A3B
+    for target in GPUS:
+        cases += [Product("grouped_matmul", target, tokens, 4096, 14336, experts=8) for tokens in (32, 4096)]
+        cases.append(Product("grouped_matmul", target, 512, 4096, 1536, experts=128))  # Qwen3-30B-A3B
+        cases.append(Product("grouped_matmul", target, 1024, 2880, 1440, experts=128))  # gpt-oss, one of 4
+        cases.append(Product("grouped_matmul", target, 1024, 720, 2880, experts=128))
     return cases
