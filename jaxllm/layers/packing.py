@@ -123,8 +123,8 @@ def join_weight(
     weight: Shaped[Array, "experts inputs parts outputs"], joined: Joined, mesh: Mesh | AbstractMesh
 ) -> Shaped[Array, "experts inputs joined"]:
     """The weight as it is kept, on each device of the mesh its part."""
-    specs = {"in_specs": partition_spec(joined.axes), "out_specs": partition_spec(joined.kept_axes)}
-    return jax.shard_map(joined.join, mesh=mesh, **specs)(weight)
+    before, after = partition_spec(joined.axes), partition_spec(joined.kept_axes)
+    return jax.shard_map(joined.join, mesh=mesh, in_specs=before, out_specs=after)(weight)
 
 
 @partial(jax.jit, static_argnums=1)

@@ -44,22 +44,17 @@ def grouped_matmul_gpu(
     from pallas_kernels.grouped_matmul import gpu_kernel
 
     weights, tokens = from_bits(weights), x.shape[0]
-    kind = "" if interpret else current_device()[1]
+    groups, inputs, outputs = weights.shape
     problem = Problem(
-        "gpu",
-        kind,
-        tokens,
-        *weights.shape,
-        jnp.dtype(x.dtype),
-        jnp.dtype(weights.dtype),
-        jnp.dtype(out_dtype),
-    )
+        "gpu", "" if interpret else current_device()[1], tokens, groups, inputs, outputs, jnp.dtype(x.dtype),
+        jnp.dtype(weights.dtype), jnp.dtype(out_dtype),
+    )  # fmt: skip
     if plan is None:
         plan = fit(problem, blocks) if blocks else make_plan(problem)
     tiles = cut_tiles(group_sizes, tokens, plan.rows, aligned=False)
     taken = (tiles.start[:, None] + jnp.arange(plan.rows)).reshape(-1)
     out = gpu_kernel.multiply_tiles(
-        jnp.pad(x.at[taken].get(mode="clip"), ((0, 0), (0, -x.shape[1] % STEP))),
+        jnp.pad(x.at[taken].get(mode="clip"), ((0, 0), (0, -inputs % STEP))),
         weights,
         tiles.group,
         tiles.counts[:1],
@@ -68,7 +63,7 @@ def grouped_matmul_gpu(
         interpret=interpret,
     )
     places = tile_places(group_sizes, tokens, plan.rows)
-    rows = out.at[places, : weights.shape[2]].get(mode="clip")
+    rows = out.at[places, :outputs].get(mode="clip")
     return jnp.where((jnp.arange(tokens) < group_sizes.sum())[:, None], rows, jnp.zeros((), out.dtype))
 
 
