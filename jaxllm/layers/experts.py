@@ -181,7 +181,7 @@ def apply_experts(
     x: Float[Array, "tokens embed"],
     chosen: Int32[Array, "tokens chosen"],
     weights: Float[Array, "tokens chosen"],
-    gate_up: Shaped[Array, "experts embed 2 mlp"] | Shaped[Array, "experts embed 2*mlp"],
+    gate_up: Shaped[Array, "experts embed 2 mlp"] | Shaped[Array, "experts embed joined"],
     down: Shaped[Array, "experts mlp embed"],
     bias: tuple[Float[Array, "experts 2 mlp"], Float[Array, "experts embed"]] | None,
     *,
@@ -200,7 +200,7 @@ def apply_experts(
     load = (chosen.reshape(-1, 1) == jnp.arange(count)).sum(axis=0, dtype=jnp.int32)
     rows = take_rows(x, order // chosen.shape[1])
     hidden = grouped_matmul(rows, gate_up.reshape(count, embed, -1), load)
-    hidden = hidden.reshape(len(rows), 2, -1)
+    hidden = hidden[:, : 2 * down.shape[1]].reshape(len(rows), 2, -1)
     if bias is not None:
         hidden += bias[0].astype(jnp.float32).at[expert].get(mode="clip")
     hidden = gating(hidden[:, 0], hidden[:, 1]).astype(x.dtype)

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped, UInt16
 
 from jaxllm.parallel import Axes, partition_spec
+from pallas_kernels.devices import current_device
 from pallas_kernels.packed_matmul import (
     Backend,
     Gate,
@@ -23,6 +24,9 @@ from pallas_kernels.packed_matmul import (
     packed_matmul,
     take_outputs,
 )
+
+LANES = 128
+"""Of a TPU's tile."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,17 @@ class Joined:
     """A weight `[experts, inputs, parts, outputs]` with the parts of each device side by side.
 
     TPUs keep an array in tiles of its last two axes. To join these in a step would be to copy the weight: in
-    a layer of Qwen3-235B over 32 chips 201 MB, which takes as long as reading them twice.
+    a layer of Qwen3-235B over 16 chips 201 MB, which takes as long as reading them twice. And a weight whose
+    outputs are no whole tiles XLA would keep transposed, and copy as well.
 
     Attributes:
         axes: the logical axes' names of the weight before.
+        tile: what a device has is filled up with zeros to whole tiles of so many outputs.
     """
 
     shape: tuple[int, ...]
     axes: Axes
+    tile: int = 1
 
     @property
     def kept_axes(self) -> Axes:
@@ -115,7 +122,8 @@ class Joined:
         self, weight: Shaped[Array, "experts inputs parts outputs"]
     ) -> Shaped[Array, "experts inputs joined"]:
         """What a device has of the weight, joined."""
-        return weight.reshape(*weight.shape[:2], -1)
+        flat = weight.reshape(*weight.shape[:2], -1)
+        return jnp.pad(flat, ((0, 0), (0, 0), (0, -flat.shape[2] % self.tile)))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -154,7 +162,8 @@ def keep_as_bits(weight: nnx.Param[Array]) -> nnx.Param[Array]:
 def join_parts(weight: nnx.Param[Array]) -> nnx.Param[Array]:
     """The parameter of several parts with these side by side; its metadata say so."""
     about = weight.get_metadata()
-    joined, mesh = Joined(tuple(weight.shape), about["axes"]), jax.sharding.get_abstract_mesh()
+    tile = LANES if current_device()[0] == "tpu" else 1
+    joined, mesh = Joined(tuple(weight.shape), about["axes"], tile), jax.sharding.get_abstract_mesh()
     array = joined.join(weight[...]) if mesh.empty else join_weight(weight[...], joined, mesh)
     return nnx.Param(array, **about, packing=joined)
 

@@ -3,7 +3,9 @@
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
@@ -11,7 +13,7 @@ from pallas_kernels.devices import current_device
 from pallas_kernels.grouped_matmul.backend import Backend
 from pallas_kernels.grouped_matmul.gpu_plan import PHASE, STEP, TUNABLE, Plan, fit, make_plan
 from pallas_kernels.grouped_matmul.problem import Problem
-from pallas_kernels.grouped_matmul.tiles import cut_tiles, from_bits
+from pallas_kernels.grouped_matmul.tiles import cut_tiles, from_bits, mesh_axes
 from pallas_kernels.hopper import require_hopper
 from pallas_kernels.tuning import Blocks, Tunable
 
@@ -62,6 +64,9 @@ def grouped_matmul_gpu(
         out_dtype=out_dtype,
         interpret=interpret,
     )
+    # the kernel's type does not say over which axes of the mesh its result differs
+    axes = mesh_axes(x, weights, group_sizes).varying - jax.typeof(out).manual_axis_type.varying
+    out = lax.pcast(out, tuple(axes), to="varying") if axes else out
     places = tile_places(group_sizes, tokens, plan.rows)
     rows = out.at[places, :outputs].get(mode="clip")
     return jnp.where((jnp.arange(tokens) < group_sizes.sum())[:, None], rows, jnp.zeros((), out.dtype))

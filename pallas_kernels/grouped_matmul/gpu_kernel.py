@@ -23,7 +23,6 @@ from jaxtyping import Array, BFloat16, Float, Int32
 
 from pallas_kernels._compat import transposed_ref
 from pallas_kernels.grouped_matmul.gpu_plan import STEP, Plan
-from pallas_kernels.grouped_matmul.tiles import mesh_axes
 from pallas_kernels.hopper import ROWS, swizzle_bytes, tiled
 
 
@@ -57,9 +56,7 @@ def multiply_tiles(
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(
-            (x.shape[0], columns * plan.outputs), out_dtype, manual_axis_type=mesh_axes(x, weights, group)
-        ),
+        out_type=jax.ShapeDtypeStruct((x.shape[0], columns * plan.outputs), out_dtype),
         scratch_types=list(scratch.values()),
         grid=(plan.blocks,),
         grid_names=("thread_block",),
