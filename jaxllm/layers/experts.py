@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32, Shaped
 from jaxllm.layers.embedding import take_rows
 from jaxllm.layers.expert_exchange import Exchange, exchange_experts
 from jaxllm.layers.mlp import find_activation
-from jaxllm.layers.packing import Packable, keep_as_bits
+from jaxllm.layers.packing import Joined, Packable, join_parts, keep_as_bits
 from jaxllm.layers.parameter import parameter, zeros
 from jaxllm.layers.router import Routing
 from jaxllm.parallel import EVERY_DEVICE, Axes, partition_spec
@@ -70,6 +70,18 @@ class ExpertLinear(Packable):
         if self.weight.dtype == jnp.bfloat16:
             self.weight = keep_as_bits(self.weight)
 
+    def join(self) -> None:
+        """Joins gate and up, which are one product."""
+        if len(self.weight.shape) > 3:
+            self.weight = join_parts(self.weight)
+
+    @property
+    def axes(self) -> Axes:
+        """Logical axes of the weight as it is kept."""
+        about = self.weight.get_metadata()
+        packing = about.get("packing")
+        return packing.kept_axes if isinstance(packing, Joined) else about["axes"]
+
 
 class Experts(nnx.Module):
     """`sum of weight * down(gating(gate(x), up(x)))` over each token's experts; no token is left out.
@@ -117,7 +129,7 @@ class Experts(nnx.Module):
         weights = jnp.where(used[:, None], routing.weights, 0.0)
         gate_up, down = self.gate_up, self.down
         bias = None if gate_up.bias is None or down.bias is None else (gate_up.bias[...], down.bias[...])
-        run = sharded_experts(mesh, self.gating, bias is not None, self.exchange)
+        run = sharded_experts(mesh, self.gating, gate_up.axes, bias is not None, self.exchange)
         if self.exchange is None:
             return run(x, chosen, weights, gate_up.weight[...], down.weight[...], bias)
         spare = ((0, -len(x) % mesh.shape["expert"]), (0, 0))
@@ -128,7 +140,7 @@ class Experts(nnx.Module):
 
 @functools.cache
 def sharded_experts(
-    mesh: AbstractMesh, gating: Gating, bias: bool, exchange: Exchange | None
+    mesh: AbstractMesh, gating: Gating, gate_up_axes: Axes, bias: bool, exchange: Exchange | None
 ) -> Callable[..., tuple[Array, Array]]:
     """`apply_experts` over the mesh. Layers that are alike share one function, so that it is traced once.
 
@@ -158,7 +170,7 @@ def sharded_experts(
         jax.shard_map(
             part,
             mesh=mesh,
-            in_specs=(*[tokens] * 3, *map(partition_spec, (GATE_UP, DOWN)), biases if bias else None),
+            in_specs=(*[tokens] * 3, *map(partition_spec, (gate_up_axes, DOWN)), biases if bias else None),
             out_specs=(tokens, shares),
         )
     )
@@ -169,7 +181,7 @@ def apply_experts(
     x: Float[Array, "tokens embed"],
     chosen: Int32[Array, "tokens chosen"],
     weights: Float[Array, "tokens chosen"],
-    gate_up: Shaped[Array, "experts embed 2 mlp"],
+    gate_up: Shaped[Array, "experts embed 2 mlp"] | Shaped[Array, "experts embed joined"],
     down: Shaped[Array, "experts mlp embed"],
     bias: tuple[Float[Array, "experts 2 mlp"], Float[Array, "experts embed"]] | None,
     *,
@@ -188,7 +200,7 @@ def apply_experts(
     load = (chosen.reshape(-1, 1) == jnp.arange(count)).sum(axis=0, dtype=jnp.int32)
     rows = take_rows(x, order // chosen.shape[1])
     hidden = grouped_matmul(rows, gate_up.reshape(count, embed, -1), load)
-    hidden = hidden.reshape(len(rows), 2, -1)
+    hidden = hidden[:, : 2 * down.shape[1]].reshape(len(rows), 2, -1)
     if bias is not None:
         hidden += bias[0].astype(jnp.float32).at[expert].get(mode="clip")
     hidden = gating(hidden[:, 0], hidden[:, 1]).astype(x.dtype)

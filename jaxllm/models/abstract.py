@@ -7,6 +7,7 @@ traced step.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxllm.layers.packing import Bits, Packing, pack_layers, pack_weight
+from jaxllm.layers.packing import Bits, Joined, Packing, join_layers, join_weight, pack_layers, pack_weight
 from jaxllm.layers.parameter import Initializer
 from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.parallel import Axes, partition_spec
@@ -37,7 +38,7 @@ class Parameter:
     dtype: jnp.dtype
     axes: Axes
     initializer: Initializer
-    packing: Packing | Bits | None = None
+    packing: Packing | Bits | Joined | None = None
 
     @property
     def nbytes(self) -> int:
@@ -51,8 +52,10 @@ class Parameter:
         """How it is cut over the devices of a mesh."""
         return NamedSharding(mesh, partition_spec(self.axes))
 
-    def keep(self, array: Array) -> Array:
-        """The array, made in its sharding, in the form that the model keeps."""
+    def keep(self, array: Array, mesh: Mesh) -> Array:
+        """The array, made in its sharding on the mesh, in the form that the model keeps."""
+        if isinstance(self.packing, Joined):
+            return join_weight(array, self.packing, mesh)
         return array if self.packing is None else pack_weight(array, self.packing)
 
     def kept(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -60,8 +63,9 @@ class Parameter:
         array = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding(mesh))
         if self.packing is None:
             return array
-        packed = jax.eval_shape(self.keep, array)
-        return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        packed = jax.eval_shape(partial(self.keep, mesh=mesh), array)
+        spec = partition_spec(self.packing.kept_axes) if isinstance(self.packing, Joined) else PartitionSpec()
+        return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=NamedSharding(mesh, spec))
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def split(
     """A model's structure and its parameters, by their dotted paths, in the order that `merge` takes them.
 
     Args:
-        products: what multiplies with weights, which are packed for it; None: XLA, with weights as they are.
+        products: what multiplies with weights, which are packed for it; None: XLA.
 
     Raises:
         NotImplementedError: weights of the model's dtype are not packed.
@@ -99,7 +103,9 @@ def split(
 
     def make() -> CausalLM:
         made = model(config, rngs=_OneKey())
-        if products is not None:
+        if products is None:
+            join_layers(made)
+        else:
             pack_layers(made, products)
         return made
 
@@ -108,7 +114,7 @@ def split(
     for path, variable in nnx.to_flat_state(state):
         array: jax.ShapeDtypeStruct = variable.get_value()
         about = variable.get_metadata()
-        packing: Packing | Bits | None = about.get("packing")
+        packing: Packing | Bits | Joined | None = about.get("packing")
         name = ".".join(map(str, path))
         parameters[name] = Parameter(
             array.shape if packing is None else packing.shape,
@@ -147,4 +153,4 @@ def _maker(parameter: Parameter, mesh: Mesh) -> Callable[[Array], Array]:
         return parameter.initializer(key, parameter.shape, parameter.dtype)
 
     made = jax.jit(make, out_shardings=parameter.sharding(mesh))
-    return lambda key: parameter.keep(made(key))
+    return lambda key: parameter.keep(made(key), mesh)

@@ -43,4 +43,4 @@ def place(array: np.ndarray, parameter: Parameter, mesh: Mesh) -> Array:
     """Copies each device's part to it, and waits, so that the host's copy can go."""
     sharding = parameter.sharding(mesh)
     placed = jax.make_array_from_callback(parameter.shape, sharding, lambda part: array[part])
-    return parameter.keep(placed).block_until_ready()
+    return parameter.keep(placed, mesh).block_until_ready()

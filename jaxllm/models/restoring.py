@@ -55,7 +55,7 @@ def restore_weights(
                 for path, parameter in batch.items()
             }
             for path, array in checkpoint.restore(wanted).items():
-                restored[path] = batch[path].keep(array)
+                restored[path] = batch[path].keep(array, meshes[path])
             bar.update(sum(parameter.nbytes for parameter in batch.values()))
         for path, parameter in parameters.items():
             if path not in direct:

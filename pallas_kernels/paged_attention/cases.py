@@ -44,12 +44,19 @@ class Case:
     """Whether the pages have scales; int8 pages need them."""
     shared_prefix_pages: int = 0
     """Full pages at the beginning of each row's context that all rows share."""
+    value_dim: int | None = None
+    """Pages hold keys of one head alone, whose first so many dimensions are the values; None: both."""
     seed: int = 0
 
     @property
     def scale(self) -> float:
         """The usual one."""
         return self.head_dim**-0.5
+
+    @property
+    def vectors(self) -> int:
+        """That a page holds for a token and head."""
+        return 2 if self.value_dim is None else 1
 
     @property
     def stored_dtype(self) -> np.dtype:
@@ -64,7 +71,7 @@ class Case:
 
 MIXED = ((1, 30), (1, 5), (2, 9), (17, 17), (5, 33))
 
-CORNERS = {
+KEYS_AND_VALUES = {
     "one decode row": Case(rows=((1, 13),)),
     "first token": Case(rows=((1, 1),)),
     "decode at a page's end": Case(rows=((1, 8), (1, 16), (1, 9))),
@@ -116,6 +123,19 @@ CORNERS = {
     "float8, float32": Case(rows=MIXED, page_dtype="float8_e4m3fn", scales=True),
     "bfloat16 pages, float32": Case(rows=MIXED, page_dtype="bfloat16"),
 }  # fmt: skip
+
+SHARED = {
+    "keys alone": Case(rows=MIXED, heads=3, kv_heads=1, head_dim=24, value_dim=16),
+    "keys alone, shared prefix": Case(
+        rows=((1, 30), (1, 25), (7, 27)), kv_heads=1, head_dim=24, value_dim=16, shared_prefix_pages=2
+    ),
+    "keys alone, bfloat16, several tiles": Case(
+        rows=((1, 300), (150, 150), (70, 400)), kv_heads=1, head_dim=80, page_size=16, dtype="bfloat16",
+        value_dim=64,
+    ),
+}  # fmt: skip
+"""Multi-head latent attention, which kernels of keys and values refuse."""
+CORNERS = KEYS_AND_VALUES | SHARED
 
 
 def strategy(
@@ -178,7 +198,7 @@ Definition = Callable[
 class Arrays:
     """A case's inputs in its dtypes, and what must come out, in float64.
 
-    Pages are packed as `INTERLEAVED`: `[page, slot, 2 * kv_heads, dim]`.
+    Pages are packed as `INTERLEAVED`: `[page, slot, vectors * kv_heads, dim]`.
     """
 
     q: np.ndarray
@@ -215,6 +235,8 @@ def build(case: Case, definition: Definition = attend) -> Arrays:
     shape = (max(1, tokens + case.padding_tokens), case.kv_heads, case.head_dim)
     q = rng.normal(size=(shape[0], case.heads, case.head_dim))
     k, v = rng.normal(size=(2, *shape))
+    if case.value_dim is not None:
+        v = k[..., : case.value_dim]
     for x in (q, k, v):
         x[tokens:] = np.nan
     q, k, v = (x.astype(jnp.dtype(case.dtype)) for x in (q, k, v))
@@ -226,15 +248,16 @@ def build(case: Case, definition: Definition = attend) -> Arrays:
 
     table = _draw_table(case, rng)
     pages, pages_after = _fill_pages(case, rng, table, _stored(case, k, v, scales))
-    out, first = np.zeros(q.shape), 0
+    out, first = np.zeros((*q.shape[:2], v.shape[2])), 0
     for row, (new, kv_len) in enumerate(case.rows):
-        context = pages_after[table[row]].reshape(-1, case.kv_heads, 2, case.head_dim).astype(np.float64)
+        context = pages_after[table[row]].reshape(-1, case.kv_heads, case.vectors, case.head_dim)
+        context = context.astype(np.float64)
         if scales is not None:
             context *= scales.T[:, :, None]
         for i in range(new):
             seen = context[: kv_len - new + i + 1]
             token = q[first + i].astype(np.float64)
-            out[first + i] = definition(case, token, seen[:, :, 0], seen[:, :, 1], sinks)
+            out[first + i] = definition(case, token, seen[:, :, 0], seen[:, :, -1, : v.shape[2]], sinks)
         first += new
     k_scale, v_scale = (None, None) if scales is None else scales
     return Arrays(q, k, v, pages, _make_batch(case, table), sinks, k_scale, v_scale, out, pages_after)
@@ -263,7 +286,7 @@ def _fill_pages(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The pages before and after: old keys and values that some token may see, and poison elsewhere."""
     dtype = case.stored_dtype
-    shape = (_num_pages(case), case.page_size, 2 * case.kv_heads, case.head_dim)
+    shape = (_num_pages(case), case.page_size, case.vectors * case.kv_heads, case.head_dim)
     pages = np.full(shape, 127 if dtype == np.int8 else np.nan).astype(dtype)
     spread = 30.0 if dtype == np.int8 else 1.0
     drawn = (spread * rng.normal(size=shape)).astype(dtype)
@@ -282,14 +305,14 @@ def _fill_pages(
 
 
 def _stored(case: Case, k: np.ndarray, v: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
-    """New keys and values as the pages are to hold them, `[tokens, 2 * kv_heads, dim]`."""
-    new = np.stack([k, v], axis=2)
+    """New keys and values as the pages are to hold them, `[tokens, vectors * kv_heads, dim]`."""
+    new = np.stack([k, v] if case.value_dim is None else [k], axis=2)
     largest = LARGEST.get(jnp.dtype(case.stored_dtype))
     if largest is not None:
         new = new.astype(np.float32)
         new = np.clip(new if scales is None else new / scales.T[:, :, None], -largest, largest)
         new = np.nan_to_num(np.round(new) if case.page_dtype == "int8" else new)
-    return new.astype(case.stored_dtype).reshape(len(k), 2 * case.kv_heads, case.head_dim)
+    return new.astype(case.stored_dtype).reshape(len(k), case.vectors * case.kv_heads, case.head_dim)
 
 
 def _make_batch(case: Case, table: np.ndarray) -> RaggedBatch:

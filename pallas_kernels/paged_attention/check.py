@@ -99,7 +99,12 @@ def run_case(
 def problem_of(case: Case, platform: str, device_kind: str) -> Problem:
     """The case as what a backend's `require` looks at."""
     geometry = PageGeometry(
-        0, case.page_size, case.kv_heads, case.head_dim, jnp.dtype(case.page_dtype or case.dtype)
+        0,
+        case.page_size,
+        case.kv_heads,
+        case.head_dim,
+        jnp.dtype(case.page_dtype or case.dtype),
+        shared=case.value_dim is not None,
     )
     return Problem(
         platform,

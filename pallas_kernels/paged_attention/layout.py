@@ -101,7 +101,7 @@ class Interleaved:
 class HeadMajor:
     """`[kv_heads, pages, 2, page_size, head_dim]`: a head's page is one run of bytes, K and then V.
 
-    Where values are shared, the third axis is one long; `pack` and `unpack` are of keys and values.
+    Where values are shared, the third axis is one long; `pack` takes them of one head.
 
     bfloat16 and float8 are kept as their bits: XLA on CPU turns a whole array of them into float32 and back
     for each scatter or gather on it.
@@ -128,16 +128,17 @@ class HeadMajor:
     def pack(self, pages: LogicalPages) -> Array:
         """See `PageLayout`."""
         count, size, heads, dim = pages.shape
-        packed = pages.reshape(count, size, heads // 2, 2, dim).transpose(2, 0, 3, 1, 4)
+        vectors = min(2, heads)
+        packed = pages.reshape(count, size, heads // vectors, vectors, dim).transpose(2, 0, 3, 1, 4)
         bits = BITS.get(jnp.dtype(pages.dtype))
         return packed if bits is None else jax.lax.bitcast_convert_type(packed, bits)
 
     def unpack(self, array: Array, kv_heads: int, head_dim: int) -> LogicalPages:
         """See `PageLayout`."""
-        heads, count, _, size, dim = array.shape
+        heads, count, vectors, size, dim = array.shape
         dtype = values_dtype(array.dtype)
         values = array if dtype == array.dtype else jax.lax.bitcast_convert_type(array, dtype)
-        return values.transpose(1, 3, 0, 2, 4).reshape(count, size, 2 * heads, dim)
+        return values.transpose(1, 3, 0, 2, 4).reshape(count, size, vectors * heads, dim)
 
 
 BITS = {

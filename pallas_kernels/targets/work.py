@@ -13,6 +13,7 @@ from pallas_kernels.targets.compiled import CompiledText, Instruction, bits_of
 
 KERNEL_TARGETS = ("tpu_custom_call", "mosaic_gpu_v2")
 """What programs call kernels of Pallas by: these read what they choose to of their operands."""
+_GROUPED = re.compile(r'op_name="[^"]*grouped_matmul')
 _NOT_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding")
 """Custom calls that move nothing."""
 _NO_WORK = ("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "opt-barrier")
@@ -49,8 +50,8 @@ def grouped_kernels(text: CompiledText) -> int:
 
     XLA for TPU makes one of a `ragged_dot`; elsewhere that becomes a dot with the weights of all experts.
     """
-    calls = text.custom_calls().get("tpu_custom_call", [])
-    return sum("ragged-dot-none" in one.name or "grouped_matmul" in one.line for one in calls)
+    calls = [one for target in KERNEL_TARGETS for one in text.custom_calls().get(target, [])]
+    return sum("ragged-dot-none" in one.name or _GROUPED.search(one.line) is not None for one in calls)
 
 
 def ragged_flops(text: CompiledText) -> int:

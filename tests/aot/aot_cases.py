@@ -22,6 +22,8 @@ class Model:
     kv_heads: int
     head_dim: int
     sliding_window: int | None = None
+    value_dim: int | None = None
+    """Pages hold keys alone, whose first so many dimensions are the values; None: both."""
 
 
 LLAMA = Model("Llama-3-8B", 32, 8, 128)
@@ -29,6 +31,7 @@ QWEN = Model("Qwen3-32B, one of 4", 16, 2, 128)
 QWEN_WHOLE = Model("Qwen3-32B", 64, 8, 128)
 GEMMA_27B = Model("Gemma-3-27B, window 1024", 32, 16, 128, 1024)
 GEMMA_1B = Model("Gemma-3-1B, window 512", 4, 1, 256, 512)
+DEEPSEEK = Model("DeepSeek-V3, latent", 128, 1, 576, value_dim=512)
 
 MODELS = (LLAMA, QWEN, GEMMA_27B, GEMMA_1B)
 CUT = (LLAMA, QWEN_WHOLE, GEMMA_27B)
@@ -79,7 +82,10 @@ def attention_cases() -> list[Case]:
         cases.append(Case(kernel, target, LLAMA, "decode", "float8_e4m3fn"))
     # of the fallback one slow program for TPU: XLA compiles it for 10 s, our kernel in one
     cases.append(Case("xla", "v5e:2x2", LLAMA, "decode", "bfloat16"))
+    # pages of keys alone, which the kernels refuse
+    cases.append(Case("xla", "v5e:2x2", DEEPSEEK, "decode", "bfloat16"))
     for step in STEPS:
+        cases.append(Case("xla", "h100:4", DEEPSEEK, step, "bfloat16"))
         cases += [Case("xla", "h100:4", LLAMA, step, "bfloat16", devices) for devices in (1, 4)]
         cases.append(Case("xla", "h100:4", LLAMA, step, "int8"))
     return cases
@@ -145,4 +151,9 @@ def product_cases() -> list[Product]:
             Product("grouped_matmul", target, tokens, 4096, 14336, experts=8) for tokens in (32, 4096)
         ]  # Mixtral 8x7B
         cases.append(Product("grouped_matmul", target, 256, 2048, 768, experts=128))  # Qwen3-30B-A3B
+    for target in GPUS:
+        cases += [Product("grouped_matmul", target, tokens, 4096, 14336, experts=8) for tokens in (32, 4096)]
+        cases.append(Product("grouped_matmul", target, 512, 4096, 1536, experts=128))  # Qwen3-30B-A3B
+        cases.append(Product("grouped_matmul", target, 1024, 2880, 1440, experts=128))  # gpt-oss, one of 4
+        cases.append(Product("grouped_matmul", target, 1024, 720, 2880, experts=128))
     return cases

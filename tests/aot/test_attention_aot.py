@@ -1,6 +1,7 @@
 """Paged attention compiled for chips that are not there: in place, without copies, within their memories."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +26,14 @@ pytestmark = pytest.mark.aot
 def geometry(case: Case) -> PageGeometry:
     """Of the pool, all devices together."""
     model = case.model
-    return PageGeometry(NUM_PAGES, PAGE_SIZE, model.kv_heads, model.head_dim, jnp.dtype(case.pages))
+    shared = model.value_dim is not None
+    return PageGeometry(NUM_PAGES, PAGE_SIZE, model.kv_heads, model.head_dim, jnp.dtype(case.pages), shared)
 
 
 def problem(case: Case) -> Problem:
     """What one device has to do."""
     chip, whole = Target.parse(case.target).chip, geometry(case)
-    local = PageGeometry(NUM_PAGES, PAGE_SIZE, whole.kv_heads // case.devices, whole.head_dim, whole.dtype)
+    local = replace(whole, kv_heads=whole.kv_heads // case.devices)
     heads = case.model.heads // case.devices
     return Problem(
         chip.platform, chip.device_kind, heads, local, jnp.dtype(jnp.bfloat16), case.model.sliding_window
@@ -55,7 +57,10 @@ def lower(case: Case, backend: Backend, *, spoil: bool = False) -> tuple[jax.sta
         *(shape(dims, jnp.int32, whole) for dims in ((ROWS + 1,), (ROWS,), (ROWS, columns), (2,)))
     )
     q = shape((case.tokens, model.heads, model.head_dim), jnp.bfloat16, heads)
-    kv = shape((case.tokens, model.kv_heads, model.head_dim), jnp.bfloat16, heads)
+    k, v = (
+        shape((case.tokens, model.kv_heads, dim), jnp.bfloat16, heads)
+        for dim in (model.head_dim, model.value_dim or model.head_dim)
+    )
     by_head = PartitionSpec("tensor")
     scales = (shape((model.kv_heads,), jnp.float32, by_head),) * 2 if case.pages != "bfloat16" else ()
 
@@ -70,7 +75,7 @@ def lower(case: Case, backend: Backend, *, spoil: bool = False) -> tuple[jax.sta
     if case.devices > 1:
         specs = (heads, heads, heads, pages, whole, *(by_head for _ in scales))
         attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=(heads, pages), check_vma=False)
-    arrays = (q, kv, kv, shape(pool.shape, pool.dtype, pages), batch, *scales)
+    arrays = (q, k, v, shape(pool.shape, pool.dtype, pages), batch, *scales)
     nbytes = math.prod(arrays[3].sharding.shard_shape(pool.shape)) * pool.dtype.itemsize
     with jax.set_mesh(mesh):
         return jax.jit(attend, donate_argnums=3).lower(*arrays), nbytes

@@ -92,6 +92,15 @@ def test_grouped_kernels() -> None:
     assert grouped_kernels(parse(*lines)) == 1
 
 
+def test_grouped_kernels_on_gpu() -> None:
+    call = 'custom-call(%a), custom_call_target="mosaic_gpu_v2"'
+    lines = (
+        f'%mpmd_map.1 = f32[64,64]{{1,0}} {call}, metadata={{op_name="jit(step)/grouped_matmul/body"}}',
+        f'%mpmd_map.2 = f32[64,64]{{1,0}} {call}, metadata={{op_name="jit(step)/paged_attention/body"}}',
+    )
+    assert grouped_kernels(parse(*lines)) == 1
+
+
 def test_ragged_flops() -> None:
     call = 'custom-call(%a, %w), custom_call_target="tpu_custom_call"'
     lines = (

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels.native import Library
 from pallas_kernels.paged_attention import PageGeometry, Problem, choose_backend, cpu
-from pallas_kernels.paged_attention.cases import CORNERS, Case, build, strategy
+from pallas_kernels.paged_attention.cases import KEYS_AND_VALUES, Case, build, strategy
 from pallas_kernels.paged_attention.check import check_case, run_case
 
 DTYPES = (
@@ -39,9 +39,9 @@ SPLIT = {
 """Fewer tasks than threads can share: contexts are cut, and the parts merged."""
 
 
-@pytest.mark.parametrize("name", CORNERS)
+@pytest.mark.parametrize("name", KEYS_AND_VALUES)
 def test_corner(name: str) -> None:
-    check_case(CORNERS[name], cpu.BACKEND, cpu.paged_attention_cpu)
+    check_case(KEYS_AND_VALUES[name], cpu.BACKEND, cpu.paged_attention_cpu)
 
 
 @pytest.mark.parametrize("name", SPLIT)

@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels import hopper, tuning
 from pallas_kernels.paged_attention import gpu
-from pallas_kernels.paged_attention.cases import CORNERS, Case
+from pallas_kernels.paged_attention.cases import KEYS_AND_VALUES, Case
 from pallas_kernels.paged_attention.check import check_case, problem_of
 from pallas_kernels.paged_attention.gpu_plan import Geometry, Plan, plan_ragged, plan_singles, tuning_key
 from pallas_kernels.paged_attention.problem import Problem
@@ -71,7 +71,7 @@ def short_plans(case: Case) -> dict[str, Plan]:
 def served() -> dict[str, Case]:
     """The op's cases in bfloat16, as far as the kernels take their shapes."""
     cases = {}
-    for name, case in CORNERS.items():
+    for name, case in KEYS_AND_VALUES.items():
         if case.dtype == "float32" and case.page_dtype == "bfloat16":
             continue  # in bfloat16 it is "mixed"
         case = dataclasses.replace(case, dtype="bfloat16")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from pallas_kernels._compat import raise_on_races, tpu_interpreter
 from pallas_kernels.paged_attention import INTERLEAVED, PageGeometry, Problem
-from pallas_kernels.paged_attention.cases import CORNERS, MIXED, Case, strategy
+from pallas_kernels.paged_attention.cases import KEYS_AND_VALUES, MIXED, Case, strategy
 from pallas_kernels.paged_attention.check import check_case
 from pallas_kernels.paged_attention.tpu import BACKEND, attend
 from pallas_kernels.paged_attention.tpu_blocks import budget_of, check_smem, make_plan, vmem_bytes
@@ -29,7 +29,7 @@ FAST = ("mixed", "int8", "bfloat16, all at once")
 """Corners of every run; the rest are marked, for each takes seconds to trace."""
 CORNERS_SERVED = [
     name if name in FAST else pytest.param(name, marks=pytest.mark.interpret)
-    for name in CORNERS
+    for name in KEYS_AND_VALUES
     if name not in REFUSED
 ]
 
@@ -48,13 +48,13 @@ def holds(case: Case, function: Any = BACKEND.interpreted) -> None:
 
 @pytest.mark.parametrize("name", CORNERS_SERVED)
 def test_corner(name: str) -> None:
-    holds(CORNERS[name])
+    holds(KEYS_AND_VALUES[name])
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_served_is_said(name: str) -> None:
     with pytest.raises(NotImplementedError, match=REFUSED[name]):
-        holds(CORNERS[name])
+        holds(KEYS_AND_VALUES[name])
 
 
 SMALL_BLOCKS = {

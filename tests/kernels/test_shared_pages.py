@@ -15,9 +15,11 @@ from pallas_kernels.paged_attention import (
     Problem,
     RaggedBatch,
     as_backend,
+    check,
     choose_backend,
     paged_attention,
 )
+from pallas_kernels.paged_attention.cases import SHARED
 
 PAGE_SIZE, COLUMNS, HEADS, KEY, VALUE = 4, 12, 3, 24, 16
 
@@ -65,6 +67,12 @@ def expect(arrays: dict[str, np.ndarray], rows: list[tuple[int, int]]) -> np.nda
             out[token] = scores / scores.sum(axis=1, keepdims=True) @ seen[:, :VALUE]
             token += 1
     return out
+
+
+def test_check_says_who_refuses() -> None:
+    report = check("cpu", cases=SHARED)
+    assert {outcome.status for outcome in report.outcomes} == {"refused"}
+    assert "multi-head latent attention" in report.outcomes[0].detail
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

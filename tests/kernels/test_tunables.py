@@ -26,6 +26,7 @@ KERNELS = [
     ("quant_matmul", "tpu"),
     ("quant_matmul", "gpu"),
     ("grouped_matmul", "tpu"),
+    ("grouped_matmul", "gpu"),
 ]
 LARGE = Options(rows=(8, 256), context=(1024,), chunk=(2048,), page_size=32)
 SMALL = Options("small-moe", rows=(8, 256), context=(512,), chunk=(512,), page_size=32)

@@ -40,7 +40,7 @@ def make_weights(
         array = origin.transform([tensors[name] for name in origin.sources], config.geometry)
         assert array.shape == parameter.shape, (path, array.shape, parameter.shape)
         placed = jax.device_put(array.astype(parameter.dtype), parameter.sharding(mesh))
-        arrays.append(parameter.keep(placed))
+        arrays.append(parameter.keep(placed, mesh))
     return tuple(arrays)
 
 
