@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from jaxllm.engine.assembler import OutputAssembler
@@ -90,13 +91,22 @@ how many there are."""
 
 
 def prompts_to_score(
-    plan: StepPlan, samples: Mapping[str, Sample]
+    plan: StepPlan, samples: Mapping[str, Sample], size: int
 ) -> tuple[tuple[Scored, ...], dict[int, int]]:
-    """Which of the step's tokens stand before prompt tokens whose logprobs are wanted, and the latter."""
+    """Which of the step's tokens stand before prompt tokens whose logprobs are wanted, and the latter.
+
+    Args:
+        size: of each data group's part of the flat batch.
+    """
     scored: list[Scored] = []
     targets: dict[int, int] = {}
-    first = 0
-    for row in plan.rows:
+    firsts = [
+        size * group + before
+        for group, part in enumerate(plan.parts)
+        for before in accumulate((row.num_tokens for row in part.rows[:-1]), initial=0)
+        if part.rows
+    ]
+    for row, first in zip(plan.rows, firsts, strict=True):
         sample = samples[row.request_id]
         if sample.index == 0 and sample.assembler.input.num_prompt_logprobs is not None:
             prompt = sample.request.prompt_token_ids
@@ -108,7 +118,6 @@ def prompts_to_score(
                 scored.append((sample, begin, len(positions)))
                 targets.update((begin + i, prompt[position]) for i, position in enumerate(positions))
                 sample.next_scored = positions.stop
-        first += row.num_tokens
     return tuple(scored), targets
 
 

@@ -84,7 +84,7 @@ class LeadingRunner(Runner):
         bucket: Bucket | None = None,
     ) -> BegunStep:
         """As `Runner.dispatch`, on all hosts."""
-        found = bucket or self._choose_bucket(plan.num_tokens, scores=scores)
+        found = bucket or self._choose_bucket(plan.most_tokens, scores=scores)
         told = dispatch_message(plan, admissions, found.tokens)
         dispatch = super().dispatch
         return self._on_all(told, lambda: dispatch(plan, admissions, scores=scores, bucket=found))
