@@ -127,6 +127,8 @@ def check_collectives(engine: Engine, layout: Layout) -> None:
     lowering = runner.lowering
     tokens, model = lowering.buckets.largest.tokens, lowering.model
     text = runner.programs["forward", tokens].as_text()
+    assert text is not None
+    assert model.mixture is not None
     between: Counter[tuple[str, str]] = Counter()
     within: Counter[str] = Counter()
     kinds = r"= (\(.+?\)|[^\s{]+)\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
