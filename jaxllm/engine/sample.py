@@ -1,15 +1,14 @@
 """One of a request's outputs, as it is scheduled."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 from jaxllm.engine.assembler import OutputAssembler
 from jaxllm.engine.constraint import Constraint
 from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.outputs import FinishReason
-from jaxllm.scheduler.plan import StepPlan
+from jaxllm.scheduler.plan import RowPlan, StepPlan
 from jaxllm.scheduler.request import Request
 
 
@@ -100,13 +99,7 @@ def prompts_to_score(
     """
     scored: list[Scored] = []
     targets: dict[int, int] = {}
-    firsts = [
-        size * group + before
-        for group, part in enumerate(plan.parts)
-        for before in accumulate((row.num_tokens for row in part.rows[:-1]), initial=0)
-        if part.rows
-    ]
-    for row, first in zip(plan.rows, firsts, strict=True):
+    for row, first in _places(plan, size):
         sample = samples[row.request_id]
         if sample.index == 0 and sample.assembler.input.num_prompt_logprobs is not None:
             prompt = sample.request.prompt_token_ids
@@ -119,6 +112,15 @@ def prompts_to_score(
                 targets.update((begin + i, prompt[position]) for i, position in enumerate(positions))
                 sample.next_scored = positions.stop
     return tuple(scored), targets
+
+
+def _places(plan: StepPlan, size: int) -> Iterator[tuple[RowPlan, int]]:
+    """Each row, and where its tokens begin in the flat batch."""
+    for group, part in enumerate(plan.parts):
+        first = group * size
+        for row in part.rows:
+            yield row, first
+            first += row.num_tokens
 
 
 HeldRow = tuple[int, Sample, Constraint]

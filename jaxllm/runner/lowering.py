@@ -41,7 +41,7 @@ from pallas_kernels.paged_attention import Backend
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is static in every program."""
+    """What is static in every program; rows and tokens are those of a data group."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -62,7 +62,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Lowering:
-    """The programs of one model, or of one stage of it, on one mesh.
+    """The programs of one model, or of one stage of it, on one mesh, which all its data groups run at a time.
 
     Attributes:
         params: shapes and shardings of the weights, in the order that `merge` takes them.
