@@ -137,6 +137,11 @@ class ParallelConfig:
     data_parallel_size: int = option(
         1, "replicas of the model, each on devices of its own, that share the requests"
     )
+    data_parallel_experts: bool = option(
+        False,
+        "have data_parallel_size groups of devices in one engine instead of replicas: each has requests, "
+        "pages and attention of its own, and the experts lie over the devices of all groups",
+    )
 
     num_hosts: int = option(
         1, "hosts that run one engine together, with a process on each; 0: those that jax finds (TPU pods)"
@@ -174,6 +179,18 @@ class ParallelConfig:
             given or self.num_hosts < 2, "coordinator_address", None, "given when num_hosts is more than one"
         )
         alone, data, pipeline = self.num_hosts == 1, self.data_parallel_size, self.pipeline_parallel_size
+        _require(
+            data > 1 or not self.data_parallel_experts,
+            "data_parallel_experts",
+            True,
+            "left out with a data_parallel_size of 1; set that to the number of data groups",
+        )
+        _require(
+            pipeline == 1 or not self.data_parallel_experts,
+            "pipeline_parallel_size",
+            pipeline,
+            "1 with data_parallel_experts; use tensor_parallel_size",
+        )
         _require(alone or data == 1, "data_parallel_size", data, "1 with several hosts; serve replicas apart")
         _require(
             alone or pipeline == 1,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from jaxllm.engine.metrics import Metrics, RequestMetrics
 from jaxllm.engine.step_clock import StepTimes
+from jaxllm.scheduler.grouped import GroupedScheduler
 from jaxllm.scheduler.scheduler import Scheduler
 
 
@@ -51,7 +52,9 @@ class Recorder(Metrics):
         due: the next request's time of arrival, where it was to come before the engine could be told.
     """
 
-    def __init__(self, scheduler: Scheduler, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, scheduler: Scheduler | GroupedScheduler, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__(clock)
         self.recording = Recording()
         self.due: float | None = None

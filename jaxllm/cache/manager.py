@@ -1,8 +1,8 @@
 """The cache as the scheduler sees it: prefixes to find, tables to grow, pages to count."""
 
 import itertools
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import astuple, dataclass
 
 from jaxllm.cache.groups import GroupSpec
 from jaxllm.cache.pages import NULL_PAGE, PagePool
@@ -36,6 +36,11 @@ class CacheStats:
     num_used: int
     prefix_queries: int
     prefix_hits: int
+
+    @classmethod
+    def together(cls, parts: Iterable["CacheStats"]) -> "CacheStats":
+        """The counts of several pools, added up."""
+        return cls(*map(sum, zip(*map(astuple, parts), strict=True)))
 
     @property
     def usage(self) -> float:

@@ -20,6 +20,7 @@ from jaxllm.runner.runner import Admission, Runner
 from jaxllm.runner.stage import RowMasks
 from jaxllm.sampling.settings import row_settings
 from jaxllm.sampling.state import RowSettings
+from jaxllm.scheduler.grouped import GroupedScheduler
 from jaxllm.scheduler.plan import RowPlan, StepPlan
 from jaxllm.scheduler.request import RequestStatus
 from jaxllm.scheduler.scheduler import Scheduler
@@ -54,7 +55,7 @@ class EngineCore:
     def __init__(
         self,
         runner: Runner,
-        scheduler: Scheduler,
+        scheduler: Scheduler | GroupedScheduler,
         vocabulary: Vocabulary | None,
         *,
         depth: int,
@@ -92,7 +93,7 @@ class EngineCore:
 
     def get_metrics(self) -> dict[str, float]:
         """What has been counted, and how things stand; see `Metrics.snapshot`."""
-        cache = self.scheduler.cache.stats()
+        cache = self.scheduler.cache_stats()
         state = EngineState(
             requests_running=self.scheduler.num_running,
             requests_waiting=self.scheduler.num_waiting,
@@ -244,7 +245,8 @@ class EngineCore:
         So the steps before are read, and the masks computed, while the device works on the forward pass.
         """
         samples = self.unfinished.samples
-        scored, targets = prompts_to_score(plan, samples) if self.unfinished.any_scored else ((), {})
+        size = self.runner.lowering.buckets.largest.tokens  # of the step, if it is to score
+        scored, targets = prompts_to_score(plan, samples, size) if self.unfinished.any_scored else ((), {})
         begun = self.runner.dispatch(plan, self._admissions(plan), scores=bool(targets))
         self._clock.dispatched(begun.packed_at, busy=self._is_busy())
         held = held_rows(plan, samples) if self.unfinished.any_constrained else []
@@ -337,8 +339,8 @@ class EngineCore:
             except Exception as error:
                 self._fail_in_text(sample.assembler, error)
                 touched[sample.assembler.request_id] = sample.assembler
-        rows = done.step.plan.rows if done.logprobs else ()
-        row_of = {row.request_id: i for i, row in enumerate(rows)}
+        rows = zip(done.step.plan.rows, done.step.places, strict=True) if done.logprobs else ()
+        row_of = {row.request_id: place for row, place in rows}
         for request, new in new_tokens:
             sample = self.unfinished.samples[request.request_id]
             if new and not sample.assembler.finished:

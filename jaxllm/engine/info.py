@@ -95,12 +95,14 @@ class EngineInfo:
     def page_occupancy(self, most_runs: int) -> Occupancy:
         """How many of the cache's pages are used and cached, by where they lie; any thread may ask.
 
-        The pages of several replicas follow one another.
+        The pages of several replicas, or data groups, follow one another.
 
         Args:
             most_runs: runs of neighbouring pages to tell apart.
         """
-        return Occupancy.of((core.scheduler.cache.pool for core in self._cores), most_runs)
+        return Occupancy.of(
+            (cache.pool for core in self._cores for cache in core.scheduler.caches), most_runs
+        )
 
     def wait_for_programs(self, timeout: float | None = None) -> bool:
         """Waits until no program is being compiled any more; False if that takes more than `timeout` seconds.
@@ -149,7 +151,10 @@ class EngineInfo:
         return [stage for core in self._cores for stage in core.runner.stages]
 
     def get_page_tables(self) -> dict[str, list[list[int]]]:
-        """For each running request its pages, one list for each group of layers."""
+        """For each running request its pages, one list for each group of layers.
+
+        Each replica, and each data group, numbers its own pages.
+        """
         running = [request for core in self._cores for request in core.scheduler.running]
         return {r.request_id: [list(table) for table in r.tables.groups] for r in running if r.tables}
 

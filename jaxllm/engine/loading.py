@@ -249,19 +249,25 @@ def _choose_mesh(parallel: ParallelConfig, mesh: Mesh | None) -> Mesh:
         "expert": ("expert_parallel_size", parallel.expert_parallel_size),
         "tensor": ("tensor_parallel_size", parallel.tensor_parallel_size),
     }
+    groups = parallel.data_parallel_size if parallel.data_parallel_experts else 1
     if mesh is None:
         mesh = make_mesh(
             parallel.tensor_parallel_size,
             expert_parallel_size=parallel.expert_parallel_size,
             pipeline_parallel_size=parallel.pipeline_parallel_size,
+            data_parallel_size=groups,
         )
     else:
-        mesh = adopt_mesh(mesh)
+        mesh = adopt_mesh(mesh, groups)
         for axis, (name, size) in sizes.items():
             if size not in (1, mesh.shape[axis]):
                 raise ValueError(
                     f"{name}={size}: the mesh has {mesh.shape[axis]} in its axis {axis!r}; leave it out"
                 )
+    if mesh.shape["stage"] > 1 and groups > 1:
+        raise NotImplementedError(
+            f"data_parallel_experts=True: the mesh has {mesh.shape['stage']} stages; give it one"
+        )
     if mesh.shape["stage"] > 1 and len({device.process_index for device in mesh.devices.flat}) > 1:
         raise NotImplementedError(
             f"pipeline_parallel_size={mesh.shape['stage']}: stages are not spread over several processes; "
@@ -331,12 +337,20 @@ def _cut_experts(parallel: ParallelConfig, model: DecoderConfig, mesh: Mesh) -> 
     """The model with its experts cut over the mesh, and the way that tokens come to them."""
     model = dataclasses.replace(model, expert_parallel_size=mesh.shape["expert"])
     wanted, platform = parallel.expert_exchange, mesh.devices.flat[0].platform
-    if wanted == "all_to_all" and model.expert_parallel_size == 1:
+    groups, shares = mesh.shape["data"], mesh.shape["data"] * mesh.shape["expert"]
+    if groups > 1 and model.mixture is None:
+        raise ValueError("data_parallel_experts=True: the model has no experts; leave it out, for replicas")
+    if model.mixture is not None and (experts := model.mixture.routing.experts) % shares:
+        raise ValueError(
+            f"data_parallel_size={groups}: with data_parallel_experts the model's {experts} experts must be "
+            f"a multiple of data_parallel_size * expert_parallel_size={shares}"
+        )
+    if wanted == "all_to_all" and shares == 1:
         raise ValueError("expert_exchange='all_to_all': needs an expert_parallel_size of at least 2")
     if wanted == "all_to_all" and platform == "cpu":
         raise NotImplementedError("expert_exchange='all_to_all': XLA on CPU cannot send rows so; use 'sum'")
     sends = wanted == "all_to_all" or (wanted == "auto" and platform == "tpu")
-    if model.mixture is None or model.expert_parallel_size == 1 or not sends:
+    if model.mixture is None or shares == 1 or not sends:
         return model
     return dataclasses.replace(model, mixture=dataclasses.replace(model.mixture, exchange=exchange_ragged))
 

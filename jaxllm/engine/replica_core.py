@@ -9,6 +9,7 @@ from jaxllm.engine.core import MOST_FAILURES, EngineCore
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.sample import Sample
 from jaxllm.scheduler.request import RequestStatus
+from jaxllm.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class ReplicaCore(EngineCore):
     """
 
     displaced: list[tuple[OutputAssembler, list[Sample]]]
+    scheduler: Scheduler  # pyright: ignore[reportIncompatibleVariableOverride]  # replicas have no data groups
 
     @classmethod
     def of(cls, core: EngineCore, *, seed: int) -> "ReplicaCore":

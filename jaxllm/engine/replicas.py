@@ -13,9 +13,9 @@ from jaxllm.engine.metrics import EngineState, Metrics
 from jaxllm.engine.outputs import FinishReason, RequestOutput, join
 from jaxllm.engine.replica import Job, Replica
 from jaxllm.engine.replica_core import ReplicaCore
-from jaxllm.engine.routing import Candidate, choose_replica
 from jaxllm.engine.sample import Sample
 from jaxllm.sampling.params import RequestOutputKind
+from jaxllm.scheduler.routing import Candidate, choose_replica
 
 logger = logging.getLogger(__name__)
 

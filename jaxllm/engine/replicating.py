@@ -34,7 +34,7 @@ def load_engine(config: EngineConfig, mesh: Mesh | None = None, laps: Laps | Non
             rank = config.parallel.host_rank
             raise ValueError(f"host_rank={rank}: an engine is made on host 0; the others call follow_host")
         return _load_with_others(config, mesh, laps)
-    if count == 1:
+    if count == 1 or config.parallel.data_parallel_experts:
         return load_parts(config, mesh, laps)
     laps = Laps() if laps is None else laps
     meshes = replica_meshes(config.parallel, mesh)

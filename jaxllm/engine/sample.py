@@ -1,6 +1,6 @@
 """One of a request's outputs, as it is scheduled."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from jaxllm.engine.assembler import OutputAssembler
 from jaxllm.engine.constraint import Constraint
 from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.outputs import FinishReason
-from jaxllm.scheduler.plan import StepPlan
+from jaxllm.scheduler.plan import RowPlan, StepPlan
 from jaxllm.scheduler.request import Request
 
 
@@ -90,13 +90,16 @@ how many there are."""
 
 
 def prompts_to_score(
-    plan: StepPlan, samples: Mapping[str, Sample]
+    plan: StepPlan, samples: Mapping[str, Sample], size: int
 ) -> tuple[tuple[Scored, ...], dict[int, int]]:
-    """Which of the step's tokens stand before prompt tokens whose logprobs are wanted, and the latter."""
+    """Which of the step's tokens stand before prompt tokens whose logprobs are wanted, and the latter.
+
+    Args:
+        size: of each data group's part of the flat batch.
+    """
     scored: list[Scored] = []
     targets: dict[int, int] = {}
-    first = 0
-    for row in plan.rows:
+    for row, first in _places(plan, size):
         sample = samples[row.request_id]
         if sample.index == 0 and sample.assembler.input.num_prompt_logprobs is not None:
             prompt = sample.request.prompt_token_ids
@@ -108,8 +111,16 @@ def prompts_to_score(
                 scored.append((sample, begin, len(positions)))
                 targets.update((begin + i, prompt[position]) for i, position in enumerate(positions))
                 sample.next_scored = positions.stop
-        first += row.num_tokens
     return tuple(scored), targets
+
+
+def _places(plan: StepPlan, size: int) -> Iterator[tuple[RowPlan, int]]:
+    """Each row, and where its tokens begin in the flat batch."""
+    for group, part in enumerate(plan.parts):
+        first = group * size
+        for row in part.rows:
+            yield row, first
+            first += row.num_tokens
 
 
 HeldRow = tuple[int, Sample, Constraint]

@@ -17,6 +17,7 @@ from jaxllm.runner.lowering import Lowering, Sizes
 from jaxllm.runner.memory import MemoryUse, count_pages, device_memory, page_bytes
 from jaxllm.runner.step import Merge
 from jaxllm.sampling import SamplerConfig, registered_logits_processors
+from jaxllm.scheduler.grouped import GroupedScheduler
 from jaxllm.scheduler.scheduler import Scheduler
 from pallas_kernels.packed_matmul import Backend as ProductsBackend
 from pallas_kernels.paged_attention import Backend
@@ -116,8 +117,13 @@ def longest_request(lowering: Lowering, num_pages: int) -> int:
     return bisect.bisect_right(lengths, num_pages - 1, key=lambda length: cache.growth(length - 1))
 
 
-def make_scheduler(config: EngineConfig, lowering: Lowering, num_pages: int) -> Scheduler:
-    """A scheduler of the programs' sizes, without requests."""
+def make_scheduler(config: EngineConfig, lowering: Lowering, num_pages: int) -> Scheduler | GroupedScheduler:
+    """A scheduler of the programs' sizes, without requests; with data groups, one of one for each."""
+    groups = [_make_scheduler(config, lowering, num_pages) for _ in range(lowering.num_groups)]
+    return GroupedScheduler(groups) if len(groups) > 1 else groups[0]
+
+
+def _make_scheduler(config: EngineConfig, lowering: Lowering, num_pages: int) -> Scheduler:
     sizes = lowering.sizes
     return Scheduler(
         CacheManager(

@@ -148,8 +148,11 @@ def translate(options: Mapping[str, Any]) -> dict[str, Any]:
 def _lay_out_experts(translated: dict[str, Any], enabled: bool) -> None:
     """In vLLM the devices of tensor parallelism share the experts, whole ones, if expert parallelism is on.
 
-    Here heads and columns are cut over the devices of both sizes, so the second one alone is the same.
+    Here heads and columns are cut over the devices of both sizes, so the second one alone is the same. With
+    data parallelism the devices of all ranks share the experts.
     """
+    if enabled and translated.get("data_parallel_size", 1) > 1:
+        translated.setdefault("data_parallel_experts", True)
     if enabled and "tensor_parallel_size" in translated and "expert_parallel_size" not in translated:
         translated["expert_parallel_size"] = translated.pop("tensor_parallel_size")
 

@@ -65,7 +65,8 @@ class Embedding(Packable):
         packing = packing_of(self.weight)
         if packing is not None:
             return packing.take(self.weight[...], tokens)
-        if jax.sharding.get_abstract_mesh().size == 1:
+        shape = jax.sharding.get_abstract_mesh().shape
+        if all(shape[axis] == 1 for axis in EVERY_DEVICE):
             return take_rows(self.weight[...], tokens)
         specs = (partition_spec(self.axes), PartitionSpec())
         return jax.shard_map(lookup, in_specs=specs, out_specs=PartitionSpec())(self.weight[...], tokens)

@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, Int32
 
 from jaxllm.layers.embedding import take_rows
 
-AXIS = "expert"
-"""Of the mesh, over which tokens are exchanged."""
+AXIS = ("data", "expert")
+"""Of the mesh, over which tokens are exchanged: the devices that have other experts."""
 
 Exchange = Callable[[Float[Array, "rows embed"], Int32[Array, "devices devices"], int], Array]
 """`(rows, sizes, capacity) -> received`: the first `sizes[me, 0]` rows go to the first device, the next to

@@ -12,12 +12,12 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from jaxllm.layers.embedding import take_rows
-from jaxllm.layers.expert_exchange import Exchange, exchange_experts
+from jaxllm.layers.expert_exchange import AXIS, Exchange, exchange_experts
 from jaxllm.layers.mlp import find_activation
 from jaxllm.layers.packing import Joined, Packable, join_parts, keep_as_bits
 from jaxllm.layers.parameter import parameter, zeros
 from jaxllm.layers.router import Routing
-from jaxllm.parallel import EVERY_DEVICE, Axes, partition_spec
+from jaxllm.parallel import DATA_GROUPS, EVERY_DEVICE, Axes, partition_spec, within_group
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.packed_matmul import Backend
 
@@ -124,7 +124,8 @@ class Experts(nnx.Module):
         Returns:
             The sums in float32, and how many tokens went to each expert.
         """
-        mesh, experts = jax.sharding.get_abstract_mesh(), self.gate_up.weight.shape[0]
+        mesh = jax.sharding.get_abstract_mesh()
+        experts = self.gate_up.weight.shape[0] * mesh.shape[DATA_GROUPS]  # the weight is the group's part
         chosen = jnp.where(used[:, None], routing.experts, experts)
         weights = jnp.where(used[:, None], routing.weights, 0.0)
         gate_up, down = self.gate_up, self.down
@@ -144,12 +145,18 @@ def sharded_experts(
 ) -> Callable[..., tuple[Array, Array]]:
     """`apply_experts` over the mesh. Layers that are alike share one function, so that it is traced once.
 
-    As attention leaves them, every device has all tokens. So each adds up what its own experts make of them,
-    and one sum, with which any layer ends, brings the parts together; or, with an exchange, each takes a
-    share of the tokens and sends it where its experts are.
+    As attention leaves them, every device has all tokens of its data group. So each adds up what its own
+    experts make of them and of the other groups', and one sum, with which any layer ends, brings the parts
+    together; or, with an exchange, each takes a share of the tokens and sends it where its experts are.
     """
-    whole, shares = PartitionSpec(), partition_spec(("experts",))
-    biases = partition_spec(("experts", None, "expert_mlp")), partition_spec(("experts", "embed"))
+
+    groups = mesh.shape[DATA_GROUPS]
+
+    def spec(*axes: str | None) -> PartitionSpec:
+        return within_group(partition_spec(axes)) if groups > 1 else partition_spec(axes)
+
+    whole, shares = PartitionSpec(), spec("experts")
+    biases = spec("experts", None, "expert_mlp"), spec("experts", "embed")
 
     def part(
         x: Array, chosen: Array, weights: Array, gate_up: Array, down: Array, bias: tuple[Array, Array] | None
@@ -160,9 +167,14 @@ def sharded_experts(
         if exchange is not None:
             out, load = exchange_experts(x, chosen, weights, len(gate_up), apply, exchange)
             return jax.lax.psum(out, "tensor"), load
-        local = chosen - jax.lax.axis_index("expert") * len(gate_up)
+        if groups > 1:
+            x, chosen, weights = jax.lax.all_gather((x, chosen, weights), DATA_GROUPS, tiled=True)
+        local = chosen - jax.lax.axis_index(AXIS) * len(gate_up)
         mine = (local >= 0) & (local < len(gate_up))
         out, load = apply(x, jnp.where(mine, local, len(gate_up)), jnp.where(mine, weights, 0.0))
+        if groups == 1:
+            return jax.lax.psum(out, (DATA_GROUPS, *EVERY_DEVICE)), load
+        out = jax.lax.psum_scatter(out, DATA_GROUPS, tiled=True)  # first, so that less is left to add up
         return jax.lax.psum(out, EVERY_DEVICE), load
 
     tokens = whole if exchange is None else shares
@@ -170,7 +182,7 @@ def sharded_experts(
         jax.shard_map(
             part,
             mesh=mesh,
-            in_specs=(*[tokens] * 3, *map(partition_spec, (gate_up_axes, DOWN)), biases if bias else None),
+            in_specs=(*[tokens] * 3, spec(*gate_up_axes), spec(*DOWN), biases if bias else None),
             out_specs=(tokens, shares),
         )
     )

@@ -18,23 +18,26 @@ def make_mesh(
     *,
     expert_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
+    data_parallel_size: int = 1,
 ) -> Mesh:
-    """A mesh with the axes `stage`, `data` (of size one), `expert` and `tensor`.
+    """A mesh with the axes `stage`, `data`, `expert` and `tensor`.
 
     Args:
         tensor_parallel_size: devices that share each layer's heads and columns, and each expert's.
         devices: to take them from, in order; by default all there are.
         expert_parallel_size: groups of such devices that share the experts; of other layers all have a part.
         pipeline_parallel_size: groups of those, each with a run of the layers.
+        data_parallel_size: data groups of one engine, which share the experts; replicas have a mesh each.
 
     Raises:
         ValueError: there are fewer devices than asked for.
     """
     devices = jax.devices() if devices is None else devices
-    shape = (pipeline_parallel_size, 1, expert_parallel_size, tensor_parallel_size)
+    shape = (pipeline_parallel_size, data_parallel_size, expert_parallel_size, tensor_parallel_size)
     if len(devices) < math.prod(shape):
         sizes = {
             "pipeline_parallel_size": pipeline_parallel_size,
+            "data_parallel_size": data_parallel_size,
             "expert_parallel_size": expert_parallel_size,
             "tensor_parallel_size": tensor_parallel_size,
         }
@@ -46,19 +49,22 @@ def make_mesh(
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[: math.prod(shape)])
 
 
-def adopt_mesh(mesh: Mesh) -> Mesh:
+def adopt_mesh(mesh: Mesh, data_parallel_size: int = 1) -> Mesh:
     """Somebody's own mesh in the form of `make_mesh`: the same devices, the axes it lacks of size one.
 
+    Args:
+        data_parallel_size: data groups that the engine is to have.
+
     Raises:
-        ValueError: an axis that is not one of `AXES`, or a data axis of more than one device.
+        ValueError: an axis that is not one of `AXES`, or a data axis of another size.
     """
     for axis in mesh.axis_names:
         if axis not in AXES:
             raise ValueError(f"mesh: axis {axis!r} is not one of {', '.join(AXES)}")
-    if mesh.shape.get("data", 1) > 1:
+    if (found := mesh.shape.get("data", 1)) != data_parallel_size:
         raise ValueError(
-            f"mesh: axis 'data' has {mesh.shape['data']} devices; make as many replicas "
-            f"(data_parallel_size={mesh.shape['data']}), or leave that axis out"
+            f"mesh: axis 'data' has {found} devices; set data_parallel_size={found}, for as many replicas or "
+            "with data_parallel_experts for data groups, or leave that axis out"
         )
     order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
     shape = [mesh.shape.get(axis, 1) for axis in AXES]

@@ -17,9 +17,11 @@ from jaxllm.cache.groups import CacheLayout
 from jaxllm.layers.attention import pages_spec
 from jaxllm.models.base import DecoderConfig
 from jaxllm.models.stages import WHOLE, Stage
+from jaxllm.parallel import DATA_GROUPS, over_groups, partition_spec
 from jaxllm.runner.buckets import Bucket, Buckets
 from jaxllm.runner.step import (
     DeviceRows,
+    Forward,
     Merge,
     admit_row,
     load_masks,
@@ -39,7 +41,7 @@ from pallas_kernels.paged_attention import Backend
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is static in every program."""
+    """What is static in every program; rows and tokens are those of a data group."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -60,7 +62,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Lowering:
-    """The programs of one model, or of one stage of it, on one mesh.
+    """The programs of one model, or of one stage of it, on one mesh, which all its data groups run at a time.
 
     Attributes:
         params: shapes and shardings of the weights, in the order that `merge` takes them.
@@ -99,8 +101,13 @@ class Lowering:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
+    def num_groups(self) -> int:
+        """Data groups: each has rows, pages and steps of its own, of the sizes that are given here."""
+        return self.mesh.shape[DATA_GROUPS]
+
+    @property
     def table_shape(self) -> tuple[int, int, int]:
-        """Page tables on the device: groups, rows and a spare one, pages of the longest request."""
+        """Page tables of a data group: cache groups, rows and a spare one, pages of the longest request."""
         return (len(self.layout.groups), self.sizes.max_num_seqs + 1, self.sizes.table_width)
 
     def step_layout(self, bucket: Bucket) -> StepLayout:
@@ -109,24 +116,52 @@ class Lowering:
 
     def cache_shapes(self, num_pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The pools of pages, the null page included."""
-        pool = self.backend.layout.array(self.model.pages(num_pages, self.sizes.page_size))
-        sharding = NamedSharding(self.mesh, pages_spec(self.backend.layout))
-        return (jax.ShapeDtypeStruct(pool.shape, pool.dtype, sharding=sharding),) * self.layout.num_pools
+        layout, spec = self.backend.layout, pages_spec(self.backend.layout)
+        pool, longer = (
+            layout.array(self.model.pages(count, self.sizes.page_size))
+            for count in (num_pages, num_pages + 1)
+        )
+        # where pages follow one another is private to the layout, but for its shape
+        axis = next(
+            i for i, (one, other) in enumerate(zip(pool.shape, longer.shape, strict=True)) if one != other
+        )
+        return (self._by_request(pool, axis, spec),) * self.layout.num_pools
 
     def empty_rows(self) -> DeviceRows:
-        """Rows that no request has yet. To be jitted."""
-        rows, stage = self.table_shape[1], self.stage
+        """Rows that no request has yet, of all data groups. To be jitted."""
+        groups, rows, columns = self.table_shape
+        rows, stage = rows * self.num_groups, self.stage
         at_an_end = stage.is_first or stage.is_last
         return DeviceRows(
             jnp.zeros((rows, self.sizes.max_model_len + 1), jnp.int32) if at_an_end else None,
-            jnp.zeros(self.table_shape, jnp.int32),
+            jnp.zeros((groups, rows, columns), jnp.int32),
             empty_state(self.sampler, rows) if stage.is_last else None,
         )
 
     @cached_property
     def rows_shapes(self) -> DeviceRows:
         """Shapes of `empty_rows`."""
-        return self._on_all(jax.eval_shape(self.empty_rows))
+        tokens, tables, sampler = jax.eval_shape(self.empty_rows)
+
+        def placed(shapes: Any, sharding: NamedSharding) -> Any:
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+        by_row = self._by_row
+        tables = placed(tables, self._sharding(None, "requests"))
+        return DeviceRows(placed(tokens, by_row), tables, placed(sampler, by_row))
+
+    @cached_property
+    def _by_row(self) -> NamedSharding:
+        """Along its first axis each data group has its own part."""
+        return self._sharding("requests")
+
+    @cached_property
+    def _rows_shardings(self) -> Any:
+        return jax.tree.map(lambda x: x.sharding, self.rows_shapes)
+
+    def _sharding(self, *axes: str | None) -> NamedSharding:
+        """One data group is no cut at all."""
+        return NamedSharding(self.mesh, partition_spec(axes)) if self.num_groups > 1 else self.replicated
 
     def programs(self, num_pages: int) -> dict[Hashable, Callable[[], Lowered]]:
         """The closed set, by key, in the order in which it is best made: see `first_programs`.
@@ -174,7 +209,9 @@ class Lowering:
         def make() -> tuple[tuple[Array, ...], DeviceRows]:
             return tuple(jnp.zeros(pool.shape, pool.dtype) for pool in cache), self.empty_rows()
 
-        return self._lower(make, (), (tuple(pool.sharding for pool in cache), self.replicated))
+        out = (tuple(pool.sharding for pool in cache), self._rows_shardings)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(make, out_shardings=out).lower()
 
     def forward(self, bucket: Bucket, num_pages: int) -> Lowered:
         """A step's forward pass: cache and page tables are donated."""
@@ -190,10 +227,12 @@ class Lowering:
             count_experts=self.sizes.count_experts,
         )
         cache = self.cache_shapes(num_pages)
-        shardings = (tuple(pool.sharding for pool in cache), self.replicated, self.replicated)
+        outputs: list[Any] = [self._by_row] * 4 + [self._sharding(None, "requests")]
+        pools = tuple(pool.sharding for pool in cache)
+        shardings = (pools, self._rows_shardings.tables, Forward(*outputs))
         rows = self.rows_shapes
         entering = rows.tokens if self.stage.is_first else self._hidden(bucket.tokens)
-        packed = self._on_all(jax.ShapeDtypeStruct((layout.size,), jnp.int32))
+        packed = self._ids(layout.size)
         return self._lower(function, (1, 2), shardings, self.params, cache, rows.tables, entering, packed)
 
     def sample(self, sampled: int) -> Lowered:
@@ -201,7 +240,7 @@ class Lowering:
         function = partial(run_sampler, sampler=self.sampler)
         ids, rows = self._ids(sampled), self.rows_shapes
         return self._lower(
-            function, (0, 1), self.replicated, rows.tokens, rows.sampler, self._logits(sampled), ids, ids
+            function, (0, 1), self._by_row, rows.tokens, rows.sampler, self._logits(sampled), ids, ids
         )
 
     def masks(self, sampled: int) -> Lowered:
@@ -212,48 +251,74 @@ class Lowering:
         state = self.rows_shapes.sampler
         assert state is not None
         allowed = state.tables.allowed
-        masks = self._on_all(jax.ShapeDtypeStruct((sampled, allowed.shape[1]), jnp.uint32))
-        return self._lower(load_masks, (0,), self.replicated, allowed, self._ids(sampled), masks)
+        masks = self._by_request(jax.ShapeDtypeStruct((sampled, allowed.shape[1]), jnp.uint32))
+        return self._lower(load_masks, (0,), self._by_row, allowed, self._ids(sampled), masks)
 
     def receive(self, sampled: int) -> Lowered:
         """Takes what another stage has sampled: the rows' tokens are donated."""
         ids = self._ids(sampled)
-        return self._lower(receive_tokens, (0,), self.replicated, self.rows_shapes.tokens, ids, ids, ids)
+        return self._lower(receive_tokens, (0,), self._by_row, self.rows_shapes.tokens, ids, ids, ids)
 
     def admit(self, with_tables: bool) -> Lowered:
         """Loads a row; most requests need none of the sampler's tables."""
-        row, tokens, tables = self._on_all(
+        tokens, tables = self._on_all(
             (
-                jax.ShapeDtypeStruct((), jnp.int32),
                 jax.ShapeDtypeStruct((self.sizes.max_model_len + 1,), jnp.int32),
                 jax.ShapeDtypeStruct((self.table_shape[0], self.table_shape[2]), jnp.int32),
             )
         )
         settings = self._on_all(_shapes_of(self._settings_example(with_tables)))
-        return self._lower(admit_row, (0,), self.replicated, self.rows_shapes, row, tokens, tables, settings)
+        rows, row = self.rows_shapes, self._ids(1)
+        return self._lower(admit_row, (0,), self._rows_shardings, rows, row, tokens, tables, settings)
 
     def logprobs(self, sampled: int) -> Lowered:
         """Logprobs of the tokens that a step sampled."""
         function = partial(token_logprobs, k=self.sizes.num_logprobs)
-        return self._lower(function, (), self.replicated, self._logits(sampled), self._ids(sampled))
+        return self._lower(function, (), self._by_row, self._logits(sampled), self._ids(sampled))
 
     def score(self) -> Lowered:
         """Logprobs of the tokens of prompts, after a step of the largest bucket."""
         tokens = self.buckets.largest.tokens
         function = partial(score_tokens, merge=self.merge, k=self.sizes.num_logprobs)
         hidden, targets = self._hidden(tokens), self._ids(tokens)
-        return self._lower(function, (), self.replicated, self.params, hidden, targets)
+        return self._lower(function, (), self._by_row, self.params, hidden, targets)
 
     def _ids(self, count: int) -> jax.ShapeDtypeStruct:
-        return self._on_all(jax.ShapeDtypeStruct((count,), jnp.int32))
+        return self._by_request(jax.ShapeDtypeStruct((count,), jnp.int32))
 
     def _hidden(self, tokens: int) -> jax.ShapeDtypeStruct:
-        return self._on_all(jax.ShapeDtypeStruct((tokens, self.model.hidden_size), self.model.dtype))
+        return self._by_request(jax.ShapeDtypeStruct((tokens, self.model.hidden_size), self.model.dtype))
 
     def _logits(self, sampled: int) -> jax.ShapeDtypeStruct:
-        return self._on_all(jax.ShapeDtypeStruct((sampled, self.model.vocab_size), jnp.float32))
+        return self._by_request(jax.ShapeDtypeStruct((sampled, self.model.vocab_size), jnp.float32))
+
+    def _by_request(
+        self, part: jax.ShapeDtypeStruct, axis: int = 0, spec: PartitionSpec | None = None
+    ) -> jax.ShapeDtypeStruct:
+        """The parts of all data groups, one after the other along an axis.
+
+        Args:
+            spec: how a part is cut over the devices of its group; by default it is whole on each.
+        """
+        shape, spec = list(part.shape), PartitionSpec() if spec is None else spec
+        if self.num_groups > 1:
+            shape[axis] *= self.num_groups
+            cut = [*spec, *[None] * (len(shape) - len(spec))]
+            cut[axis] = DATA_GROUPS
+            spec = PartitionSpec(*cut)
+        return jax.ShapeDtypeStruct(shape, part.dtype, sharding=NamedSharding(self.mesh, spec))
 
     def _lower(self, function: Callable[..., Any], donated: tuple[int, ...], out: Any, *args: Any) -> Lowered:
+        """Lowers what runs on all data groups at a time, each with its own part of arguments and results."""
+        if self.num_groups > 1:
+            function = jax.shard_map(
+                function,
+                mesh=self.mesh.abstract_mesh,
+                in_specs=jax.tree.map(lambda x: over_groups(x.sharding.spec), args),
+                out_specs=jax.tree.map(lambda x: over_groups(x.spec), out),
+                axis_names={DATA_GROUPS},
+                check_vma=False,  # kernels say nothing about how their results vary over the mesh
+            )
         with jax.set_mesh(self.mesh):
             return jax.jit(function, donate_argnums=donated, out_shardings=out).lower(*args)
 

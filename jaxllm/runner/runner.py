@@ -98,12 +98,13 @@ class Runner:
         """
         if self._returning:  # only where the model is cut
             self._receive(plan)
-        whole, grown = _split_updates(plan, admissions)
+        whole, grown = _split_updates(plan, admissions, self.lowering.sizes.max_num_seqs)
         for row, admission in admissions.items():
             self._admit(row, admission, whole[row])
         bucket = bucket or self._choose_bucket(plan, scores=scores)
         self.bucket_steps[bucket.tokens] += 1
-        packed = self.lowering.step_layout(bucket).pack(plan, grown)
+        layout = self.lowering.step_layout(bucket)
+        packed = np.concatenate([layout.pack(part, new) for part, new in zip(plan.parts, grown, strict=True)])
         packed_at = time.perf_counter()
         outputs = [self.stages[0].forward(bucket, None, packed)]
         for stage in self.stages[1:]:
@@ -146,7 +147,7 @@ class Runner:
 
     def _choose_bucket(self, plan: StepPlan, *, scores: bool) -> Bucket:
         """The smallest bucket whose programs are there and that holds the plan's tokens and rows."""
-        buckets, size = self.lowering.buckets, (plan.num_tokens, len(plan.rows))
+        buckets, size = self.lowering.buckets, (plan.most_tokens, plan.most_rows)
         if scores:
             return buckets.largest
         if self._exact:
@@ -231,7 +232,7 @@ class DispatchedStep:
     plan: StepPlan
     forward: Forward
     tokens: Array
-    """int32, for each row of the step the token sampled."""
+    """int32, for each row of each data group's step the token sampled, and some to spare."""
     packed_at: float
     """When the host had made all ready that the programs take, on the clock of `time.perf_counter`."""
     expert_load: tuple[Int32[Array, "layers experts"], ...]
@@ -241,18 +242,31 @@ class DispatchedStep:
         """Whether `read` would not wait."""
         return self.tokens.is_ready()  # pyright: ignore[reportAttributeAccessIssue]  # jax's stubs leave it out
 
+    @property
+    def places(self) -> list[int]:
+        """Index of each of the plan's rows in `tokens`, and in what is computed from the same logits."""
+        return self.plan.places(len(self.tokens) // len(self.plan.parts))
+
     def read(self) -> list[list[int]]:
         """For each row of the plan the tokens it sampled: one or none. Waits for the device."""
         tokens = np.asarray(self.tokens).tolist()
-        return [[token] if row.samples else [] for row, token in zip(self.plan.rows, tokens, strict=False)]
+        return [
+            [tokens[place]] if row.samples else []
+            for row, place in zip(self.plan.rows, self.places, strict=True)
+        ]
 
 
 def _split_updates(
-    plan: StepPlan, admissions: Mapping[int, Admission]
-) -> tuple[dict[int, list[PageUpdate]], list[PageUpdate]]:
-    """The whole tables of rows that are admitted, and the pages that other rows have grown by."""
+    plan: StepPlan, admissions: Mapping[int, Admission], num_rows: int
+) -> tuple[dict[int, list[PageUpdate]], list[list[PageUpdate]]]:
+    """The whole tables of rows that are admitted, and each data group's pages that others have grown by.
+
+    Args:
+        num_rows: of a data group.
+    """
     whole: dict[int, list[PageUpdate]] = {row: [] for row in admissions}
-    grown = []
-    for update in plan.page_updates:
-        whole.get(update.row, grown).append(update)
+    grown: list[list[PageUpdate]] = [[] for _ in plan.parts]
+    for group, part in enumerate(plan.parts):
+        for update in part.page_updates:
+            whole.get(group * num_rows + update.row, grown[group]).append(update)
     return whole, grown

@@ -85,7 +85,7 @@ class StageRunner:
     def sample(self, output: Forward) -> Int32[Array, " sampled"]:
         """Chooses the tokens after a forward pass of the last stage, and writes them into its rows."""
         _, _, rows = self.arrays
-        program = self._programs[self._key(("sample", len(output.rows)))]
+        program = self._programs[self._key(("sample", self._sampled(output.rows)))]
         tokens, state, sampled = program(
             rows.tokens, rows.sampler, output.logits, output.rows, output.lengths
         )
@@ -95,12 +95,16 @@ class StageRunner:
     def load_masks(self, masks: RowMasks, output: Forward) -> None:
         """Puts masks into their rows; padded to one upload of each size that steps have."""
         _, _, rows = self.arrays
-        (ids, words), sampled, state = masks, len(output.rows), rows.sampler
+        (ids, words), sampled, state = masks, self._sampled(output.rows), rows.sampler
         assert state is not None
-        padded_ids = np.full(sampled, self.lowering.table_shape[1], np.int32)
-        padded_ids[: len(ids)] = ids
-        padded = np.zeros((sampled, words.shape[1]), np.uint32)
-        padded[: len(ids)] = words
+        padded_ids = np.full(len(output.rows), self.lowering.table_shape[1], np.int32)
+        padded = np.zeros((len(output.rows), words.shape[1]), np.uint32)
+        used = [0] * self.lowering.num_groups
+        for row, word in zip(ids, words, strict=True):
+            group, own = divmod(row, self.lowering.sizes.max_num_seqs)
+            place = group * sampled + used[group]
+            padded_ids[place], padded[place] = own, word
+            used[group] += 1
         allowed = self._programs[self._key(("masks", sampled))](state.tables.allowed, padded_ids, padded)
         state = replace(state, tables=replace(state.tables, allowed=allowed))
         self._rows = rows._replace(sampler=state)
@@ -108,17 +112,24 @@ class StageRunner:
     def receive(self, ids: Array, lengths: Array, tokens: Array) -> None:
         """Writes tokens that another stage has chosen into the rows `ids`, which had `lengths` tokens."""
         _, _, rows = self.arrays
-        program = self._programs[self._key(("receive", len(tokens)))]
+        program = self._programs[self._key(("receive", self._sampled(tokens)))]
         self._rows = rows._replace(tokens=program(rows.tokens, ids, lengths, tokens))
 
     def admit(self, row: int, tokens: np.ndarray, tables: np.ndarray, settings: RowSettings) -> None:
         """Gives a row to a request; what the stage keeps nothing of is not sent to it."""
         program = self._programs[self._key(("admit", settings.tables is not None))]
-        self._rows = program(self._rows, np.int32(row), tokens, tables, settings)
+        group, own = divmod(row, self.lowering.sizes.max_num_seqs)
+        rows = np.full(self.lowering.num_groups, self.lowering.table_shape[1], np.int32)
+        rows[group] = own
+        self._rows = program(self._rows, rows, tokens, tables, settings)
+
+    def _sampled(self, rows: Array) -> int:
+        """Entries of a data group in an array of all groups' sampled rows."""
+        return len(rows) // self.lowering.num_groups
 
     def logprobs(self, output: Forward, tokens: Array) -> Logprobs:
         """Logprobs of the tokens that `sample` chose."""
-        return self._programs[self._key(("logprobs", len(tokens)))](output.logits, tokens)
+        return self._programs[self._key(("logprobs", self._sampled(tokens)))](output.logits, tokens)
 
     def score(self, output: Forward, ids: Int32[np.ndarray, " tokens"]) -> Logprobs:
         """Logprobs of `ids[i]` as the token after number i of the flat batch."""

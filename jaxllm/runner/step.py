@@ -145,16 +145,20 @@ def receive_tokens(
 
 def admit_row(
     rows: DeviceRows,
-    row: Int32[Array, ""],
+    row: Int32[Array, " 1"],
     tokens: Int32[Array, " length"],
     tables: Int32[Array, "groups pages"],
     settings: RowSettings,
 ) -> DeviceRows:
-    """Gives a row to a request: its known tokens, its pages, and its sampling parameters."""
+    """Gives a row to a request: its known tokens, its pages, and its sampling parameters.
+
+    Args:
+        row: past the end where it is a row of another data group.
+    """
     return DeviceRows(
-        None if rows.tokens is None else rows.tokens.at[row].set(tokens),
-        rows.tables.at[:, row].set(tables),
-        None if rows.sampler is None else load_row(rows.sampler, row, settings),
+        None if rows.tokens is None else rows.tokens.at[row[0]].set(tokens, mode="drop"),
+        rows.tables.at[:, row[0]].set(tables, mode="drop"),
+        None if rows.sampler is None else load_row(rows.sampler, row[0], settings),
     )
 
 

@@ -60,6 +60,7 @@ class StepLayout:
         used = len(plan.rows)
         num_rows[:] = plan.num_decode_rows, used
         fields = np.array([(r.num_tokens, r.start, r.row, r.samples) for r in plan.rows], np.int32)
+        fields = fields.reshape(used, 4)  # a data group may have no rows
         counts, starts, ids, sampling = fields.T
         np.cumsum(counts, out=query_start[1 : used + 1])
         query_start[used + 1 :] = query_start[used]

@@ -80,7 +80,7 @@ class Scheduler:
         """All unfinished requests, by id."""
         self.running: list[Request] = []
         """Those that have a row, in the policy's order."""
-        self._waiting = self._no_requests()
+        self._waiting = self.no_requests()
         self._free_rows = list(range(max_num_seqs))
         self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
         self._num_added = 0
@@ -97,6 +97,15 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self.running)
+
+    @property
+    def caches(self) -> tuple[CacheManager, ...]:
+        """The one that there is."""
+        return (self.cache,)
+
+    def cache_stats(self) -> CacheStats:
+        """How the pages are used."""
+        return self.cache.stats()
 
     @property
     def num_in_flight(self) -> int:
@@ -129,6 +138,10 @@ class Scheduler:
         self.check_fits(request)
         request.arrival = self._num_added
         self._num_added += 1
+        self.enqueue(request)
+
+    def enqueue(self, request: Request) -> None:
+        """Puts a request that has been checked and numbered among the waiting ones."""
         request.chain, request.tables = self.cache.chain(request.cache_salt), self.cache.no_tables()
         self.requests[request.request_id] = request
         self._waiting.push(request)
@@ -176,11 +189,12 @@ class Scheduler:
         self.cache.clear()
         self.requests.clear()
         self.running.clear()
-        self._waiting = self._no_requests()
+        self._waiting = self.no_requests()
         self._free_rows = list(range(self.limits.max_num_seqs))
         self._in_flight.clear()
 
-    def _no_requests(self) -> WaitingQueue:
+    def no_requests(self) -> WaitingQueue:
+        """An empty queue of the policy."""
         return FcfsQueue() if self.policy == "fcfs" else PriorityQueue()
 
     def reset_prefix_cache(self) -> bool:

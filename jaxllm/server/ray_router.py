@@ -5,7 +5,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from jaxllm.engine.routing import Candidate, choose_replica
+from jaxllm.scheduler.routing import Candidate, choose_replica
 
 MOST_NAMES = 100_000
 """Names of prompts' beginnings that are remembered for each replica; those longest unused go first."""

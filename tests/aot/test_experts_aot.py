@@ -14,7 +14,7 @@ from jaxllm.layers.experts import Experts, Gating
 from jaxllm.layers.packing import join_layers
 from jaxllm.layers.router import Routing
 from jaxllm.models.abstract import Parameter
-from jaxllm.parallel import make_mesh
+from jaxllm.parallel import DATA_GROUPS, make_mesh, over_groups, partition_spec
 from pallas_kernels.targets import Target
 
 pytestmark = pytest.mark.aot
@@ -122,3 +122,50 @@ def test_weights_are_read_as_they_are_kept(name: str, sizes: Sizes) -> None:
 def test_weights_in_two_parts_are_made_anew() -> None:
     """Which is why they are joined when they are loaded."""
     assert remade(Target.parse("v6e:2x2"), QWEN, joined=False) != []
+
+
+@pytest.mark.parametrize(
+    ("exchange", "wanted"),
+    [(exchange_ragged, {"ragged-all-to-all": 2}), (None, {"all-gather": 3, "reduce-scatter": 1})],
+    ids=["ragged", "sum"],
+)
+def test_experts_over_data_groups(exchange: Exchange | None, wanted: dict[str, int]) -> None:
+    """Four groups of one chip each: nothing but the tokens goes between them."""
+    target = Target.parse("v5e:2x2")
+    mesh = make_mesh(1, target.devices(), data_parallel_size=4)
+    own, tokens, embed = NamedSharding(mesh, PartitionSpec(DATA_GROUPS)), 256, 512
+
+    def make() -> Experts:
+        options = {"gating": Gating(), "exchange": exchange, "dtype": jnp.dtype(jnp.bfloat16)}
+        return Experts(MIXTRAL.experts, embed, 2 * embed, **options, rngs=nnx.Rngs(0))
+
+    with jax.set_mesh(mesh):
+        graph, state = nnx.split(nnx.eval_shape(make))
+        leaves, structure = jax.tree.flatten(state)
+        specs = [partition_spec(one.get_metadata()["axes"]) for _, one in nnx.to_flat_state(state)]
+        weights = [
+            jax.ShapeDtypeStruct(leaf.shape, "bfloat16", sharding=NamedSharding(mesh, spec))
+            for leaf, spec in zip(leaves, specs, strict=True)
+        ]
+
+        def run(weights: list[jax.Array], x: jax.Array, routing: Routing) -> jax.Array:
+            made = nnx.merge(graph, jax.tree.unflatten(structure, weights))
+            return made(x, routing, jnp.ones(len(x), bool))[0]
+
+        cut = jax.shard_map(
+            run,
+            in_specs=([over_groups(spec) for spec in specs], own.spec, own.spec),
+            out_specs=own.spec,
+            axis_names={DATA_GROUPS},
+            check_vma=False,
+        )
+        x = jax.ShapeDtypeStruct((tokens, embed), "bfloat16", sharding=own)
+        chosen, mixed = (
+            jax.ShapeDtypeStruct((tokens, MIXTRAL.chosen), kind, sharding=own)
+            for kind in ("int32", "float32")
+        )
+        result = compile_lowered(target, jax.jit(cut).lower(weights, x, Routing(chosen, mixed)))
+    found = {kind: one.count for kind, one in result.text.collectives().items()}
+    counts = found.pop("all-reduce", 0)  # how many tokens each device sends to each expert
+    assert found == wanted
+    assert counts == (exchange is not None)

@@ -87,6 +87,10 @@ def test_expert_parallelism_takes_the_devices_of_tensor_parallelism() -> None:
     assert translate(given | {"enable_expert_parallel": False}) == {"tensor_parallel_size": 4}
     own = {"tensor_parallel_size": 2, "expert_parallel_size": 4}
     assert translate(own | {"enable_expert_parallel": True}) == own
+    replicas = {"data_parallel_size": 2, "tensor_parallel_size": 4}
+    assert translate(replicas) == replicas
+    groups = {"data_parallel_size": 2, "data_parallel_experts": True, "expert_parallel_size": 4}
+    assert translate(replicas | {"enable_expert_parallel": True}) == groups
 
 
 def test_other_spellings_of_values() -> None:

@@ -237,7 +237,11 @@ def test_own_mesh(on_one_device: dict[str, list[list[int]]]) -> None:
         ),
         ("mixtral", {"expert_exchange": "ragged"}, "expert_exchange='ragged': must be one of 'auto', 'sum'"),
         ("llama", {"mesh": own_mesh((2,), "model")}, "mesh: axis 'model' is not one of stage, data, expert"),
-        ("llama", {"mesh": own_mesh((2, 2), "data", "tensor")}, "mesh: axis 'data' has 2 devices"),
+        (
+            "llama",
+            {"mesh": own_mesh((2, 2), "data", "tensor")},
+            "mesh: axis 'data' has 2 devices; set data_parallel_size=2",
+        ),
         (
             "llama",
             {"mesh": own_mesh((2,), "tensor"), "tensor_parallel_size": 4},

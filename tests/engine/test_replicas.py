@@ -15,8 +15,8 @@ from small_text import text_checkpoint
 from jaxllm import AsyncEngine, Engine, RequestOutputKind, SamplingParams, StructuredOutputsParams
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.replicas import Replicas
-from jaxllm.engine.routing import Candidate, choose_replica
 from jaxllm.parallel import make_mesh
+from jaxllm.scheduler.routing import Candidate, choose_replica
 
 SIZES: dict[str, Any] = {
     "max_model_len": 96,

@@ -11,7 +11,7 @@ from jaxllm.layers.expert_exchange import AXIS, Exchange
 from jaxllm.layers.experts import Experts, Gating
 from jaxllm.layers.packing import pack_layers
 from jaxllm.layers.router import Routing
-from jaxllm.parallel import make_mesh, partition_spec
+from jaxllm.parallel import DATA_GROUPS, make_mesh, over_groups, partition_spec
 from pallas_kernels.packed_matmul import as_backend
 
 EXPERTS, EMBED, MLP, CHOSEN, TOKENS = 6, 32, 24, 2, 40
@@ -48,10 +48,17 @@ def choose(seed: int = 2) -> Routing:
     return Routing(jnp.asarray(chosen, jnp.int32), jnp.asarray(random.random(chosen.shape), jnp.float32))
 
 
-def run(experts: Experts, x: Array, routing: Routing, used: int = TOKENS, sizes: Sizes = (1, 1)) -> Array:
-    """The layer in a program, its weights cut over devices."""
+def run(
+    experts: Experts,
+    x: Array,
+    routing: Routing,
+    used: int = TOKENS,
+    sizes: Sizes = (1, 1),
+    groups: int = 1,
+) -> Array:
+    """The layer in a program, its weights cut over devices, and the tokens over data groups."""
     tensor, expert = sizes
-    mesh = make_mesh(tensor, expert_parallel_size=expert)
+    mesh = make_mesh(tensor, expert_parallel_size=expert, data_parallel_size=groups)
     with jax.set_mesh(mesh):
         graph, state = nnx.split(experts)
 
@@ -61,11 +68,15 @@ def run(experts: Experts, x: Array, routing: Routing, used: int = TOKENS, sizes:
 
         state = jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 
-        @jax.jit
-        def call(state: nnx.State, x: Array, routing: Routing) -> tuple[Array, Array]:
-            return nnx.merge(graph, state)(x, routing, jnp.arange(TOKENS) < used)
+        def call(state: nnx.State, x: Array, routing: Routing, used: Array) -> tuple[Array, Array]:
+            return nnx.merge(graph, state)(x, routing, used)
 
-        out, load = call(state, x, routing)
+        if groups > 1:
+            own = jax.sharding.PartitionSpec(DATA_GROUPS)
+            cut = jax.tree.map(lambda array: over_groups(array.sharding.spec), state)
+            specs = {"in_specs": (cut, own, own, own), "out_specs": own}
+            call = jax.shard_map(call, **specs, axis_names={DATA_GROUPS}, check_vma=False)
+        out, load = jax.jit(call)(state, x, routing, jnp.arange(TOKENS) < used)
     expected = np.bincount(np.asarray(routing.experts)[:used].ravel(), minlength=EXPERTS)
     np.testing.assert_array_equal(load, expected)
     return out
@@ -124,6 +135,18 @@ def test_tokens_come_to_their_experts_and_back(sizes: Sizes, biased: bool) -> No
     routing = Routing(jnp.full((TOKENS, 1), 3, jnp.int32), jnp.ones((TOKENS, 1), jnp.float32))
     out = run(experts, x, routing, sizes=sizes)
     np.testing.assert_allclose(out, expect(experts, x, routing, gating), atol=1e-5)
+
+
+@pytest.mark.parametrize(("sizes", "exchange"), [((4, 1), None), ((1, 3), None), ((1, 3), exchange_padded)])
+def test_tokens_of_all_data_groups_come_to_the_experts(sizes: Sizes, exchange: Exchange | None) -> None:
+    """Each group has half of the tokens and of the experts; 20 are no multiple of 3."""
+    gating = Gating(limit=0.8, alpha=1.7)
+    experts, x, routing = make(bias=True, gating=gating, exchange=exchange), tokens(), choose()
+    expected = expect(experts, x, routing, gating)
+    np.testing.assert_allclose(run(experts, x, routing, sizes=sizes, groups=2), expected, atol=1e-5)
+    part = run(experts, x.at[17:].set(jnp.nan), routing, used=17, sizes=sizes, groups=2)
+    np.testing.assert_allclose(part[:17], expected[:17], atol=1e-5)
+    np.testing.assert_array_equal(part[17:], 0.0)
 
 
 def test_no_token_is_dropped_where_all_go_to_one_expert() -> None:

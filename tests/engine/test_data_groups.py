@@ -1,0 +1,299 @@
+"""One engine with data groups: attention and pages are a group's own, experts lie over all devices."""
+
+import functools
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from small import golden, greedy, small_engine
+from small_text import text_checkpoint
+from test_tensor_parallel_engine import SIZES, run
+
+from jaxllm import Engine, SamplingParams, StructuredOutputsParams
+from jaxllm.config import ParallelConfig
+from jaxllm.parallel import make_mesh
+
+
+class Layout(NamedTuple):
+    """Devices along the mesh's axes."""
+
+    data: int
+    expert: int = 1
+    tensor: int = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As the engine is told."""
+        return {
+            "data_parallel_size": self.data,
+            "data_parallel_experts": True,
+            "expert_parallel_size": self.expert,
+            "tensor_parallel_size": self.tensor,
+        }
+
+    @property
+    def group(self) -> int:
+        """Devices of a data group."""
+        return self.expert * self.tensor
+
+
+LAYOUTS = {
+    "qwen3-moe": [Layout(2, 2), Layout(2, 2, 2)],
+    "deepseek-v2": [Layout(4)],
+    "gpt-oss": [Layout(4, 1, 2)],
+}
+
+
+@functools.cache
+def on_one_device(model: str) -> list[list[int]]:
+    """A model's tokens."""
+    with small_engine(model, **SIZES) as engine:
+        return run(engine, model)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [(model, layout) for model, layouts in LAYOUTS.items() for layout in layouts],
+    ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
+)
+def test_same_tokens_as_one_device(model: str, layout: Layout) -> None:
+    with small_engine(model, **layout.options, **SIZES) as engine:
+        found = run(engine, model)
+        assert found[:2] == [golden(model)[f"tokens{row}"].tolist() for row in (0, 1)]
+        check_weights(engine, layout)
+        check_requests_parts(engine, layout)
+        check_collectives(engine, layout)
+        again = run(engine, model)
+        assert again == found
+        assert engine.get_metrics()["prefix_cache_hits_total"] > 0
+    assert found == on_one_device(model)
+
+
+def check_weights(engine: Engine, layout: Layout) -> None:
+    """No device has more of the experts than its share of all devices; the rest is cut within a group."""
+    share = {"experts": layout.data * layout.expert, "expert_mlp": layout.tensor}
+    parameters = engine._parts.load_weights[0].parameters
+    experts = 0
+    for path, array in engine.get_weights()[0].items():
+        axes = [axis for axis in parameters[path].axes if axis not in (None, "embed", "positions")]
+        pieces = np.prod([share.get(axis, layout.group) for axis in axes], initial=1)
+        assert {shard.data.size for shard in array.addressable_shards} == {array.size // pieces}, path
+        assert len(array.devices()) == layout.data * layout.group
+        experts += "experts" in axes
+    assert experts
+
+
+def check_requests_parts(engine: Engine, layout: Layout) -> None:
+    """A group's pages and rows are on its devices alone."""
+    lowering, num_pages = engine._core.runner.lowering, engine._core.runner.num_pages  # pyright: ignore[reportAttributeAccessIssue]
+    _, pools, rows = engine._core.runner.stages[0].arrays  # pyright: ignore[reportAttributeAccessIssue]
+    group_of = {
+        device: group for group in range(layout.data) for device in lowering.mesh.devices[:, group].flat
+    }
+    parts = [(pool, num_pages) for pool in pools]
+    parts += [(array, lowering.table_shape[1]) for array in jax.tree.leaves(rows)]
+    for array, size in parts:
+        axis = array.shape.index(layout.data * size)
+        for shard in array.addressable_shards:
+            first = group_of[shard.device] * size
+            assert shard.index[axis] == slice(first, first + size, None)
+    for pool in pools:
+        assert {shard.data.size for shard in pool.addressable_shards} == {
+            pool.size // (layout.data * layout.group)
+        }
+
+
+def device_groups(line: str) -> list[list[int]]:
+    """Which devices a collective of a program's text speaks between."""
+    listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line)
+    if listed:
+        return [[int(n) for n in one.split(",")] for one in re.findall(r"\{([\d,]+)\}", listed[1])]
+    found = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    assert found is not None, line
+    shape, sizes, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
+    assert shape is not None
+    assert sizes is not None
+    devices = np.arange(np.prod(sizes)).reshape(sizes).transpose(order or range(len(sizes)))
+    return devices.reshape(shape).tolist()
+
+
+def check_collectives(engine: Engine, layout: Layout) -> None:
+    """Between data groups tokens go to experts and come back; within one it is as in an engine alone."""
+    runner = engine._core.runner  # pyright: ignore[reportAttributeAccessIssue]
+    lowering = runner.lowering
+    tokens, model = lowering.buckets.largest.tokens, lowering.model
+    text = runner.programs["forward", tokens].as_text()
+    assert text is not None
+    assert model.mixture is not None
+    between: Counter[tuple[str, str]] = Counter()
+    within: Counter[str] = Counter()
+    kinds = r"= (\(.+?\)|[^\s{]+)\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
+    for line in text.splitlines():
+        if (collective := re.search(kinds, line)) is None:
+            continue
+        crossing = {len({device // layout.group for device in group}) for group in device_groups(line)}
+        if crossing != {1}:
+            assert crossing == {layout.data}
+            between[collective[2], collective[1]] += 1
+        elif len(device_groups(line)[0]) > 1:
+            within[collective[2]] += 1
+    mixtures = model.num_layers - len(model.dense_layers)
+    everywhere, chosen = layout.data * tokens, model.mixture.routing.per_token
+    assert between == {
+        ("all-gather", f"f32[{everywhere},{model.hidden_size}]"): mixtures,
+        ("all-gather", f"s32[{everywhere},{chosen}]"): mixtures,
+        ("all-gather", f"f32[{everywhere},{chosen}]"): mixtures,
+        ("reduce-scatter", f"f32[{tokens},{model.hidden_size}]"): mixtures,
+    }
+    alone = {"all-reduce": 1 + 2 * model.num_layers, "all-gather": 1}
+    assert within == ({} if layout.group == 1 else alone)
+
+
+def test_everything_else_works() -> None:
+    """Prompts' logprobs, penalties, chunks, preemption, prefixes, samples, sleep: as on one device."""
+    prompts = [golden("qwen3-moe")["prompt0"].tolist(), *([n, *range(3, 30)] for n in range(6))]
+    params = [greedy(20, logprobs=2, prompt_logprobs=1), *[greedy(24, presence_penalty=0.5)] * 5]
+    params.append(SamplingParams(n=3, seed=3, max_tokens=9, ignore_eos=True, detokenize=False))
+    options = {"num_pages": 25, "max_model_len": 96, "max_num_batched_tokens": 16, "expert_metrics": True}
+    found = []
+    for layout in ({}, Layout(2, 2).options):
+        with small_engine("qwen3-moe", **options, **layout) as engine:
+            outputs = engine.generate(prompts, params)
+            metrics, experts = engine.get_metrics(), engine.metrics.expert_tokens
+            assert experts is not None
+            np.testing.assert_array_equal(experts.sum(axis=1), 3 * metrics["scheduled_tokens_total"])
+            assert metrics["preemptions_total"] > 0
+            assert metrics["requests_finished_length_total"] == 7
+            assert metrics["generation_tokens_total"] == 20 + 5 * 24 + 3 * 9
+            assert metrics["num_pages"] == 25 * layout.get("data_parallel_size", 1)
+            for level in (1, 2):
+                engine.sleep(level)
+                engine.wake_up()
+            outputs += engine.generate(prompts[:3], params[:3])
+            assert engine.get_metrics()["programs_compiled_late_total"] == 0
+            assert engine.get_metrics()["pages_used"] == 0
+        found.append([(o.outputs, _numbers(o.prompt_logprobs)) for o in outputs])
+    for (one, one_prompt), (two, two_prompt) in zip(*found, strict=True):
+        assert [output.token_ids for output in one] == [output.token_ids for output in two]
+        np.testing.assert_allclose(one_prompt, two_prompt, atol=1e-4)
+        np.testing.assert_allclose(_numbers(one[0].logprobs), _numbers(two[0].logprobs), atol=1e-4)
+
+
+def _numbers(logprobs: Any) -> list[float]:
+    return [entry.logprob for position in logprobs or [] if position for entry in position.values()]
+
+
+def test_aborts_failures_and_grammars(tmp_path: Path) -> None:
+    """Requests of both groups end as they should, and those after them have all pages."""
+    folder = text_checkpoint(tmp_path, model="qwen3-moe")
+    options = SIZES | Layout(2).options | {"dtype": "float32", "page_size": 4, "max_num_seqs": 2}
+    with Engine.from_pretrained(str(folder), progress=False, compilation_cache=False, **options) as engine:
+        chosen = [["yes", "no"], ["left", "right"], ["up"]]
+        held = [
+            SamplingParams(max_tokens=9, structured_outputs=StructuredOutputsParams(choice=words))
+            for words in chosen
+        ]
+        outputs = engine.generate(["a", "b", "c"], held)
+        assert all(one.outputs[0].text in words for one, words in zip(outputs, chosen, strict=True))
+
+        for name in "abcdef":
+            engine.add_request(name, [5, ord(name), 7], greedy(6))
+        engine.step()
+        metrics = engine.get_metrics()
+        assert (metrics["requests_running"], metrics["requests_waiting"]) == (4, 2)
+        assert engine.max_num_seqs == 4
+        engine.abort_request("a")
+        engine.abort_request("b")
+        engine.abort_request("f")
+        ended = [one.request_id for one in drain(engine) if one.finished]
+        assert sorted(ended) == ["c", "d", "e"]
+
+        runner = engine._core.runner  # pyright: ignore[reportAttributeAccessIssue]
+        forward = runner.stages[0].forward
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("lost")
+
+        for name in "ghi":
+            engine.add_request(name, [5, ord(name), 7], greedy(6))
+        engine.step()
+        runner.stages[0].forward = fail
+        failed = engine.step()
+        runner.stages[0].forward = forward
+        failed += drain(engine)
+        reasons = {one.request_id: one.outputs[0].finish_reason for one in failed if one.finished}
+        assert reasons == dict.fromkeys("ghi", "error")
+        metrics = engine.get_metrics()
+        assert metrics["pages_used"] == 0
+        assert metrics["requests_finished_abort_total"] == 3
+        assert metrics["requests_finished_error_total"] == 3
+        alone = [engine.generate([[5, ord("c"), 7]], greedy(6))[0].outputs[0].token_ids for _ in range(2)]
+        assert alone[0] == alone[1]
+
+
+def drain(engine: Engine) -> list[Any]:
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("llama", Layout(2).options, "data_parallel_experts=True: the model has no experts"),
+        (
+            "mixtral",
+            Layout(3).options,
+            r"data_parallel_size=3: .* the model's 8 experts must be a multiple of",
+        ),
+        (
+            "mixtral",
+            Layout(8, 2).options,
+            "data_parallel_size=8 \\* expert_parallel_size=2: there are only 8 devices",
+        ),
+        (
+            "mixtral",
+            Layout(1).options,
+            "data_parallel_experts=True: must be left out with a data_parallel_size",
+        ),
+        (
+            "mixtral",
+            Layout(2).options | {"pipeline_parallel_size": 2},
+            "pipeline_parallel_size=2: must be 1 with data_parallel_experts",
+        ),
+        (
+            "mixtral",
+            Layout(2).options | {"mesh": make_mesh(2)},
+            "mesh: axis 'data' has 1 devices; set data_parallel_size=1",
+        ),
+        (
+            "mixtral",
+            Layout(2).options | {"expert_exchange": "all_to_all"},
+            "expert_exchange='all_to_all': XLA on CPU cannot",
+        ),
+    ],
+)
+def test_what_cannot_be_is_named(model: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        small_engine(model, **(SIZES | options))
+
+
+def test_several_hosts_are_refused() -> None:
+    with pytest.raises(ValueError, match="data_parallel_size=2: must be 1 with several hosts"):
+        ParallelConfig(
+            data_parallel_size=2, data_parallel_experts=True, num_hosts=2, coordinator_address="host"
+        )
+
+
+def test_a_mesh_of_ones_own() -> None:
+    mesh = make_mesh(1, jax.devices()[4:], data_parallel_size=2, expert_parallel_size=2)
+    options = SIZES | {"data_parallel_size": 2, "data_parallel_experts": True, "mesh": mesh}
+    with small_engine("mixtral", **options) as engine:
+        assert run(engine, "mixtral")[0] == golden("mixtral")["tokens0"].tolist()
+        arrays = jax.tree.leaves(engine._core.runner.stages[0].arrays)  # pyright: ignore[reportAttributeAccessIssue]
+        assert {device for array in arrays for device in array.devices()} == set(jax.devices()[4:])
