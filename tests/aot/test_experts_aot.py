@@ -110,18 +110,14 @@ def remade(target: Target, sizes: Sizes, *, joined: bool) -> list[str]:
     return kinds
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [("v6e:2x2", QWEN), ("v6e:2x2", NARROW), ("h100:4", QWEN)],
-    ids=["tpu", "narrow", "gpu"],
-)
+@pytest.mark.parametrize(("name", "sizes"), [("v6e:2x2", NARROW), ("h100:4", QWEN)], ids=["tpu", "gpu"])
 def test_weights_are_read_as_they_are_kept(name: str, sizes: Sizes) -> None:
     assert remade(Target.parse(name), sizes, joined=True) == []
 
 
 def test_weights_in_two_parts_are_made_anew() -> None:
     """Which is why they are joined when they are loaded."""
-    assert remade(Target.parse("v6e:2x2"), QWEN, joined=False) != []
+    assert remade(Target.parse("v6e:2x2"), NARROW, joined=False) != []
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,10 @@ def test_edges_everywhere(interpreter: None, capfd: Any) -> None:
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", SERVED)
 def test_corners(name: str, interpreter: None, capfd: Any) -> None:
-    run(SERVED[name], capfd)
+    """With few thread blocks, each of which has several tiles, and few stages, which are filled again."""
+    case = SERVED[name]
+    plan = make_plan(problem_of(case, "gpu", H100))
+    run(case, capfd, dataclasses.replace(plan, blocks=2, stages=2))
 
 
 @pytest.mark.interpret

@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 from jaxtyping import Array
 
+from jaxllm.layers import packing as packing_module
 from jaxllm.layers.expert_exchange import AXIS, Exchange
 from jaxllm.layers.experts import Experts, Gating
-from jaxllm.layers.packing import pack_layers
+from jaxllm.layers.packing import Joined, join_layers, pack_layers
 from jaxllm.layers.router import Routing
 from jaxllm.parallel import DATA_GROUPS, make_mesh, over_groups, partition_spec
 from pallas_kernels.packed_matmul import as_backend
@@ -63,7 +64,10 @@ def run(
         graph, state = nnx.split(experts)
 
         def place(param: nnx.Param[Array]) -> nnx.Variable[Array]:
-            sharding = jax.sharding.NamedSharding(mesh, partition_spec(param.get_metadata()["axes"]))
+            about = param.get_metadata()
+            packing = about.get("packing")
+            axes = packing.kept_axes if isinstance(packing, Joined) else about["axes"]
+            sharding = jax.sharding.NamedSharding(mesh, partition_spec(axes))
             return param.replace(jax.device_put(param[...], sharding))
 
         state = jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
@@ -184,3 +188,15 @@ def test_bfloat16_weights_are_kept_as_bits_on_cpu() -> None:
     pack_layers(experts, as_backend("cpu"))
     assert experts.gate_up.weight[...].dtype == jnp.uint16
     np.testing.assert_array_equal(run(experts, x, routing), plain)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_gate_and_up_side_by_side(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On each device its own columns, which for TPUs fill whole tiles."""
+    monkeypatch.setattr(packing_module, "current_device", lambda: (platform, ""))
+    experts, x, routing = make(), tokens(), choose()
+    plain = run(experts, x, routing, sizes=(4, 2))
+    with jax.set_mesh(make_mesh(4, expert_parallel_size=2)):
+        join_layers(experts)
+    assert experts.gate_up.weight.shape == (EXPERTS, EMBED, 4 * 128 if platform == "tpu" else 2 * MLP)
+    np.testing.assert_allclose(run(experts, x, routing, sizes=(4, 2)), plain, atol=1e-5)
