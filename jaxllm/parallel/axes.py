@@ -17,6 +17,7 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": EVERY_DEVICE,
     "experts": "expert",
     "expert_mlp": "tensor",
+    "copies": None,
     "embed": None,
     "positions": None,
 }

@@ -57,11 +57,15 @@ def measure(lowering: Lowering, kept: KeptPrograms | None = None) -> MemoryUse:
 
 
 def memory_use(lowering: Lowering, temporaries: int, outputs: int) -> MemoryUse:
-    """What there is besides the pages, with the largest forward pass's temporaries and outputs."""
+    """What there is besides the pages, with the largest forward pass's temporaries and outputs.
+
+    Between two steps experts may move, which takes their weights once more.
+    """
+    moved = max(map(bytes_per_device, lowering.experts_like), default=0)
     return MemoryUse(
         weights=bytes_per_device(lowering.params),
         state=bytes_per_device(lowering.rows_shapes),
-        temporaries=temporaries + (1 + lowering.stage.count) * outputs,
+        temporaries=max(temporaries, moved) + (1 + lowering.stage.count) * outputs,
     )
 
 
