@@ -133,6 +133,15 @@ class ParallelConfig:
         "how tokens meet the experts of several devices: all devices have all tokens and parts are summed, "
         "or each sends its share of the tokens; 'auto' sends on TPU",
     )
+    enable_eplb: bool = option(
+        False, "place experts on devices, some with copies, by how many tokens go to each"
+    )
+    num_redundant_experts: int = option(
+        0, "copies of experts of each layer, on all devices together, with enable_eplb"
+    )
+    eplb_step_interval: int = option(
+        3000, "steps after which enable_eplb places experts anew; 0: they stay spread as without load"
+    )
     pipeline_parallel_size: int = option(1, "groups of those, each with a run of the layers and its pages")
     data_parallel_size: int = option(
         1, "replicas of the model, each on devices of its own, that share the requests"
@@ -162,6 +171,7 @@ class ParallelConfig:
         _positive("tensor_parallel_size", self.tensor_parallel_size)
         _positive("expert_parallel_size", self.expert_parallel_size)
         _one_of("expert_exchange", self.expert_exchange, ExpertExchange)
+        self._check_balancing()
         _positive("pipeline_parallel_size", self.pipeline_parallel_size)
         _positive("data_parallel_size", self.data_parallel_size)
         _require(self.num_hosts >= 0, "num_hosts", self.num_hosts, "0 or a count")
@@ -198,6 +208,14 @@ class ParallelConfig:
             pipeline,
             "1 with several hosts; use tensor_parallel_size",
         )
+
+    def _check_balancing(self) -> None:
+        copies, interval = self.num_redundant_experts, self.eplb_step_interval
+        _require(copies >= 0, "num_redundant_experts", copies, "0 or a count")
+        _require(self.enable_eplb or copies == 0, "num_redundant_experts", copies, "0 without enable_eplb")
+        _require(interval >= 0, "eplb_step_interval", interval, "0 or a count of steps")
+        together = self.enable_eplb and self.data_parallel_experts
+        _require(not together, "enable_eplb", True, "left out with data_parallel_experts; experts stay there")
 
     @property
     def replica_size(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from jaxllm.engine.assembler import OutputAssembler
 from jaxllm.engine.constraint import Masks
+from jaxllm.engine.expert_balancer import ExpertBalancer
 from jaxllm.engine.in_flight import InFlight, NewTokens
 from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.metrics import EngineState, Metrics
@@ -57,6 +58,7 @@ class EngineCore:
         runner: Runner,
         scheduler: Scheduler | GroupedScheduler,
         vocabulary: Vocabulary | None,
+        balancer: ExpertBalancer,
         *,
         depth: int,
         seed: int,
@@ -65,6 +67,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.metrics = Metrics()
         self.vocabulary = vocabulary
+        self.balancer = balancer
         self.depth = depth
         self._random = random.Random(seed)
         self.unfinished = Unfinished()
@@ -186,6 +189,7 @@ class EngineCore:
 
     def _run(self, plan: StepPlan, outputs: list[RequestOutput]) -> None:
         if plan.rows:
+            self.balancer.advance()
             self._dispatch(plan, outputs)
         if self._in_flight and (not plan.rows or len(self._in_flight) > self.depth):
             self._give_out(*self._read(self._in_flight.popleft()), outputs)
@@ -319,7 +323,7 @@ class EngineCore:
         """Waits for a step's tokens, and takes them as far as later steps need them."""
         tokens = done.step.read()
         self._clock.read(done.step.packed_at)
-        self.metrics.experts_used(done.step.expert_load)
+        self.metrics.experts_used(self.balancer.count(done.step))
         new_tokens = self.scheduler.complete(done.step.plan, tokens)
         for request, new in new_tokens if self.unfinished.any_constrained else ():
             constraint = self.unfinished.samples[request.request_id].constraint

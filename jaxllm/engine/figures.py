@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from jaxllm.engine.core import EngineCore
+from jaxllm.engine.expert_balancer import balance_figures
 from jaxllm.engine.loading import EngineParts
 from jaxllm.engine.metrics import choice_metrics, metric_labels
 from jaxllm.engine.replicas import Replicas
@@ -26,14 +27,16 @@ def replica_figures(parts: EngineParts) -> dict[str, dict[str, float]]:
 
 
 def _runner_figures(cores: Sequence[EngineCore]) -> dict[str, float]:
-    """Programs, and how often those of each size have run."""
+    """Programs, how often those of each size have run, and how evenly experts are spread."""
     steps: Counter[int] = Counter()
     for core in cores:
         steps.update(core.runner.bucket_steps.copy())  # which another thread may be writing to
-    return program_figures([core.runner.programs for core in cores]) | {
+    run = {
         f"bucket_steps_total{metric_labels(tokens=str(tokens))}": float(count)
         for tokens, count in sorted(steps.items())
     }
+    programs = program_figures([core.runner.programs for core in cores])
+    return programs | run | balance_figures(core.balancer for core in cores)
 
 
 def _choice_figures(parts: EngineParts) -> dict[str, float]:

@@ -76,6 +76,9 @@ class EngineInfo:
         `attention_backend_info{...}`, with labels as Prometheus writes them, is 1 for the kernel that runs,
         and 0, with the reason, for each that would have been tried before it. `matmul_backend_info{...}` says
         what multiplies with weights, `bucket_steps_total{tokens=...}` how often programs of which size ran.
+        With `enable_eplb`, `expert_rebalances_total` says how often experts were placed anew,
+        `expert_imbalance` what the fullest device has had since then, by the tokens of the mean one, and
+        `expert_imbalance_before` what it had before.
         """
         return engine_figures(self._parts)
 

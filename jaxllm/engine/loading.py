@@ -18,6 +18,7 @@ from converters.checkpoint import Checkpoint
 from converters.tokenizer import TextTokenizer, open_tokenizer
 from jaxllm.config import EngineConfig, ParallelConfig
 from jaxllm.engine.core import EngineCore
+from jaxllm.engine.expert_balancer import ExpertBalancer
 from jaxllm.engine.inputs import InputProcessor, default_sampling_params, find_eos_token_ids
 from jaxllm.engine.laps import Laps
 from jaxllm.engine.replicas import Replicas
@@ -25,6 +26,7 @@ from jaxllm.engine.sizing import fit_pages, make_lowering, make_scheduler
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.engine.waiting import waiting
 from jaxllm.engine.weight_source import WeightSource, open_model
+from jaxllm.layers.expert_copies import Copies
 from jaxllm.layers.expert_exchange import exchange_ragged
 from jaxllm.models import abstract
 from jaxllm.models.base import CausalLM, DecoderConfig
@@ -196,6 +198,9 @@ def load_parts(
         runner,
         make_scheduler(config, runner.lowering, num_pages),
         vocabulary,
+        ExpertBalancer(
+            runner, interval=config.parallel.eplb_step_interval, report=config.compile.expert_metrics
+        ),
         depth=len(meshes) - 1 + int(config.scheduler.async_scheduling),
         seed=config.model.seed,
     )
@@ -355,6 +360,23 @@ def _cut_experts(parallel: ParallelConfig, model: DecoderConfig, mesh: Mesh) -> 
     return dataclasses.replace(model, mixture=dataclasses.replace(model.mixture, exchange=exchange_ragged))
 
 
+def _copy_experts(parallel: ParallelConfig, model: DecoderConfig) -> DecoderConfig:
+    """The model with slots for its experts to move between, where the config asks for that."""
+    redundant, devices = parallel.num_redundant_experts, model.expert_parallel_size
+    if not parallel.enable_eplb:
+        return model
+    if model.mixture is None or devices == 1:
+        raise ValueError("enable_eplb=True: needs a model with experts, and an expert_parallel_size above 1")
+    experts = model.mixture.routing.experts
+    if redundant % devices or redundant > experts * (devices - 1):
+        raise ValueError(
+            f"num_redundant_experts={redundant}: must be a multiple of expert_parallel_size={devices} and at "
+            f"most {experts * (devices - 1)}, which put all {experts} experts on every device"
+        )
+    copies = Copies(experts, redundant, devices)
+    return dataclasses.replace(model, mixture=dataclasses.replace(model.mixture, copies=copies))
+
+
 def read_model(
     config: EngineConfig, checkpoint: Checkpoint, architecture: type[CausalLM], mesh: Mesh
 ) -> DecoderConfig:
@@ -368,7 +390,7 @@ def read_model(
     model = architecture.read_config(
         checkpoint.config, dtype=dtype, tensor_parallel_size=mesh.shape["tensor"], max_model_len=wanted
     )
-    model = _cut_experts(config.parallel, model, mesh)
+    model = _copy_experts(config.parallel, _cut_experts(config.parallel, model, mesh))
     if wanted is not None and wanted > model.max_position_embeddings:
         raise ValueError(
             f"max_model_len={wanted}: the model has positions up to {model.max_position_embeddings}; lower it"

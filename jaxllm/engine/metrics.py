@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Int32, Int64
+from jaxtyping import Array, Int, Int64
 
 from jaxllm.engine.step_clock import PARTS, StepTimes
 from pallas_kernels.registry import Choice
@@ -240,7 +240,7 @@ class Metrics:
             self._totals["steps"] += 1
             self._totals["scheduled_tokens"] += times.num_tokens
 
-    def experts_used(self, tokens: Sequence[Int32[Array, "layers experts"]]) -> None:
+    def experts_used(self, tokens: Sequence[Int[Array | np.ndarray, "layers experts"]]) -> None:
         """Counts how many tokens of a step went to each expert, in each stage that counts them."""
         if tokens:
             self._add_expert_tokens(np.concatenate(tokens).astype(np.int64))

@@ -30,7 +30,7 @@ class ReplicaCore(EngineCore):
     @classmethod
     def of(cls, core: EngineCore, *, seed: int) -> "ReplicaCore":
         """One with the runner and the scheduler of a core that has had no requests yet."""
-        made = cls(core.runner, core.scheduler, core.vocabulary, depth=core.depth, seed=seed)
+        made = cls(core.runner, core.scheduler, core.vocabulary, core.balancer, depth=core.depth, seed=seed)
         made.displaced = []
         return made
 

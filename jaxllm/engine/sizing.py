@@ -12,6 +12,7 @@ from jaxllm.cache.manager import CacheManager
 from jaxllm.config import EngineConfig
 from jaxllm.models.abstract import Parameter
 from jaxllm.models.base import DecoderConfig
+from jaxllm.models.expert_slots import expert_layers
 from jaxllm.models.stages import WHOLE, Stage
 from jaxllm.runner.lowering import Lowering, Sizes
 from jaxllm.runner.memory import MemoryUse, count_pages, device_memory, page_bytes
@@ -65,12 +66,13 @@ def make_lowering(
             page_size=config.cache.page_size,
             bucket_growth=defaults["bucket_growth"],
             num_logprobs=model.vocab_size if config.model.max_logprobs == -1 else config.model.max_logprobs,
-            count_experts=config.compile.expert_metrics,
+            count_experts=config.compile.expert_metrics or config.parallel.enable_eplb,
         ),
         SamplerConfig(model.vocab_size, processors=registered_logits_processors()),
         backend,
         products,
         stage,
+        expert_layers(parameters),
     )
 
 

@@ -77,8 +77,23 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Arguments without effect here: values that do not ask for it, besides `_OFF`; what to do instead."""
 
-COMBINED = frozenset(("enable_expert_parallel",))
-"""Arguments that say what others mean."""
+COMBINED = frozenset(("enable_expert_parallel", "eplb_config"))
+"""Arguments that say what others mean, or that hold others."""
+
+EPLB_CONFIG = {"num_redundant_experts": "num_redundant_experts", "step_interval": "eplb_step_interval"}
+"""Entries of vLLM's `eplb_config` to our options."""
+
+EPLB_MEANINGLESS = frozenset(
+    (
+        "communicator",
+        "log_balancedness",
+        "log_balancedness_interval",
+        "policy",
+        "use_async",
+        "window_size",
+    )
+)
+"""Its others: experts are placed in one way, by all tokens since they were placed last."""
 
 MEANINGLESS = frozenset(
     (
@@ -91,6 +106,8 @@ MEANINGLESS = frozenset(
         "disable_log_stats",
         "enable_log_requests",
         "enable_sleep_mode",
+        "eplb_log_balancedness",
+        "eplb_window_size",
         "max_parallel_loading_workers",
         "max_seq_len_to_capture",
         "num_scheduler_steps",
@@ -138,11 +155,25 @@ def translate(options: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(
                 f"unknown argument {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
             )
+    meaningless += _read_eplb_config(translated, options.get("eplb_config"))
     _lay_out_experts(translated, bool(options.get("enable_expert_parallel")))
     if meaningless:
         names = ", ".join(sorted(meaningless))
         warnings.warn(f"without meaning on JAX, and ignored: {names}", UserWarning, stacklevel=3)
     return {name: value for name, value in translated.items() if value is not None}
+
+
+def _read_eplb_config(translated: dict[str, Any], config: Any) -> list[str]:
+    """Adds what `eplb_config` holds, a mapping or vLLM's object; returns what means nothing here."""
+    if isinstance(config, str):  # as the command line has it, where it is no JSON
+        raise NotImplementedError(f"eplb_config={config!r}: must be a JSON object")
+    entries = {} if config is None else config if isinstance(config, Mapping) else vars(config)
+    if unknown := sorted(entries.keys() - EPLB_CONFIG.keys() - EPLB_MEANINGLESS):
+        raise NotImplementedError(
+            f"eplb_config: {unknown[0]!r} is not supported; give {' or '.join(EPLB_CONFIG)}"
+        )
+    translated |= {name: entries[theirs] for theirs, name in EPLB_CONFIG.items() if theirs in entries}
+    return [f"eplb_config.{name}" for name in entries if name in EPLB_MEANINGLESS]
 
 
 def _lay_out_experts(translated: dict[str, Any], enabled: bool) -> None:

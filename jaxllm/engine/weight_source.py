@@ -13,6 +13,7 @@ from converters.checkpoint import Checkpoint, open_checkpoint
 from jaxllm.config import EngineConfig
 from jaxllm.models import abstract
 from jaxllm.models.base import CausalLM, DecoderConfig
+from jaxllm.models.expert_slots import fill_slots, stored_parameters
 from jaxllm.models.loading import load_weights
 from jaxllm.models.stages import StageWeights, load_stages
 
@@ -37,20 +38,29 @@ class WeightSource:
 
     def load(self, checkpoint: Checkpoint) -> StageWeights:
         """The same, of a checkpoint that is open already."""
+        copies = None if self.model.mixture is None else self.model.mixture.copies
+        stored = stored_parameters(self.parameters, copies)
+        parts = [stored_parameters(part, copies) for part in self.parts]
 
         def load(meshes: Mapping[str, Mesh]) -> tuple[Array, ...]:
             if self.config.model.load_format == "dummy":
-                return abstract.materialize(self.parameters, meshes, self.config.model.seed)
+                return abstract.materialize(stored, meshes, self.config.model.seed)
             return load_weights(
                 checkpoint,
                 self.architecture.rules,
-                self.parameters,
+                stored,
                 self.model.geometry,
                 meshes,
                 progress=self.config.compile.progress,
             )
 
-        return load_stages(load, self.parameters, self.parts, self.meshes)
+        weights = load_stages(load, stored, parts, self.meshes)
+        if copies is None:
+            return weights
+        return tuple(
+            fill_slots(own, part, copies, mesh)
+            for own, part, mesh in zip(weights, self.parts, self.meshes, strict=True)
+        )
 
     def copy(self, weights: StageWeights) -> StageWeights:
         """The same as they are on other meshes, from device to device."""

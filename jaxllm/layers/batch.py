@@ -22,8 +22,8 @@ class Batch:
         groups: where the keys of each cache group lie; layers of one kind share page ids and so a group.
         slots: for each layer its group, and the index of its pool in the cache. Static.
         backend: the attention kernel. Static.
-        expert_load: layers with experts append how many tokens went to each, while a step is traced; None
-            where nobody asks. Static.
+        expert_load: layers with experts append how many tokens went to each, or to each of its copies, while
+            a step is traced; None where nobody asks. Static.
         first_layer: number of the layer that the first slot is for. Static.
     """
 
@@ -31,7 +31,7 @@ class Batch:
     groups: tuple[RaggedBatch, ...]
     slots: tuple[tuple[int, int], ...] = field(metadata={"static": True})
     backend: Backend = field(metadata={"static": True})
-    expert_load: list[Int32[Array, " experts"]] | None = field(default=None, metadata={"static": True})
+    expert_load: list[Int32[Array, " slots"]] | None = field(default=None, metadata={"static": True})
     first_layer: int = field(default=0, metadata={"static": True})
 
     def slot(self, layer: int) -> tuple[int, int]:

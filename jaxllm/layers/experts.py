@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from jaxllm.layers.embedding import take_rows
+from jaxllm.layers.expert_copies import Copies, ExpertCopies
 from jaxllm.layers.expert_exchange import AXIS, Exchange, exchange_experts
 from jaxllm.layers.mlp import find_activation
 from jaxllm.layers.packing import Joined, Packable, join_parts, keep_as_bits
@@ -93,6 +94,7 @@ class Experts(nnx.Module):
         experts, embed, mlp: sizes; `mlp` of one expert.
         bias: whether the products have biases.
         exchange: how tokens come to the devices of their experts; None: every device has all tokens.
+        copies: of weights; None: each expert's are there once, in order.
     """
 
     def __init__(
@@ -104,29 +106,38 @@ class Experts(nnx.Module):
         gating: Gating,
         bias: bool = False,
         exchange: Exchange | None = None,
+        copies: Copies | None = None,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
         options: dict[str, Any] = {"bias": bias, "dtype": dtype, "rngs": rngs}
-        self.gate_up = ExpertLinear((experts, embed, 2, mlp), GATE_UP, **options)
-        self.down = ExpertLinear((experts, mlp, embed), DOWN, **options)
+        slots = experts if copies is None else copies.slots
+        self.gate_up = ExpertLinear((slots, embed, 2, mlp), GATE_UP, **options)
+        self.down = ExpertLinear((slots, mlp, embed), DOWN, **options)
+        self.copies = None if copies is None else ExpertCopies(copies, rngs=rngs)
         self.gating = gating
         self.exchange = exchange
 
     def __call__(
-        self, x: Float[Array, "tokens embed"], routing: Routing, used: Bool[Array, " tokens"]
-    ) -> tuple[Float[Array, "tokens embed"], Int32[Array, " experts"]]:
+        self,
+        x: Float[Array, "tokens embed"],
+        routing: Routing,
+        used: Bool[Array, " tokens"],
+        turn: Int32[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "tokens embed"], Int32[Array, " slots"]]:
         """Each token through its experts.
 
         Args:
             used: which tokens there are; others go to no expert, and come out as zeros.
+            turn: of copies, to be another at the next step; see `ExpertCopies`.
 
         Returns:
-            The sums in float32, and how many tokens went to each expert.
+            The sums in float32, and how many tokens went to each expert, or to each of its copies.
         """
         mesh = jax.sharding.get_abstract_mesh()
-        experts = self.gate_up.weight.shape[0] * mesh.shape[DATA_GROUPS]  # the weight is the group's part
-        chosen = jnp.where(used[:, None], routing.experts, experts)
+        slots = self.gate_up.weight.shape[0] * mesh.shape[DATA_GROUPS]  # the weight is the group's part
+        chosen = routing.experts if self.copies is None else self.copies(routing.experts, used, turn)
+        chosen = jnp.where(used[:, None], chosen, slots)
         weights = jnp.where(used[:, None], routing.weights, 0.0)
         gate_up, down = self.gate_up, self.down
         bias = None if gate_up.bias is None or down.bias is None else (gate_up.bias[...], down.bias[...])
@@ -134,7 +145,7 @@ class Experts(nnx.Module):
         if self.exchange is None:
             return run(x, chosen, weights, gate_up.weight[...], down.weight[...], bias)
         spare = ((0, -len(x) % mesh.shape["expert"]), (0, 0))
-        tokens = jnp.pad(x, spare), jnp.pad(chosen, spare, constant_values=experts), jnp.pad(weights, spare)
+        tokens = jnp.pad(x, spare), jnp.pad(chosen, spare, constant_values=slots), jnp.pad(weights, spare)
         out, load = run(*tokens, gate_up.weight[...], down.weight[...], bias)
         return jax.lax.with_sharding_constraint(out, PartitionSpec())[: len(x)], load
 

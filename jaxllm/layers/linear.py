@@ -37,7 +37,7 @@ def affine(
 
 
 class Linear(Packable):
-    """`norm(x) @ weight + bias + residual`, rounded once; weight `[*inputs, *outputs]`, bias `[*outputs]`.
+    """`norm(x) @ weight + bias + residual`; weight `[*inputs, *outputs]`, bias `[*outputs]`.
 
     Args:
         inputs, outputs: sizes of the axes that are summed over, and of those that are made.
@@ -72,13 +72,12 @@ class Linear(Packable):
 
         Args:
             norm: of `x`, before; a kernel for packed weights does it along with the product.
-            residual: added to the result before it is rounded.
+            residual: added to the result; with packed weights before it is rounded.
         """
         packing = packing_of(self.weight)
         if packing is not None and self.bias is None:
             before = None if norm is None else norm.before_product()
             return packing.multiply(x, self.weight[...], x.dtype, norm=before, residual=residual)
-        y = affine(x if norm is None else norm(x), self.weight, self.bias)
-        if residual is not None:
-            y += residual.astype(jnp.float32)
-        return y.astype(x.dtype)
+        # rounded first: where devices add up their parts, they send half as much as in float32
+        y = affine(x if norm is None else norm(x), self.weight, self.bias).astype(x.dtype)
+        return y if residual is None else y + residual

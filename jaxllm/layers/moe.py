@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxllm.layers.batch import Batch
+from jaxllm.layers.expert_copies import Copies
 from jaxllm.layers.expert_exchange import Exchange
 from jaxllm.layers.experts import Experts, Gating
 from jaxllm.layers.linear import Linear
@@ -24,6 +25,7 @@ class MixtureOptions:
         shared_size: width of the expert that every token goes through; 0: there is none.
         shared_gate: its output is multiplied by a number between 0 and 1 that depends on the token.
         exchange: how tokens come to the devices of their experts; None: every device has all tokens.
+        copies: of experts' weights; None: each expert's are there once, in order.
     """
 
     routing: RoutingOptions
@@ -33,6 +35,12 @@ class MixtureOptions:
     shared_size: int = 0
     shared_gate: bool = False
     exchange: Exchange | None = None
+    copies: Copies | None = None
+
+    @property
+    def slots(self) -> int:
+        """Weights of experts on all devices, copies included."""
+        return self.routing.experts if self.copies is None else self.copies.slots
 
 
 class Mixture(nnx.Module):
@@ -51,6 +59,7 @@ class Mixture(nnx.Module):
             gating=options.gating,
             bias=options.bias,
             exchange=options.exchange,
+            copies=options.copies,
             dtype=dtype,
             rngs=rngs,
         )
@@ -60,7 +69,7 @@ class Mixture(nnx.Module):
         self.shared_gate = Linear((embed,), (1,), ("embed", None), dtype=dtype, rngs=rngs) if gated else None
 
     def __call__(self, x: Float[Array, "tokens embed"], batch: Batch) -> Float[Array, "tokens embed"]:
-        out, load = self.experts(x, self.router(x), batch.used)
+        out, load = self.experts(x, self.router(x), batch.used, batch.positions[0])
         if batch.expert_load is not None:
             batch.expert_load.append(load)
         out = out.astype(x.dtype)

@@ -23,6 +23,7 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": EVERY_DEVICE,
     "experts": (DATA_GROUPS, "expert"),
     "expert_mlp": "tensor",
+    "copies": None,
     "embed": None,
     "positions": None,
     "requests": DATA_GROUPS,

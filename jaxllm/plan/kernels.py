@@ -50,13 +50,16 @@ class Kernels:
         return attention + self._experts(rows * tokens)
 
     def _experts(self, tokens: int) -> Work:
-        """Half of the products lead into the experts, half out of them. Tokens are spread at random."""
+        """Half of the products lead into the experts, half out of them. Tokens are spread at random.
+
+        Copies are as good as further experts.
+        """
         mixture = self.model.mixture
         if mixture is None:
             return Work()
         routing, parts = mixture.routing, self.model.expert_parallel_size
-        used = expected_groups(routing.experts, routing.per_token, tokens) / parts
-        rows, experts = -(-tokens * routing.per_token // parts), routing.experts // parts
+        used = expected_groups(mixture.slots, routing.per_token, tokens) / parts
+        rows, experts = -(-tokens * routing.per_token // parts), mixture.slots // parts
         size = mixture.expert_size // self.model.tensor_parallel_size
         products = [
             self._product(rows, experts, self.model.hidden_size, 2 * size),

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from jaxllm.parallel.channel import Message
 from jaxllm.parallel.hosts import HostGroup, HostLostError
@@ -104,6 +106,11 @@ class LeadingRunner(Runner):
         told = Message("score", {"targets": [list(targets), list(targets.values())]})
         return self._on_all(told, lambda: super(LeadingRunner, self).score(step, targets))
 
+    def move_experts(self, stage: int, layer: int, experts: Int[np.ndarray, " slots"]) -> None:
+        """As `Runner.move_experts`, on all hosts."""
+        told = Message("move_experts", {"stage": stage, "layer": layer}, [experts])
+        self._on_all(told, lambda: super(LeadingRunner, self).move_experts(stage, layer, experts))
+
     def sleep(self, *, keep_weights: bool) -> None:
         """As `Runner.sleep`, on all hosts."""
         told = Message("sleep", {"keep_weights": keep_weights})
@@ -181,6 +188,9 @@ def follow(runner: Runner, hosts: HostGroup, load: LoadWeights) -> None:
                 case "score", _, DispatchedStep():
                     ids, targets = message.fields["targets"]
                     runner.score(step, dict(zip(ids, targets, strict=True)))
+                case "move_experts", _, _:
+                    [experts] = message.arrays
+                    runner.move_experts(message.fields["stage"], message.fields["layer"], experts)
                 case "reset", _, _:
                     runner.reset()
                 case "sleep", _, _:

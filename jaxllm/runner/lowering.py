@@ -15,7 +15,9 @@ from jaxtyping import Array
 
 from jaxllm.cache.groups import CacheLayout
 from jaxllm.layers.attention import pages_spec
+from jaxllm.layers.expert_copies import gather_slots
 from jaxllm.models.base import DecoderConfig
+from jaxllm.models.expert_slots import ExpertLayer
 from jaxllm.models.stages import WHOLE, Stage
 from jaxllm.parallel import DATA_GROUPS, over_groups, partition_spec
 from jaxllm.runner.buckets import Bucket, Buckets
@@ -70,6 +72,7 @@ class Lowering:
         backend: the attention kernel.
         products: what multiplies with weights, packed for it; None: XLA, with weights as they are.
         stage: what of the model it is; by default all.
+        experts: where the weights of experts are that have slots to move between.
     """
 
     model: DecoderConfig
@@ -82,6 +85,7 @@ class Lowering:
     backend: Backend
     products: ProductsBackend | None = None
     stage: Stage = WHOLE
+    experts: tuple[ExpertLayer, ...] = ()
 
     def with_max_model_len(self, max_model_len: int) -> "Lowering":
         """The same for requests of another greatest length."""
@@ -176,6 +180,7 @@ class Lowering:
             found["forward", bucket.tokens, bucket.rows] = partial(self.forward, bucket, num_pages)
             for name, lower in self._after_forward.items():
                 found[name, bucket.sampled] = partial(lower, bucket.sampled)
+        found |= {self.gather_key(like): partial(self.gather, like) for like in self.experts_like}
         rest = [key for key in found if key != "score"]
         return {key: found[key] for key in dict.fromkeys([*self.first_programs, *rest])}
 
@@ -282,6 +287,27 @@ class Lowering:
         function = partial(score_tokens, merge=self.merge, k=self.sizes.num_logprobs)
         hidden, targets = self._hidden(tokens), self._ids(tokens)
         return self._lower(function, (), self._by_row, self.params, hidden, targets)
+
+    def gather_key(self, like: jax.ShapeDtypeStruct) -> Hashable:
+        """Of the program that moves such weights of experts between slots."""
+        return ("gather", self.experts_like.index(like))
+
+    def gather(self, like: jax.ShapeDtypeStruct) -> Lowered:
+        """Moves experts between slots. The weights are donated, and yet there twice while it runs."""
+        sharding = like.sharding
+        assert isinstance(sharding, NamedSharding)
+        source = self._on_all(jax.ShapeDtypeStruct(like.shape[:1], jnp.int32))
+        return self._lower(partial(gather_slots, sharding=sharding), (0,), sharding, like, source)
+
+    @property
+    def gather_programs(self) -> list[Hashable]:
+        """Keys of the programs that place experts anew."""
+        return [self.gather_key(like) for like in self.experts_like]
+
+    @cached_property
+    def experts_like(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and shardings of weights that move between slots: layers are alike."""
+        return tuple(dict.fromkeys(self.params[place] for layer in self.experts for place in layer.weights))
 
     def _ids(self, count: int) -> jax.ShapeDtypeStruct:
         return self._by_request(jax.ShapeDtypeStruct((count,), jnp.int32))

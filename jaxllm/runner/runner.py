@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int, Int32
 
+from jaxllm.parallel.placement import Placement
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.host_copy import HostCopy
 from jaxllm.runner.lowering import Lowering
@@ -126,7 +127,9 @@ class Runner:
         expert_load = tuple(output.expert_load for output in outputs if output.expert_load is not None)
         for array in (sampled, *expert_load):
             array.copy_to_host_async()
-        return DispatchedStep(step.plan, outputs[-1], sampled, step.packed_at, expert_load)
+        return DispatchedStep(
+            step.plan, outputs[-1], sampled, step.packed_at, expert_load, tuple(self.placements.values())
+        )
 
     def _send(self, plan: StepPlan, entered: Forward, sampled: Array) -> None:
         """Sends the sampled tokens to the first stage."""
@@ -165,6 +168,20 @@ class Runner:
         tokens[: len(admission.token_ids)] = admission.token_ids
         for stage in self.stages:
             stage.admit(row, tokens, tables, admission.settings)
+
+    @property
+    def placements(self) -> dict[int, Placement]:
+        """Where experts are that can move, of each stage that has such experts."""
+        placed = {index: stage.placement for index, stage in enumerate(self.stages)}
+        return {index: placement for index, placement in placed.items() if placement is not None}
+
+    def can_move_experts(self) -> bool:
+        """Whether `move_experts` needs to compile nothing, or may."""
+        return self._exact or all(stage.can_move_experts() for stage in self.stages)
+
+    def move_experts(self, stage: int, layer: int, experts: Int[np.ndarray, " slots"]) -> None:
+        """Moves one layer's experts, after the steps begun and before the next; see `StageRunner`."""
+        self.stages[stage].move_experts(layer, experts)
 
     def logprobs(self, step: "DispatchedStep") -> Logprobs:
         """Logprobs of the step's sampled tokens, of the model's own distribution."""
@@ -235,8 +252,10 @@ class DispatchedStep:
     """int32, for each row of each data group's step the token sampled, and some to spare."""
     packed_at: float
     """When the host had made all ready that the programs take, on the clock of `time.perf_counter`."""
-    expert_load: tuple[Int32[Array, "layers experts"], ...]
-    """How many tokens went to each expert, where that is counted, of each stage with experts."""
+    expert_load: tuple[Int32[Array, "layers slots"], ...]
+    """How many tokens went to each expert, or copy, where that is counted, of each stage with experts."""
+    placements: tuple[Placement, ...]
+    """Which experts these were, of each such stage, where experts can move."""
 
     def is_done(self) -> bool:
         """Whether `read` would not wait."""

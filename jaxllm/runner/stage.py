@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int32, UInt32
+from jaxtyping import Array, Int, Int32, UInt32
 
+from jaxllm.layers.expert_copies import Copies
+from jaxllm.parallel.placement import Placement
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.lowering import Lowering
 from jaxllm.runner.programs import Programs
@@ -47,6 +49,8 @@ class StageRunner:
         self._cache: tuple[Array, ...] | None
         self._rows: DeviceRows | None
         self._cache, self._rows = state
+        self.placement = self._read_placement(params)
+        """Of its experts; None where they have no slots to move between."""
 
     @property
     def params(self) -> tuple[Array, ...]:
@@ -135,6 +139,49 @@ class StageRunner:
         """Logprobs of `ids[i]` as the token after number i of the flat batch."""
         return self._programs[self._key("score")](self._params, output.hidden, ids)
 
+    def move_experts(self, layer: int, experts: Int[np.ndarray, " slots"]) -> None:
+        """Moves the experts of one layer to other slots, between two steps.
+
+        If that fails, the weights are dropped: some may have moved, and others not.
+
+        Args:
+            layer: number of it among the stage's layers with experts.
+            experts: that the slots are to have.
+        """
+        assert self.placement is not None
+        after = self.placement.replaced(layer, experts)
+        source = after.sources(self.placement, layer)
+        table = after.tables(self._copies.most)[layer]
+        own, shapes, params = self.lowering.experts[layer], self.lowering.params, list(self.arrays[0])
+        try:
+            for place in own.weights:
+                program = self._programs[self._key(self.lowering.gather_key(shapes[place]))]
+                params[place] = program(params[place], source)
+            sharding = shapes[own.table].sharding
+            params[own.table] = jax.make_array_from_callback(table.shape, sharding, table.__getitem__)
+        except Exception:
+            self.free()
+            raise
+        self._params, self.placement = tuple(params), after
+
+    def can_move_experts(self) -> bool:
+        """Whether all programs for that are there."""
+        return all(self._key(key) in self._programs for key in self.lowering.gather_programs)
+
+    @property
+    def _copies(self) -> Copies:
+        mixture = self.lowering.model.mixture
+        assert mixture is not None
+        assert mixture.copies is not None
+        return mixture.copies
+
+    def _read_placement(self, params: tuple[Array, ...]) -> Placement | None:
+        """Where the experts of these weights are, which their tables say."""
+        if not self.lowering.experts:
+            return None
+        tables = np.stack([np.asarray(params[layer.table]) for layer in self.lowering.experts])
+        return Placement.of_tables(tables, self._copies.slots, self._copies.devices)
+
     def free(self) -> None:
         """Drops weights, pages and rows."""
         _delete(self._params)
@@ -154,7 +201,7 @@ class StageRunner:
 
     def wake(self, params: tuple[Array, ...]) -> None:
         """Takes the weights again, in their shardings, with empty pages and rows."""
-        self._params = params
+        self._params, self.placement = params, self._read_placement(params)
         self.reset()
 
 

@@ -49,8 +49,8 @@ class Forward(NamedTuple):
     """Known tokens of that row: the position of the next one."""
     hidden: Float[Array, "tokens embed"]
     """After the last norm, or what the next stage takes."""
-    expert_load: Int32[Array, "layers experts"] | None = None
-    """Tokens that went to each expert, of the layers that have any; None where they are not counted."""
+    expert_load: Int32[Array, "layers slots"] | None = None
+    """Tokens that went to each expert, or copy, of the layers that have any; None where nobody counts."""
 
 
 def run_forward(

@@ -62,11 +62,14 @@ OWN_GAUGES = {
     "programs_loaded": ("programs_loaded", "Programs that an earlier process had compiled."),
     "compile_seconds": ("compile_seconds", "Seconds that compiling ahead took."),
     "replica_up": ("replica_up", "1 unless the replica has failed."),
+    "expert_imbalance": ("expert_imbalance", "Tokens of the fullest device by the mean one's, enable_eplb."),
+    "expert_imbalance_before": ("expert_imbalance_before", "The same before experts were placed last."),
 }
 OWN_COUNTERS = {
     "programs_compiled_late": ("programs_compiled_late_total", "Programs compiled while serving."),
     "steps": ("steps_total", "Steps run."),
     "engine_restarts": ("engine_restarts_total", "Times that the engine has started over after a failure."),
+    "expert_rebalances": ("expert_rebalances_total", "Times that experts were placed anew, enable_eplb."),
     "scheduled_tokens": ("scheduled_tokens_total", "Tokens that steps computed, recomputed ones included."),
 }
 """Families that vLLM does not have."""

@@ -1,6 +1,7 @@
 """vLLM's names: arguments are mapped, refused by name, or accepted with a warning; calls reach the engine."""
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,6 +92,23 @@ def test_expert_parallelism_takes_the_devices_of_tensor_parallelism() -> None:
     assert translate(replicas) == replicas
     groups = {"data_parallel_size": 2, "data_parallel_experts": True, "expert_parallel_size": 4}
     assert translate(replicas | {"enable_expert_parallel": True}) == groups
+
+
+def test_experts_are_balanced_as_vllm_is_told() -> None:
+    assert translate({"enable_eplb": True, "num_redundant_experts": 8}) == {
+        "enable_eplb": True,
+        "num_redundant_experts": 8,
+    }
+    told = {"num_redundant_experts": 4, "step_interval": 50}
+    expected = {"num_redundant_experts": 4, "eplb_step_interval": 50}
+    for config in (told, SimpleNamespace(**told)):
+        assert translate({"eplb_config": config}) == expected
+    with pytest.warns(UserWarning, match=r"ignored: eplb_config\.window_size"):
+        assert translate({"eplb_config": told | {"window_size": 9}}) == expected
+    with pytest.raises(NotImplementedError, match="eplb_config: 'step' is not supported; give num_redundant"):
+        translate({"eplb_config": {"step": 5}})
+    with pytest.raises(NotImplementedError, match="eplb_config='5x': must be a JSON object"):
+        translate({"eplb_config": "5x"})
 
 
 def test_other_spellings_of_values() -> None:

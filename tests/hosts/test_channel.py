@@ -4,7 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +17,9 @@ from jaxllm.parallel.channel import Channel, ChannelClosedError, Message
 from jaxllm.parallel.hosts import HostGroup, HostLostError
 from jaxllm.parallel.meeting import MeetingError, meet
 from jaxllm.runner.calls import dispatch_message, read_dispatch, read_sample, sample_message
-from jaxllm.runner.runner import Admission
+from jaxllm.runner.hosts import LeadingRunner, follow
+from jaxllm.runner.programs import Programs
+from jaxllm.runner.runner import Admission, Runner
 from jaxllm.sampling import SamplingParams
 from jaxllm.sampling.settings import row_settings
 from jaxllm.sampling.state import SamplerConfig
@@ -177,6 +179,25 @@ def test_who_asks_just_as_a_host_is_lost_is_told_once(pair: tuple[Channel, Chann
     leader._losing = LosesAtTheEnd()  # pyright: ignore[reportAttributeAccessIssue]
     leader.when_lost(lambda: told.append(1))
     assert told == [1]
+
+
+def test_experts_move_on_all_hosts(pair: tuple[Channel, Channel]) -> None:
+    class Stage:
+        def __init__(self) -> None:
+            self.moved: list[tuple[int, list[int]]] = []
+
+        def move_experts(self, layer: int, experts: np.ndarray) -> None:
+            self.moved.append((layer, experts.tolist()))
+
+        def free(self) -> None:
+            pass
+
+    (leading, following), first, second, programs = groups(pair), Stage(), Stage(), Programs({})
+    leader = LeadingRunner([cast(Any, first)], 2, programs, leading)
+    leader.move_experts(0, 1, np.array([2, 0, 1, 0]))
+    leader.close()
+    follow(Runner([cast(Any, second)], 2, programs), following, cast(Any, None))
+    assert first.moved == second.moved == [(1, [2, 0, 1, 0])]
 
 
 def test_what_goes_to_several_hosts_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:

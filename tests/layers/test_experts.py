@@ -82,8 +82,18 @@ def run(
             call = jax.shard_map(call, **specs, axis_names={DATA_GROUPS}, check_vma=False)
         out, load = jax.jit(call)(state, x, routing, jnp.arange(TOKENS) < used)
     expected = np.bincount(np.asarray(routing.experts)[:used].ravel(), minlength=EXPERTS)
+    if experts.copies is not None:
+        load = of_experts(experts, load)
     np.testing.assert_array_equal(load, expected)
     return out
+
+
+def of_experts(experts: Experts, load: Array) -> np.ndarray:
+    """Tokens of each expert, whose copies have nearly equal shares of them."""
+    assert experts.copies is not None
+    tokens = [np.asarray(load)[own[own >= 0]] for own in np.asarray(experts.copies.table[...])]
+    assert all(np.ptp(own) <= 1 for own in tokens)
+    return np.array([own.sum() for own in tokens])
 
 
 def expect(experts: Experts, x: Array, routing: Routing, gating: Gating) -> np.ndarray:

@@ -270,3 +270,21 @@ def test_models_that_cannot_be_had(model: Callable[..., str], tmp_path: Path) ->
         Engine.plan(model(), "v5e", price_per_chip_hour=0)
     with pytest.raises(TypeError, match="seed: no option of plans; there are"):
         Engine.plan(model(), "v5e", seed=1)
+
+
+@pytest.mark.usefixtures("steps")
+def test_copies_of_experts_are_weights(model: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 8 experts on 4 chips each has 2, and with 4 copies 3."""
+    mixtral = model(architectures=["MixtralForCausalLM"], num_key_value_heads=4, num_attention_heads=4)
+    arguments = ["plan", mixtral, "--target", "v5e:2x2", "--expert-parallel-size", "4", "--json", *SMALL]
+    weights = []
+    for copies in ([], ["--enable-eplb"], ["--enable-eplb", "--num-redundant-experts", "4"]):
+        assert main([*arguments, *copies]) == 0
+        memory = json.loads(capsys.readouterr().out)["memory"]
+        weights.append(memory["weights"])
+    layers, embed, mlp = (CONFIG[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    without, alone, copied = weights
+    assert alone - without == layers * 8 * 4  # a table of 8 places
+    expert = 3 * embed * mlp * 2
+    assert copied - alone == layers * (expert + 3 * 8 * 4)
+    assert memory["temporaries"] >= (3 + 3) * expert * 2 // 3  # to move gate and up from slot to slot
