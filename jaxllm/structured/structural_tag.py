@@ -86,7 +86,7 @@ class StructuralTagGrammar:
     def _format(self, where: str, found: Any, after: After) -> str:
         """A format and what comes after it."""
         kind = found.get("type") if isinstance(found, dict) else None
-        if kind not in FIELDS:
+        if not isinstance(kind, str) or kind not in FIELDS:
             raise ValueError(f"{where}.type: {kind!r} is not supported; there are {', '.join(FIELDS)}")
         given = _given(found, where, FIELDS[kind])
         match kind:

@@ -178,6 +178,7 @@ STRUCTURE = {"begin": "a", "schema": {}, "end": ""}
         ({}, "format: is missing"),
         ({"type": "x", "format": A}, "type: must be 'structural_tag'"),
         ({"format": 5}, "format: must be an object"),
+        ({"format": {"type": []}}, r"format.type: \[\] is not supported"),
         ({"format": {"type": "token"}}, "format.type: 'token' is not supported; there are const_string, "),
         ({"format": sequence(A, 5)}, r"format.elements\[1\].type: None is not supported"),
         ({"format": {"type": "any_text", "max_tokens": 5}}, "format.max_tokens: not supported"),
