@@ -14,6 +14,7 @@ _FIELDS = {
     "choice": "choice",
     "grammar_file": "grammar",
     "json_object": "json_object",
+    "structural_tag": "structural_tag",
 }
 """Fields of `StructuredOutputsParams` by the flags' names; `--json` says how a command prints."""
 
@@ -32,6 +33,12 @@ def add_constraint_flags(parser: argparse.ArgumentParser) -> None:
         "--grammar-file", metavar="FILE", help="text of a grammar, EBNF or Lark, in this file", **options
     )
     group.add_argument("--json-object", action="store_true", help="any JSON object", **options)
+    group.add_argument(
+        "--structural-tag",
+        metavar="FILE",
+        help="free text with parts between tags that are held to a form: JSON in this file, or '{...}'",
+        **options,
+    )
 
 
 def constraint_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -40,7 +47,7 @@ def constraint_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if not found:
         return {}
     try:
-        for field in ("json", "grammar"):
+        for field in ("json", "grammar", "structural_tag"):
             if field in found and not found[field].lstrip().startswith("{"):
                 found[field] = Path(found[field]).read_text(encoding="utf-8")
         return {"structured_outputs": StructuredOutputsParams(**found)}

@@ -186,6 +186,10 @@ class ServerConfig:
     log: LogConfig = LogConfig()
     observe: ObserveConfig = ObserveConfig()
 
+    def __post_init__(self) -> None:
+        if self.observe.profile_dir is not None and not self.access.admin:
+            raise ValueError("profile_dir: needs admin; without it nobody can ask for a profile")
+
 
 PARTS: dict[str, type] = get_type_hints(ServerConfig)
 """The parts of `ServerConfig` by name."""

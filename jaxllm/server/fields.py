@@ -25,7 +25,6 @@ Refusals = dict[str, tuple[tuple[Any, ...], str]]
 
 REFUSED: Refusals = {
     "guided_decoding_backend": (("auto", "guidance"), "there is one way to compile grammars"),
-    "structural_tag": ((), "write a Lark grammar: structured_outputs={'grammar': ...}"),
     "use_beam_search": ((), "search with beams is there in Python only: Engine.beam_search"),
     "length_penalty": ((1.0,), "it belongs to beam search, which is there in Python only"),
     "best_of": ((1,), "ask for n outputs and choose among them"),
@@ -96,19 +95,32 @@ class JsonSchema(ApiModel):
 
 
 class ResponseFormat(ApiModel):
-    """The form of a chat's answer: https://platform.openai.com/docs/guides/structured-outputs"""
+    """The form of a chat's answer: https://platform.openai.com/docs/guides/structured-outputs
 
-    type: Literal["text", "json_object", "json_schema"]
+    Structural tags are vLLM's; see `StructuredOutputsParams.structural_tag`.
+    """
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    format: dict[str, Any] | None = None
+    """With structural_tag: a format of XGrammar's."""
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+    """The older form of structural_tag."""
 
     @model_validator(mode="after")
-    def _with_schema(self) -> Self:
+    def _with_its_fields(self) -> Self:
         if (self.json_schema is not None) != (self.type == "json_schema"):
             raise ValueError("json_schema: must be given with type='json_schema', and only then")
+        for name in ("format", "structures", "triggers"):
+            if getattr(self, name) is not None and self.type != "structural_tag":
+                raise ValueError(f"{name}: only with type='structural_tag'")
         return self
 
     def constraint(self) -> Constraint | None:
         """What the answer is held to."""
+        if self.type == "structural_tag":
+            return {"structural_tag": self.model_dump(exclude_none=True)}
         return format_constraint(self.type, self.json_schema and self.json_schema.schema_)
 
 
@@ -120,6 +132,7 @@ class StructuredOutputs(ApiModel):
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | dict[str, Any] | None = None
     disable_additional_properties: bool | None = None
     disable_any_whitespace: bool | None = None
     whitespace_pattern: str | None = None
@@ -181,6 +194,7 @@ class GenerationRequest(ApiModel):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
     guided_whitespace_pattern: str | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
@@ -233,9 +247,9 @@ class GenerationRequest(ApiModel):
             found["response_format"] = wanted
         if self.structured_outputs is not None:
             found["structured_outputs"] = self.structured_outputs.model_dump(by_alias=True, exclude_none=True)
-        for kind in ("json", "regex", "choice", "grammar"):
-            if (value := getattr(self, f"guided_{kind}")) is not None:
-                found[f"guided_{kind}"] = {kind: value}
+        for name, kind in OLDER_NAMES.items():
+            if (value := getattr(self, name)) is not None:
+                found[name] = {kind: value}
         if len(found) > 1:
             text = f"{' and '.join(found)}: an output can be held to one of them; leave the others out"
             raise ApiError(400, text, param=list(found)[1])
@@ -248,6 +262,14 @@ class GenerationRequest(ApiModel):
         return name, constraint
 
 
+OLDER_NAMES = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "structural_tag": "structural_tag",
+}
+"""Fields of `GenerationRequest` that older versions of vLLM have, and of `StructuredOutputs`."""
 SAMPLING = (
     "n",
     "temperature",

@@ -59,6 +59,24 @@ class Metadata(ApiModel):
     """Shown in the server's log."""
 
 
+class JsonFormat(ApiModel):
+    """A schema that the answer is held to."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(ApiModel):
+    """What the answer is to be like: https://docs.anthropic.com/en/docs/build-with-claude/structured-outputs"""
+
+    refused: ClassVar[Refusals] = {
+        "effort": (("high",), "how long a model reasons is up to it; leave it out"),
+        "task_budget": ((), "give max_tokens"),
+    }
+
+    format: JsonFormat | None = None
+
+
 class CountTokensRequest(ApiModel):
     """A conversation."""
 
@@ -66,8 +84,6 @@ class CountTokensRequest(ApiModel):
         "mcp_servers": ((), "no tools run on the server"),
         "container": ((), "no tools run on the server"),
         "context_management": ((), "shorten the conversation yourself"),
-        "output_config": ((), "outputs are held to a schema by OpenAI's interfaces: /v1/chat/completions"),
-        "output_format": ((), "outputs are held to a schema by OpenAI's interfaces: /v1/chat/completions"),
         "service_tier": (("auto", "standard_only"), "all requests are served alike"),
     }
 
@@ -77,11 +93,28 @@ class CountTokensRequest(ApiModel):
     tools: list[MessageTool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: JsonFormat | None = None
+    """The older name of `output_config.format`."""
 
     @model_validator(mode="after")
     def _make_sense_together(self) -> Self:
         _ = self.tool_use
+        name, wanted = self.format
+        if wanted is not None and self.output_format not in (None, wanted):
+            raise ValueError("output_format: it is the older name of output_config.format; give one of them")
+        if wanted is not None and self.continues:
+            raise ValueError(
+                f"{name}: the answer is held to the schema as a whole, and cannot go on from the assistant's "
+                "message; end with one of the user"
+            )
         return self
+
+    @property
+    def format(self) -> tuple[str, JsonFormat | None]:
+        """What the answer is held to, after the parameter that says so."""
+        wanted = None if self.output_config is None else self.output_config.format
+        return ("output_config", wanted) if wanted is not None else ("output_format", self.output_format)
 
     @cached_property
     def tool_use(self) -> ToolUse:

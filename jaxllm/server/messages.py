@@ -13,6 +13,7 @@ from jaxllm.engine.inputs import Prompt
 from jaxllm.server.answer_form import AnswerForm, answer_form
 from jaxllm.server.errors import bad_value
 from jaxllm.server.event_stream import EventStream
+from jaxllm.server.fields import structured_outputs
 from jaxllm.server.generation import Job, start, while_connected
 from jaxllm.server.message_fields import CountTokensRequest, MessagesRequest
 from jaxllm.server.message_writer import Message, MessageWriter
@@ -91,6 +92,9 @@ def _job(body: MessagesRequest, form: AnswerForm, service: Service) -> Job:
         "top_k": body.top_k,
         "top_p": body.top_p,
     }
+    name, wanted = body.format
+    if wanted is not None:
+        params["structured_outputs"] = structured_outputs(name, {"json": wanted.schema_})
     return Job(
         prompts=render,
         num_prompts=1,
@@ -98,7 +102,12 @@ def _job(body: MessagesRequest, form: AnswerForm, service: Service) -> Job:
         stream=bool(body.stream),
         input_options={},
         known=frozenset(MessagesRequest.model_fields),
-        rename={"prompt": "messages", "prompt_token_ids": "messages", "stop": "stop_sequences"}
+        rename={
+            "prompt": "messages",
+            "prompt_token_ids": "messages",
+            "stop": "stop_sequences",
+            "structured_outputs": name,
+        }
         | form.rename(params),
         user=body.metadata.user_id if body.metadata else None,
         shape=form.shape,

@@ -83,9 +83,6 @@ LABELLED = {
 _FIGURE = re.compile(r"(\w+)\{(.*)\}", re.DOTALL)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
-FRONT_FAMILIES = ("num_requests_waiting", "request_success")
-"""Families that count requests which no replica has, too."""
-
 
 class EngineCollector(Collector):
     """Reads the engine's figures whenever Prometheus asks."""
@@ -108,9 +105,11 @@ class EngineCollector(Collector):
         metrics = {str(number): own for number, own in enumerate(engine.replica_metrics)}
         families: dict[str, Metric] = {}
         for number, own in figures.items():
-            found = self._of_replica(prefix, labels | {"engine": number}, own, metrics.get(number, Metrics()))
+            of = labels | {"engine": number}
             if number == FRONT:
-                found = (family for family in found if family.name.partition(":")[2] in FRONT_FAMILIES)
+                found = _of_queue(prefix, of, own)
+            else:
+                found = self._of_replica(prefix, of, own, metrics[number])
             for family in found:
                 if family.name in families:
                     families[family.name].samples += family.samples
@@ -134,8 +133,7 @@ class EngineCollector(Collector):
             yield _gauge(f"{prefix}:{name}", text, labels, value)
         for name, (source, text) in (COUNTERS | OWN_COUNTERS).items():
             yield _counter(f"{prefix}:{name}", text, labels, figures.get(source, 0.0))
-        reasons = {reason: figures[f"requests_finished_{reason}_total"] for reason in FINISH_REASONS}
-        yield _finished(f"{prefix}:request_success", labels, reasons)
+        yield _finished(f"{prefix}:request_success", labels, figures)
         for name, (source, text) in HISTOGRAMS.items():
             yield _histogram(f"{prefix}:{name}", text, labels, getattr(metrics, source))
         yield _histogram(f"{prefix}:step_time_seconds", "Of a step, on the host.", labels, metrics.step_time)
@@ -152,6 +150,13 @@ class EngineCollector(Collector):
             "engine": "0",
         }
         return _gauge(f"{prefix}:cache_config_info", "The cache's options.", labels, 1)
+
+
+def _of_queue(prefix: str, labels: Mapping[str, str], figures: Mapping[str, float]) -> Iterator[Metric]:
+    """The families that count requests which no replica has, too."""
+    source, text = GAUGES["num_requests_waiting"]
+    yield _gauge(f"{prefix}:num_requests_waiting", text, labels, figures.get(source, 0.0))
+    yield _finished(f"{prefix}:request_success", labels, figures)
 
 
 def _labelled(prefix: str, labels: Mapping[str, str], figures: Mapping[str, float]) -> Iterator[Metric]:
@@ -188,11 +193,11 @@ def _counter(name: str, text: str, labels: Mapping[str, str], value: float) -> M
     return family
 
 
-def _finished(name: str, labels: Mapping[str, str], reasons: Mapping[str, float]) -> Metric:
+def _finished(name: str, labels: Mapping[str, str], figures: Mapping[str, float]) -> Metric:
     text = "Requests by how they ended."
     family = CounterMetricFamily(name, text, labels=[*labels, "finished_reason"])
-    for reason, value in reasons.items():
-        family.add_metric([*labels.values(), reason], value)
+    for reason in FINISH_REASONS:
+        family.add_metric([*labels.values(), reason], figures[f"requests_finished_{reason}_total"])
     return family
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
 
 from jaxllm.server.errors import ANTHROPIC_PATH
 from jaxllm.server.rate_limits import LIMITED
+from jaxllm.server.response_types import ResponseStreamEvent
 
 ERRORS = {
     400: "Something in the request cannot be served; the message names it and says what to do.",
@@ -40,6 +42,8 @@ EVENT = {
     "required": ["data"],
 }
 """https://spec.openapis.org/oas/v3.2.0.html#sequential-media-types; `data` is JSON or OpenAI's [DONE]."""
+RESPONSES = "/v1/responses"
+REFERENCES = "#/components/schemas/{model}"
 
 
 def install(app: FastAPI) -> None:
@@ -63,6 +67,9 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     for name in ("HTTPValidationError", "ValidationError"):  # errors of this form are never given
         schemas.pop(name, None)
     schemas["AnthropicError"] = _ANTHROPIC_ERROR
+    events = TypeAdapter(ResponseStreamEvent).json_schema(ref_template=REFERENCES)
+    schemas |= events.pop("$defs")
+    schemas["ResponseStreamEvent"] = events
     document["components"]["securitySchemes"] = {
         "key": {"type": "http", "scheme": "bearer"},
         "key_header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
@@ -92,7 +99,7 @@ def _correct_answers(path: str, method: str, operation: dict[str, Any]) -> None:
     good = answers["200"]
     good["description"] = "What was asked for."
     if path in GENERATING:
-        good["content"]["text/event-stream"] = {"itemSchema": EVENT}
+        good["content"]["text/event-stream"] = {"itemSchema": _RESPONSE_EVENT if path == RESPONSES else EVENT}
     if path in PLAIN:
         good["content"] = {PLAIN[path]: {"schema": {"type": "string"}}}
     for status in _statuses(path, method, operation):
@@ -121,6 +128,17 @@ def _statuses(path: str, method: str, operation: dict[str, Any]) -> Iterator[int
         yield 404
 
 
+_RESPONSE_EVENT = {
+    **EVENT,
+    "properties": {
+        "event": {"type": "string", "description": "The type of the data, once more."},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": REFERENCES.format(model="ResponseStreamEvent")},
+        },
+    },
+}
 _ANTHROPIC_ERROR = {
     "title": "AnthropicError",
     "type": "object",

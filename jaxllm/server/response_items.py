@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxllm.server.answer_blocks import Block, BlockEvent
 from jaxllm.server.logprobs import TokenLogprob
+from jaxllm.server.response_types import OutputItem, OutputPart, OutputReasoningText, OutputText
 
 PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
 PART_TYPES = {"text": "output_text", "reasoning": "reasoning_text"}
@@ -24,15 +25,23 @@ class ItemEvents:
         self._answer_id = answer_id
         self._logprobs: dict[int, list[TokenLogprob]] = {}
 
-    def item(self, block: Block) -> dict[str, Any]:
+    def item(self, block: Block) -> OutputItem:
         """A block as an item of the answer."""
-        item = {"id": self._id(block), "status": block.status}
+        id, status = self._id(block), block.status
         if block.kind == "text":
-            return {**item, "type": "message", "role": "assistant", "content": [self._part(block)]}
+            content = [self._text(block)]
+            return {"id": id, "status": status, "type": "message", "role": "assistant", "content": content}
         if block.kind == "reasoning":
-            return {**item, "type": "reasoning", "summary": [], "content": [self._part(block)]}
-        call = {"call_id": block.call_id, "name": block.name, "arguments": block.text}
-        return {**item, "type": "function_call", **call}
+            thoughts = [_reasoning(block)]
+            return {"id": id, "status": status, "type": "reasoning", "summary": [], "content": thoughts}
+        return {
+            "id": id,
+            "status": status,
+            "type": "function_call",
+            "call_id": block.call_id,
+            "name": block.name,
+            "arguments": block.text,
+        }
 
     def of(self, happened: BlockEvent, logprobs: Sequence[TokenLogprob]) -> Iterator[dict[str, Any]]:
         """What happened to a block, as events.
@@ -58,7 +67,7 @@ class ItemEvents:
             yield {**event, "logprobs": list(logprobs)}
 
     def _begin(self, block: Block) -> Iterator[dict[str, Any]]:
-        item = self.item(block)
+        item: dict[str, Any] = {**self.item(block)}
         if block.kind != "call":
             item["content"] = []
         yield {"type": "response.output_item.added", "output_index": block.index, "item": item}
@@ -86,8 +95,13 @@ class ItemEvents:
     def _place(self, block: Block) -> dict[str, Any]:
         return {"item_id": self._id(block), "output_index": block.index}
 
-    def _part(self, block: Block) -> dict[str, Any]:
-        part = {"type": PART_TYPES[block.kind], "text": block.text}
-        if block.kind == "text":
-            part |= {"annotations": [], "logprobs": self._logprobs.get(block.index, [])}
-        return part
+    def _part(self, block: Block) -> OutputPart:
+        return self._text(block) if block.kind == "text" else _reasoning(block)
+
+    def _text(self, block: Block) -> OutputText:
+        logprobs = self._logprobs.get(block.index, [])
+        return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": logprobs}
+
+
+def _reasoning(block: Block) -> OutputReasoningText:
+    return {"type": "reasoning_text", "text": block.text}

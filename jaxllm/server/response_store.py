@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.server.errors import ApiError
+from jaxllm.server.response_types import ResponseObject
 
 
 @dataclass
@@ -18,7 +19,7 @@ class StoredResponse:
         cancel: ends it while it is on its way.
     """
 
-    body: dict[str, Any]
+    body: ResponseObject
     messages: list[dict[str, Any]]
     cancel: Callable[[], None] | None = field(default=None, repr=False)
 

@@ -4,10 +4,11 @@ https://platform.openai.com/docs/api-reference/responses/object and .../response
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 from jaxllm.engine.outputs import CompletionOutput, RequestOutput
+from jaxllm.sampling import SamplingParams
 from jaxllm.server.answer_blocks import BlockEvent, BlockRow
 from jaxllm.server.answer_form import AnswerForm
 from jaxllm.server.answer_parts import Part, Text
@@ -16,9 +17,10 @@ from jaxllm.server.event_stream import event
 from jaxllm.server.generation import Generation
 from jaxllm.server.logprobs import TokenLogprob, TokenNames, chat_logprobs
 from jaxllm.server.reasoning_parsers import count_reasoning
-from jaxllm.server.response_fields import ResponsesRequest
+from jaxllm.server.response_fields import ResponsesRequest, ResponseTool
 from jaxllm.server.response_items import ItemEvents
 from jaxllm.server.response_store import ResponseStore, StoredResponse
+from jaxllm.server.response_types import ItemStatus, ResponseObject, ResponseStatus, ResponseUsage, ShownTool
 
 
 class ResponseWriter:
@@ -53,7 +55,7 @@ class ResponseWriter:
             store.put(stored)
 
     @property
-    def response(self) -> dict[str, Any]:
+    def response(self) -> ResponseObject:
         """The answer as far as it is known."""
         return self._stored.body
 
@@ -78,16 +80,16 @@ class ResponseWriter:
     def _incomplete(self) -> bool:
         return self._reason == "length"
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> ResponseObject:
         """The answer, done."""
-        status = "incomplete" if self._incomplete else "completed"
+        status: ItemStatus = "incomplete" if self._incomplete else "completed"
         details = {"reason": "max_output_tokens"} if self._incomplete else None
         output = [self._items.item(block) for block in self._row.blocks]
         self._set(status, incomplete_details=details, output=output, usage=self._usage())
         self._stored.messages.append(self._row.message())
         return self.response
 
-    def fail(self, error: ApiError) -> dict[str, Any]:
+    def fail(self, error: ApiError) -> ResponseObject:
         """The answer, failed."""
         self._set("failed", error={"code": error.code or "server_error", "message": error.message})
         return self.response
@@ -124,8 +126,8 @@ class ResponseWriter:
             self.fail(error)
         return (self._event("response.failed", response=self.response),)
 
-    def _set(self, status: str, **fields: Any) -> None:
-        self._stored.body = {**self._stored.body, "status": status, **fields}
+    def _set(self, status: ResponseStatus, **fields: Any) -> None:
+        self._stored.body = cast(ResponseObject, {**self._stored.body, "status": status, **fields})
         self._stored.cancel = None
 
     def _event(self, type: str, **fields: Any) -> bytes:
@@ -138,7 +140,7 @@ class ResponseWriter:
         written = (self._names.data(token) or b"" for token in self._token_ids)
         return 0 if parser is None else count_reasoning(parser, written)
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> ResponseUsage:
         usage = self._generation.usage()
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         return {
@@ -151,12 +153,12 @@ class ResponseWriter:
 
 
 def new_response(
-    body: ResponsesRequest, generation: Generation, model: str, defaults: Mapping[str, Any]
-) -> dict[str, Any]:
+    body: ResponsesRequest, generation: Generation, model: str, params: SamplingParams
+) -> ResponseObject:
     """An answer that has just begun.
 
     Args:
-        defaults: the temperature and top_p that the request is served with.
+        params: what the request is served with.
     """
     return {
         "id": f"resp_{generation.id}",
@@ -174,12 +176,23 @@ def new_response(
         "parallel_tool_calls": body.tool_use.parallel,
         "previous_response_id": body.previous_response_id,
         "store": body.store is not False,
+        "temperature": params.temperature,
         "text": {"format": body.format},
         "tool_choice": body.tool_choice or "auto",
-        "tools": [tool.model_dump() for tool in body.tools or ()],
+        "tools": [_shown(tool) for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
+        "top_p": params.top_p,
         "truncation": "disabled",
         "usage": None,
         "user": body.user,
-        **defaults,
+    }
+
+
+def _shown(tool: ResponseTool) -> ShownTool:
+    return {
+        "type": tool.type,
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": tool.parameters,
+        "strict": tool.strict,
     }

@@ -18,6 +18,7 @@ from jaxllm.server.generation import Generation, Job, start, while_connected
 from jaxllm.server.logprobs import TokenNames
 from jaxllm.server.response_fields import ResponsesRequest
 from jaxllm.server.response_store import StoredResponse
+from jaxllm.server.response_types import DeletedResponse, ResponseObject
 from jaxllm.server.response_writer import ResponseWriter, new_response
 from jaxllm.server.service import Served, Service
 from jaxllm.server.tools import check_results
@@ -25,7 +26,7 @@ from jaxllm.server.tools import check_results
 router = APIRouter()
 
 
-@router.post("/v1/responses", responses={400: {"model": ErrorResponse}})
+@router.post("/v1/responses", response_model=ResponseObject, responses={400: {"model": ErrorResponse}})
 async def create_response(body: ResponsesRequest, request: Request, service: Served) -> Response:
     """Answers a text or a conversation, which may go on from an answer before."""
     model = service.model_name(body.model)
@@ -41,8 +42,7 @@ async def create_response(body: ResponsesRequest, request: Request, service: Ser
     work = start(service, request, _job(body, form, messages, service), None)
     generation = await while_connected(request.receive, work)
     params = generation.inputs[0].params
-    shown = {"temperature": params.temperature, "top_p": params.top_p}
-    stored = StoredResponse(new_response(body, generation, model, shown), messages)
+    stored = StoredResponse(new_response(body, generation, model, params), messages)
     store = None if body.store is False else service.responses
     writer = ResponseWriter(body, form, generation, TokenNames(service.vocabulary), stored, store)
     if body.background:
@@ -57,20 +57,20 @@ async def create_response(body: ResponsesRequest, request: Request, service: Ser
         return JSONResponse(writer.finish())
 
 
-@router.get("/v1/responses/{response_id}")
+@router.get("/v1/responses/{response_id}", response_model=ResponseObject)
 async def get_response(response_id: str, service: Served) -> Response:
     """An answer that is stored."""
     return JSONResponse(service.responses.get(response_id).body)
 
 
-@router.delete("/v1/responses/{response_id}")
-async def delete_response(response_id: str, service: Served) -> Response:
+@router.delete("/v1/responses/{response_id}", response_model=DeletedResponse)
+async def delete_response(response_id: str, service: Served) -> DeletedResponse:
     """Forgets an answer."""
     service.responses.delete(response_id)
-    return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+    return {"id": response_id, "object": "response", "deleted": True}
 
 
-@router.post("/v1/responses/{response_id}/cancel")
+@router.post("/v1/responses/{response_id}/cancel", response_model=ResponseObject)
 async def cancel_response(response_id: str, service: Served) -> Response:
     """Ends an answer that is on its way; one that is done stays as it is."""
     found = service.responses.get(response_id)

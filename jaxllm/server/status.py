@@ -1,6 +1,6 @@
 """Whether the server lives and serves, and what."""
 
-from typing import Any
+from typing import NotRequired
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
@@ -8,7 +8,7 @@ from starlette.responses import Response
 from typing_extensions import TypedDict
 
 import jaxllm
-from jaxllm.server.service import Served, Service
+from jaxllm.server.service import Served, Service, Status
 
 router = APIRouter()
 
@@ -32,21 +32,49 @@ class ModelList(TypedDict):
     data: list[ModelCard]
 
 
-@router.get("/health")
+class Health(TypedDict):
+    """Whether the server can serve, and if not, why."""
+
+    status: Status
+
+
+class Readiness(Health):
+    """And while it loads, how far it is; times are in seconds."""
+
+    seconds: NotRequired[float]
+    done: NotRequired[dict[str, float]]
+    programs: NotRequired[int]
+    programs_compiled: NotRequired[int]
+    seconds_left: NotRequired[float]
+
+
+class Load(TypedDict):
+    """Requests for text that have not been answered to the end."""
+
+    server_load: int
+
+
+class Version(TypedDict):
+    """The version of jaxllm."""
+
+    version: str
+
+
+@router.get("/health", response_model=Health)
 async def health(service: Served) -> Response:
     """Whether the process is of use: 200, also while it loads; 503 when the engine has failed."""
     status = service.status
     return JSONResponse({"status": status}, 503 if status in ("failed", "restarting") else 200)
 
 
-@router.get("/ping")
-@router.post("/ping")
+@router.get("/ping", response_model=Health)
+@router.post("/ping", response_model=Health)
 async def ping(service: Served) -> Response:
     """As `/health`; some platforms ask here."""
     return await health(service)
 
 
-@router.get("/ready")
+@router.get("/ready", response_model=Readiness)
 async def ready(service: Served) -> Response:
     """Whether requests are served now: 200, or 503 with how far loading is."""
     status = service.status
@@ -54,13 +82,13 @@ async def ready(service: Served) -> Response:
 
 
 @router.get("/version")
-async def version() -> dict[str, str]:
+async def version() -> Version:
     """The version of jaxllm."""
     return {"version": jaxllm.__version__}
 
 
 @router.get("/load")
-async def load(service: Served) -> dict[str, Any]:
+async def load(service: Served) -> Load:
     """Requests for text that have not been answered to the end."""
     return {"server_load": service.requests}
 

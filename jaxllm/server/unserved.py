@@ -10,9 +10,16 @@ router = APIRouter(include_in_schema=False)
 
 @router.post("/v1/embeddings")
 @router.post("/pooling")
+@router.post("/classify")
 @router.post("/score")
+@router.post("/v1/score")
 @router.post("/rerank")
+@router.post("/v1/rerank")
+@router.post("/v2/rerank")
 async def embed() -> Response:
-    """Nothing is embedded or ranked."""
-    text = "the model writes text, and embeds or ranks none; ask /v1/completions or /v1/chat/completions"
+    """Nothing is embedded, ranked or classified."""
+    text = (
+        "the model writes text, and embeds, ranks or classifies none; ask /v1/completions or "
+        "/v1/chat/completions"
+    )
     raise ApiError(400, text, code="unsupported_by_model")

@@ -12,7 +12,8 @@ from llguidance import LLMatcher, LLParserLimits
 from llguidance.gbnf_to_lark import any_to_lark
 
 from jaxllm.structured.matcher import Matcher
-from jaxllm.structured.params import StructuredOutputsParams
+from jaxllm.structured.params import Constraint, StructuredOutputsParams
+from jaxllm.structured.structural_tag import StructuralTagGrammar, grammars_of
 from jaxllm.structured.tokens import TokenTable
 
 WHITESPACE = r"([ \t]{1,4}|\r?\n[ \t]{0,40})"
@@ -111,23 +112,29 @@ class Grammar:
                     what = f"at most {LARGEST_MULTIPLE} of its last decimal place are supported"
                     raise self.error(f"multipleOf {multiple}: {what}")
         try:
-            match params.constraint:
-                case "json" if params.disable_additional_properties:
-                    return self._schema(json.dumps(_closed(json.loads(text))))
-                case "json":
-                    return self._schema(text)
-                case "json_object":
-                    return self._schema('{"type": "object"}')
-                case "regex":
-                    return LLMatcher.grammar_from_regex(text)
-                case "choice":
-                    return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, text)))
-                case "grammar":
-                    return LLMatcher.grammar_from_lark(any_to_lark(text))
+            return self._translate(params.constraint, text)
         except RecursionError:
             raise self.error("nested too deeply") from None
         except Exception as error:  # the converter from EBNF raises plain ones
             raise self.error(_short(str(error))) from error
+
+    def _translate(self, constraint: Constraint, text: Any) -> str:
+        match constraint:
+            case "json" if self.params.disable_additional_properties:
+                return self._schema(json.dumps(_closed(json.loads(text))))
+            case "json":
+                return self._schema(text)
+            case "json_object":
+                return self._schema('{"type": "object"}')
+            case "regex":
+                return LLMatcher.grammar_from_regex(text)
+            case "choice":
+                return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, text)))
+            case "grammar":
+                return LLMatcher.grammar_from_lark(any_to_lark(text))
+            case "structural_tag":
+                tag = StructuralTagGrammar(self.tokens.special_tokens, self._translate)
+                return tag.write(json.loads(text))
 
     def _schema(self, schema: str) -> str:
         flexible = not self.params.disable_any_whitespace
@@ -144,7 +151,7 @@ class Grammar:
 
 def _after(prefix: str, source: str) -> str:
     """A grammar that begins with another one's text."""
-    rest = json.loads(source)["grammars"] if source.startswith("{") else [{"lark_grammar": source}]
+    rest = grammars_of(source)
     rest[0]["name"] = "rest"
     begin = [{"lark_grammar": "start: @prefix @rest"}, {"name": "prefix", "lark_grammar": prefix}]
     return json.dumps({"grammars": [*begin, *rest]})

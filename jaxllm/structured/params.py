@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Constraint = Literal["json", "regex", "choice", "grammar", "json_object"]
+Constraint = Literal["json", "regex", "choice", "grammar", "json_object", "structural_tag"]
 """The ways to say what an output may be."""
 
 CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
@@ -19,7 +19,8 @@ CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
 
 @dataclass(frozen=True)
 class StructuredOutputsParams:
-    """What the output must be: exactly one of `json`, `regex`, `choice`, `grammar` and `json_object`.
+    """What the output must be: exactly one of `json`, `regex`, `choice`, `grammar`, `json_object` and
+    `structural_tag`.
 
     Immutable and hashable: schemas are kept as JSON text, lists as tuples.
 
@@ -41,11 +42,18 @@ class StructuredOutputsParams:
     https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md."""
     json_object: bool = False
     """Any JSON object."""
+    structural_tag: str | dict[str, Any] | None = None
+    """Free text, and parts of it between tags that are held to a form, as a dict or as JSON text: XGrammar's
+    `{"format": {"type": "triggered_tags", ...}}`, or vLLM's older `{"structures": [...], "triggers": [...]}`
+    with structures `{"begin": ..., "schema": ..., "end": ...}`. Formats that are not there, such as those of
+    tokens, are refused by name.
+    Source: https://xgrammar.mlc.ai/docs/structural_tag/structural_tag.html."""
     disable_additional_properties: bool = False
-    """With `json`: objects have no other properties than the schema lists, unless it speaks of others. By
-    itself a JSON schema allows others where it does not say "additionalProperties": false."""
+    """With `json` and `structural_tag`: objects have no other properties than the schema lists, unless it
+    speaks of others. By itself a JSON schema allows others where it does not say "additionalProperties":
+    false."""
     disable_any_whitespace: bool = False
-    """No whitespace between the tokens of JSON, with `json` and `json_object`."""
+    """No whitespace between the tokens of JSON, with `json`, `json_object` and `structural_tag`."""
     whitespace_pattern: str | None = None
     """A regular expression of the whitespace that may stand between tokens of JSON, likewise. None: up to 4
     spaces or tabs, or a new line and up to 40."""
@@ -55,6 +63,8 @@ class StructuredOutputsParams:
     def __post_init__(self) -> None:
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
+        if self.structural_tag is not None:
+            object.__setattr__(self, "structural_tag", _json_text("structural_tag", self.structural_tag))
         for name in ("regex", "grammar", "whitespace_pattern", "prefix"):
             _check_text(name, getattr(self, name))
         if self.choice is not None:
@@ -86,11 +96,13 @@ class StructuredOutputsParams:
                 f"structured_outputs: give exactly one of {', '.join(CONSTRAINTS)}; "
                 f"given: {', '.join(given) or 'none'}"
             )
-        if self.disable_additional_properties and given[0] != "json":
-            raise ValueError(f"disable_additional_properties: only with json, not with {given[0]}")
+        if self.disable_additional_properties and given[0] not in ("json", "structural_tag"):
+            text = f"only with json or structural_tag, not with {given[0]}"
+            raise ValueError(f"disable_additional_properties: {text}")
         for name in ("disable_any_whitespace", "whitespace_pattern"):
-            if getattr(self, name) and given[0] not in ("json", "json_object"):
-                raise ValueError(f"{name}: only with json or json_object, not with {given[0]}")
+            if getattr(self, name) and given[0] not in ("json", "json_object", "structural_tag"):
+                text = f"only with json, json_object or structural_tag, not with {given[0]}"
+                raise ValueError(f"{name}: {text}")
         if self.disable_any_whitespace and self.whitespace_pattern is not None:
             raise ValueError("whitespace_pattern: must be left out with disable_any_whitespace=True")
 
@@ -104,21 +116,33 @@ def _schema_text(schema: Any) -> str:
     """
     if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
         schema = schema.model_json_schema()  # pyright: ignore[reportAttributeAccessIssue]
-    if isinstance(schema, str):
-        _check_text("json", schema)
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"json: not a JSON schema in JSON text: {error}") from error
-        if not isinstance(schema, dict):
-            raise ValueError(f"json: a schema must be an object, not {type(schema).__name__}")
-    if not isinstance(schema, dict):
+    if not isinstance(schema, str | dict):
         raise TypeError(f"json: must be a dict, JSON text or a pydantic model's class, not {schema!r}")
+    return _json_text("json", schema)
+
+
+def _json_text(name: str, value: Any) -> str:
+    """An object as JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or no object.
+        TypeError: it is neither a dict nor text.
+    """
+    if isinstance(value, str):
+        _check_text(name, value)
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}: not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}: must be an object, not {type(value).__name__}")
+    if not isinstance(value, dict):
+        raise TypeError(f"{name}: must be a dict or JSON text, not {value!r}")
     try:
-        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"json: the schema cannot be written as JSON: {error}") from error
-    _check_text("json", text)
+        raise ValueError(f"{name}: cannot be written as JSON: {error}") from error
+    _check_text(name, text)
     return text
 
 

@@ -46,6 +46,11 @@ class TokenTable:
         """32-bit words of a mask with a bit for each token."""
         return -(-len(self.tokens) // 32)
 
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that are no text, by their names."""
+        return {self.tokens[token].decode(errors="replace"): token for token in self.special_token_ids}
+
     def __call__(self, text: str) -> list[int]:
         """Tokens that write exactly this text, none of them special.
 

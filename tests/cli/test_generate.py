@@ -105,6 +105,7 @@ def test_lists_and_tables_reach_the_engine(engine: type):
         (["--json-schema", '{"type": "null"}'], "json", '{"type": "null"}'),
         (["--json-schema", "schema.json"], "json", '{"enum": ["é"]}'),
         (["--grammar-file", "grammar.lark"], "grammar", 'start: "a"'),
+        (["--structural-tag", '{"format": {}}'], "structural_tag", '{"format": {}}'),
     ],
 )
 def test_what_the_output_must_be(
@@ -123,7 +124,7 @@ def test_what_the_output_must_be(
     [
         (["--regex", "a", "--choice", "b"], "give exactly one of json, regex"),
         (["--json-schema", "missing.json"], "missing.json"),
-        (["--json-schema", "{"], "json: not a JSON schema"),
+        (["--json-schema", "{"], "json: not JSON"),
     ],
 )
 def test_bad_constraints_are_errors_of_usage(

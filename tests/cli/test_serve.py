@@ -85,6 +85,7 @@ def test_keys_from_the_environment(served: list[Any], monkeypatch: pytest.Monkey
         (["m", "--ssl-keyfile", "k"], "ssl_certfile"),
         (["m", "--ssl-cert-reqs", "2"], "ssl_cert_reqs: needs ssl_certfile"),
         (["m", "--ssl-ca-certs", "c"], "ssl_ca_certs: needs ssl_certfile"),
+        (["m", "--profile-dir", "p"], "profile_dir: needs admin"),
         (["m", "--request-timeout", "0"], "request_timeout"),
         (["m", "--log-level", "loud"], "--log-level"),
         (["m", "--page-size", "3"], "page_size=3"),

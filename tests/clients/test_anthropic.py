@@ -1,8 +1,9 @@
-"""Anthropic's own client: tools and reasoning, whole and streamed."""
+"""Anthropic's own client: tools, reasoning and forms, whole and streamed."""
 
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
+import pydantic
 import pytest
 from running import Running
 from scripted import CALL, CITY, configured, writes
@@ -10,6 +11,10 @@ from scripted import CALL, CITY, configured, writes
 pytestmark = pytest.mark.clients
 ASK: dict[str, Any] = {"model": "tiny", "max_tokens": 200, "messages": [{"role": "user", "content": "hi"}]}
 TOOLS: list[Any] = [{"name": "weather", "description": "d", "input_schema": CITY}]
+
+
+class City(pydantic.BaseModel):
+    city: Literal["Paris", "Rome"]
 
 
 def test_tools_and_reasoning(server: Running) -> None:
@@ -45,3 +50,10 @@ def test_a_tool_that_must_be_called(server: Running) -> None:
             assert block.input["city"] in ("Paris", "Rome")
         with pytest.raises(anthropic.BadRequestError, match="'other'"):
             client.messages.create(tools=TOOLS, tool_choice={"type": "tool", "name": "other"}, **ASK)
+
+
+def test_an_answer_in_a_form(server: Running) -> None:
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        assert isinstance(client.messages.parse(output_format=City, **ASK).parsed_output, City)
+        with client.messages.stream(output_format=City, **ASK) as stream:
+            assert isinstance(stream.get_final_message().parsed_output, City)

@@ -150,7 +150,7 @@ def test_bodies_that_are_not_requests(server: Running) -> None:
 
 
 def test_what_the_model_cannot_do_says_so(server: Running) -> None:
-    for path in ("/v1/embeddings", "/pooling", "/score", "/rerank"):
+    for path in ("/v1/embeddings", "/pooling", "/classify", "/score", "/rerank", "/v1/score", "/v2/rerank"):
         assert refusal(server.post(path, input="a"))["code"] == "unsupported_by_model"
 
 

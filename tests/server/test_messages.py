@@ -8,6 +8,15 @@ from running import Running
 TURNS = [{"role": "user", "content": "hi"}]
 
 
+def schema_format(schema: dict) -> dict:
+    return {"type": "json_schema", "schema": schema}
+
+
+CONFIG = {"format": schema_format({"enum": [[7, "x"]]})}
+PREFILLED = [*TURNS, {"role": "assistant", "content": "["}]
+TOOL = {"name": "look", "input_schema": {"type": "object"}}
+
+
 def ask(server: Running, **fields):
     return server.post(
         "/v1/messages", **{"model": "tiny", "max_tokens": 8, "messages": TURNS, "temperature": 0} | fields
@@ -61,6 +70,23 @@ def test_a_stream(server: Running) -> None:
     assert events[-2]["usage"]["output_tokens"] == 20
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fields", [{"output_config": CONFIG}, {"output_format": CONFIG["format"]}])
+def test_an_answer_with_a_schema(server: Running, fields: dict, stream: bool) -> None:
+    response = ask(server, **fields, max_tokens=30, temperature=1, stream=stream)
+    if stream:
+        data = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
+        text = "".join(event["delta"].get("text", "") for event in data if "delta" in event)
+        assert data[-2]["delta"]["stop_reason"] == "end_turn"
+    else:
+        [block], reason = response.json()["content"], response.json()["stop_reason"]
+        text = block["text"]
+        assert reason == "end_turn"
+    assert json.loads(text) == [7, "x"]
+    count = server.post("/v1/messages/count_tokens", messages=TURNS, **fields)
+    assert count.json() == server.post("/v1/messages/count_tokens", messages=TURNS).json()
+
+
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
@@ -73,6 +99,15 @@ def test_a_stream(server: Running) -> None:
         ({"temperature": -1}, "temperature"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"nonsense": 1}, "nonsense"),
+        ({"output_config": {"effort": "low"}}, "effort: not supported"),
+        ({"output_config": {"format": {"type": "json_object"}}}, "output_config.format.type"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema: is required"),
+        ({"output_config": {"format": schema_format({"not": {}})}}, "output_config.json: "),
+        ({"output_config": {"format": schema_format({"a": "x" * 70_000})}}, "at most 65536"),
+        ({"output_format": schema_format({"type": 5})}, "output_format.json: "),
+        ({"output_format": schema_format({}), "output_config": CONFIG}, "give one of them"),
+        ({"output_config": CONFIG, "messages": PREFILLED}, "output_config: the answer is held"),
+        ({"output_config": CONFIG, "tools": [TOOL], "tool_choice": {"type": "any"}}, "output_config: "),
     ],
 )
 def test_errors_in_their_form(server: Running, fields: dict, name: str) -> None:

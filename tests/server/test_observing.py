@@ -112,7 +112,7 @@ def test_profiles_are_for_administrators() -> None:
     from test_status import not_loaded
 
     async def main() -> None:
-        client, _ = not_loaded(profile_dir=Path("/tmp/x"))
+        client, _ = not_loaded()
         async with client:
             response: httpx2.Response = await client.post("/start_profile")
             assert response.status_code == 404

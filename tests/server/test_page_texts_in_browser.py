@@ -54,11 +54,67 @@ def test_markdown(screen: Screen) -> None:
     assert answer.locator("p").last.inner_text().endswith("** open")
 
 
+TABLE = (
+    "Prices:\n| Name | Price | Say |\n|:-----|------:|:---:|\n| a \\| b | **1** | `x` |\n| short |\n"
+    "| <i> | 2 | 3 | more |\n\nno | table\n- one"
+)
+
+
+def test_a_table(screen: Screen) -> None:
+    screen.answer_with(TABLE)
+    answer = screen.ask("x").locator(".answer")
+    kinds = "e => [...e.children].map(child => child.className || child.tagName.toLowerCase())"
+    assert answer.evaluate(kinds) == ["p", "table", "p", "ul"]
+    assert answer.locator("th").all_inner_texts() == ["Name", "Price", "Say"]
+    rows = answer.locator("tbody tr")
+    assert [row.locator("td").all_inner_texts() for row in rows.all()] == [
+        ["a | b", "1", "x"],
+        ["short", "", ""],
+        ["<i>", "2", "3", "more"],
+    ]
+    looks = "e => getComputedStyle(e).textAlign"
+    assert [cell.evaluate(looks) for cell in rows.first.locator("td").all()] == ["left", "right", "center"]
+    assert answer.locator("td strong").inner_text() == "1"
+
+
+def test_a_table_that_is_still_written(screen: Screen) -> None:
+    """It is a table from its first line on; what only began like one is text in the end."""
+    shapes = """async (text) => {
+        const { parseBlocks } = await import("/ui/markdown.js");
+        const kinds = (text) => parseBlocks(text, true).map((block) => block.kind).join(" ");
+        return Array.from(text, (_, i) => kinds(text.slice(0, i + 1)));
+    }"""
+    assert set(screen.page.evaluate(shapes, "| a | b |\n|:-|-|\n| 1 | 2 |\n")) == {"table"}
+    assert screen.page.evaluate(shapes, "| a | b |\nno")[-1] == "paragraph"
+    assert screen.page.evaluate(shapes, "| a | b |\n|-|\nno")[-1] == "paragraph"
+    screen.answer_with("|x| is the size of x")
+    assert screen.ask("x").locator(".answer p").inner_text() == "|x| is the size of x"
+
+
+def test_a_wide_table_scrolls_by_itself(screen: Screen) -> None:
+    row = "|" + "|".join(f"column-{i}" for i in range(40)) + "|\n"
+    screen.answer_with(row + "|" + "-|" * 40 + "\n" + row)
+    table = screen.ask("x").locator(".table")
+    assert table.evaluate("e => e.scrollWidth > e.clientWidth && e.clientWidth <= 720")
+    assert screen.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    grow = """async () => {
+        const { Answer } = await import("/ui/answer.js");
+        const answer = new Answer(document.querySelector(".answer"));
+        answer.element.replaceChildren();
+        const row = "|" + "wide-column|".repeat(40) + "\\n", text = row + "|" + "-|".repeat(40) + "\\n" + row;
+        answer.show(text, [], true);
+        answer.element.firstChild.scrollLeft = 77;
+        answer.show(text + row, [], true);
+        return [answer.element.firstChild.scrollLeft, answer.element.querySelectorAll("tbody tr").length];
+    }"""
+    assert screen.page.evaluate(grow) == [77, 2]
+
+
 def test_markdown_of_anything_ends_soon_and_loses_nothing(screen: Screen) -> None:
     check = """async () => {
         const { parseBlocks, parseInline } = await import("/ui/markdown.js");
         const parts = ["**", "*", "_", "`", "```", "[", "](https://a.b)", "\\n", "\\n\\n", "- ", "1. ", "# ",
-            "> ",
+            "> ", "|", "|---|\\n", "---|:-:\\n",
             " ", "word", "\\\\", "~~~"];
         let seed = 1;
         const random = () => (seed = (seed * 48271) % 2147483647) / 2147483647;
@@ -67,8 +123,8 @@ def test_markdown_of_anything_ends_soon_and_loses_nothing(screen: Screen) -> Non
         for (let round = 0; round < 2000; round += 1) {
             const part = () => parts[Math.floor(random() * parts.length)];
             const source = Array.from({ length: 30 }, part).join("");
-            const shown = parseBlocks(source).map((block) => {
-                const ranges = block.items ?? block.lines ?? [block.body ?? block];
+            const shown = parseBlocks(source, round % 2 === 1).map((block) => {
+                const ranges = block.items ?? block.lines ?? block.rows?.flat() ?? [block.body ?? block];
                 const shown = ranges.map((range) => covered(source, parseInline(source, range)));
                 return [block.language, ...shown].join(" ");
             }).join(" ");

@@ -28,6 +28,14 @@ class Reading(pydantic.BaseModel):
 SCHEMA = Reading.model_json_schema()
 FORMAT = {"type": "json_schema", "json_schema": {"name": "reading", "schema": SCHEMA, "strict": True}}
 
+SEVEN = {"type": "json_schema", "json_schema": {"const": 7}}
+TAG = {"type": "tag", "begin": "<a>", "content": SEVEN, "end": "</a>"}
+OLDER_TAG = {
+    "type": "structural_tag",
+    "structures": [{"begin": "a>", "schema": {"const": 7}, "end": "<!>"}],
+    "triggers": ["a"],
+}
+
 
 def refusal(response) -> dict[str, Any]:
     assert response.status_code == 400, response.text
@@ -73,6 +81,10 @@ def test_any_json_object(server: Running) -> None:
         ({"guided_json": json.dumps({"enum": [7]})}, "7"),
         ({"guided_json": {"enum": [[7]]}, "guided_whitespace_pattern": "~?"}, "~?".join(["\\[", "7", "\\]"])),
         ({"response_format": FORMAT, "max_tokens": 60}, r"\{.*\}"),
+        ({"response_format": {"type": "structural_tag", "format": TAG}}, "<a>7</a>"),
+        ({"structured_outputs": {"structural_tag": {"format": TAG}}}, "<a>7</a>"),
+        ({"structural_tag": json.dumps({"type": "structural_tag", "format": TAG})}, "<a>7</a>"),
+        ({"response_format": OLDER_TAG, "logit_bias": {"15": 100}}, "(a>7<!>)+[a>7<!]*"),  # of the a
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -114,11 +126,20 @@ def schema_format(schema: Any, **fields: Any) -> dict[str, Any]:
         ({"response_format": schema_format({"not": {}})}, "response_format", 'Unimplemented keys: ["not"]'),
         ({"response_format": schema_format({"$ref": "#"})}, "response_format", "no text that fits"),
         ({"response_format": schema_format({"type": 5})}, "response_format", ""),
+        ({"response_format": {"type": "structural_tag"}}, "response_format", "format: is missing"),
+        (
+            {"response_format": {"type": "structural_tag", "format": {}}},
+            "response_format",
+            "format.type: None",
+        ),
+        ({"response_format": OLDER_TAG | {"triggers": ["b"]}}, "response_format", "structures[0].begin"),
+        ({"response_format": {"type": "text", "format": TAG}}, "response_format", "only with type"),
+        ({"structural_tag": "["}, "structural_tag", "not JSON"),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "regex, choice"),
         ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs", "look-around"),
         ({"structured_outputs": {"shape": 1}}, "structured_outputs", "shape"),
-        ({"structured_outputs": {"json": "{"}}, "structured_outputs", "json: not a JSON schema"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs", "json: not JSON"),
         ({"guided_regex": "("}, "guided_regex", "guided_regex.regex: "),
         ({"guided_json": "[]"}, "guided_json", "must be an object"),
         ({"guided_choice": []}, "guided_choice", "at least one"),

@@ -3,9 +3,12 @@
 import json
 import re
 import time
+from typing import Any
 
+import jsonschema
 import openai
 import pytest
+import scripted
 from running import Running
 
 GREEDY = {"model": "tiny", "temperature": 0}
@@ -131,6 +134,45 @@ def test_bad_requests(server: Running, fields: dict, param: str) -> None:
     assert response.status_code == 400
     error = response.json()["error"]
     assert re.split(r"[.\[]", error["param"] or "")[0] in (param, "format")
+
+
+def strict(schema: Any) -> Any:
+    """The schema, with no other properties than it names."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: strict(part) for name, part in schema.items()}
+    return {**closed, "additionalProperties": False} if "properties" in schema else closed
+
+
+def test_answers_and_events_are_of_the_documents_form(tool_server: Running) -> None:
+    components = strict(tool_server.http.get("/openapi.json").json()["components"])
+
+    def check(found: Any, name: str) -> None:
+        form = {"$ref": f"#/components/schemas/{name}", "components": components}
+        jsonschema.validate(found, form, jsonschema.Draft202012Validator)
+
+    tools = [{"type": "function", "name": "weather", "parameters": scripted.CITY}]
+    flags = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
+    plain = {"input": "hi", "include": ["message.output_text.logprobs"], "top_logprobs": 1}
+    with (
+        scripted.configured(tool_server, **flags),
+        scripted.writes(f"<think>Hm.</think>Well. {scripted.CALL}"),
+    ):
+        called = {"input": "hi", "tools": tools, "metadata": {"a": "b"}}
+        found = [tool_server.post("/v1/responses", **called).json()]
+        assert [item["type"] for item in found[0]["output"]] == ["reasoning", "message", "function_call"]
+        lines = tool_server.post("/v1/responses", **called, stream=True).text.splitlines()
+    found.append(tool_server.post("/v1/responses", **plain, max_output_tokens=3).json())
+    lines += tool_server.post("/v1/responses", **plain, max_output_tokens=3, stream=True).text.splitlines()
+    for answer in found:
+        check(answer, "ResponseObject")
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    for event in events:
+        check(event, "ResponseStreamEvent")
+    assert len({event["type"] for event in events}) == 14
+    check(tool_server.http.delete(f"/v1/responses/{found[0]['id']}").json(), "DeletedResponse")
 
 
 def test_the_store_is_bounded(server: Running) -> None:

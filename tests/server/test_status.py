@@ -266,6 +266,10 @@ def test_the_document_has_all_errors_and_ways_to_give_a_key() -> None:
         for path, item in document["paths"].items():
             limited = "post" in item and path.startswith(("/v1/", "/tokenize", "/detokenize"))
             assert ("429" in next(iter(item.values()))["responses"]) == limited, path
+            for operation in item.values():
+                assert all(
+                    form.get("schema", form) for form in operation["responses"]["200"]["content"].values()
+                ), path
         schemes = document["components"]["securitySchemes"]
         assert {"bearer", "X-Api-Key"} == {s.get("scheme") or s["name"] for s in schemes.values()}
         assert {name for given in document["security"] for name in given} == schemes.keys()

@@ -80,6 +80,26 @@ def test_a_part_of_the_spread(engine: Engine) -> None:
     assert engine.get_metrics()["programs_compiled_late_total"] == 0
 
 
+def test_a_structural_tag(engine: Engine) -> None:
+    """Between the tags there is only what fits, and around them whatever the model writes."""
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    call = {
+        "type": "tag",
+        "begin": "<call>",
+        "content": {"type": "json_schema", "json_schema": {**schema, "additionalProperties": False}},
+        "end": "</call>",
+    }
+    form = {"type": "triggered_tags", "triggers": ["<call"], "tags": [call], "at_least_one": True}
+    held = StructuredOutputsParams(structural_tag={"format": form})
+    params = SamplingParams(n=8, seed=0, max_tokens=60, structured_outputs=held)
+    [output] = engine.generate(["Where is the Louvre?"], params)
+    for completion in output.outputs:
+        assert completion.text.startswith("<call>")
+        for begun in completion.text.split("<call")[1:]:
+            [inside, *_] = begun.removeprefix(">").split("</call>")
+            jsonschema.validate(json.loads(inside), schema)
+
+
 @pytest.mark.spread
 @pytest.mark.timeout(1200)
 def test_the_whole_spread(engine: Engine) -> None:

@@ -11,7 +11,7 @@ import { likeliness } from "./tokens.js";
  */
 
 export class Answer {
-  /** @type {{source: string, node: Node}[]} */
+  /** @type {{source: string, node: HTMLElement}[]} */
   #shown = [];
 
   /** @param {HTMLElement} element that is filled */
@@ -24,9 +24,10 @@ export class Answer {
    *
    * @param {string} text
    * @param {Token[]} tokens in order
+   * @param {boolean} growing whether more is to come
    */
-  show(text, tokens) {
-    const blocks = parseBlocks(text);
+  show(text, tokens, growing) {
+    const blocks = parseBlocks(text, growing);
     const kept = Math.max(0, this.#shown.length - 1);
     this.#shown = blocks.map((block, i) => {
       const source = text.slice(block.start, block.end);
@@ -35,7 +36,10 @@ export class Answer {
     });
     const nodes = this.#shown.map(({ node }) => node);
     nodes.forEach((node, i) => {
-      if (this.element.childNodes[i] !== node) this.element.insertBefore(node, this.element.childNodes[i] ?? null);
+      const before = this.element.children[i];
+      if (before === node) return;
+      this.element.insertBefore(node, before ?? null);
+      if (before) node.scrollLeft = before.scrollLeft; // a wide table stays where it was moved to as it grows
     });
     while (this.element.childNodes.length > nodes.length) this.element.lastChild?.remove();
   }
@@ -59,6 +63,8 @@ class Writer {
         return make("blockquote", {}, ...block.lines.map((line) => make("p", {}, ...this.inline(line))));
       case "list":
         return this.list(block.items);
+      case "table":
+        return this.table(block);
       case "fence":
         return this.fence(block);
       default:
@@ -80,6 +86,21 @@ class Writer {
       open[item.depth].append(make("li", {}, ...this.inline(item)));
     }
     return open[0];
+  }
+
+  /** @param {{rows: Range[][], align: string[]}} block the first row is the head */
+  table({ rows, align }) {
+    const columns = rows[0].length;
+    const [head, ...body] = rows.map((row, i) => {
+      const missing = Array.from({ length: Math.max(0, columns - row.length) }, () => make("td"));
+      const found = row.map((cell, column) => {
+        const properties = { ...(align[column] && { class: align[column] }), ...(i === 0 && { scope: "col" }) };
+        return make(i === 0 ? "th" : "td", properties, ...this.inline(cell));
+      });
+      return make("tr", {}, ...found, ...missing);
+    });
+    const inside = make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
+    return make("div", { class: "table", role: "region", "aria-label": "Table", tabindex: 0 }, inside);
   }
 
   /** @param {Range & {language: string, body: Range}} block */

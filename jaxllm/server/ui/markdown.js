@@ -1,6 +1,8 @@
 // The part of Markdown that models write most, as a tree of ranges in the source. Nothing is thrown away: what has
 // no meaning here stays text.
 
+import { alignments, beginsTable, cells } from "./table.js";
+
 /**
  * @typedef {{start: number, end: number}} Range
  * @typedef {Range & {kind: "text" | "code"}} Leaf
@@ -10,7 +12,7 @@
  * @typedef {Range & {depth: number, ordered: boolean, number: number}} Item
  * @typedef {Range & ({kind: "paragraph" | "rule"} | {kind: "heading", level: number, body: Range}
  *   | {kind: "fence", language: string, body: Range} | {kind: "list", items: Item[]}
- *   | {kind: "quote", lines: Range[]})} Block
+ *   | {kind: "quote", lines: Range[]} | {kind: "table", rows: Range[][], align: import("./table.js").Alignment[]})} Block
  */
 
 const FENCE = /^[ \t]*(`{3,}|~{3,})[ \t]*([^`]*)$/;
@@ -20,8 +22,8 @@ const ITEM = /^([ \t]*)(?:[-*+]|(\d{1,9})[.)])[ \t]+(?=\S)/;
 const QUOTE = /^ {0,3}> ?/;
 const MOST_NESTING = 8;
 
-/** @param {string} source @returns {Block[]} */
-export function parseBlocks(source) {
+/** @param {string} source @param {boolean} [growing] whether more of it is to come @returns {Block[]} */
+export function parseBlocks(source, growing = false) {
   const lines = lineRanges(source);
   /** @type {Block[]} */
   const blocks = [];
@@ -44,9 +46,11 @@ export function parseBlocks(source) {
       i = list(source, lines, i, blocks);
     } else if (QUOTE.test(line)) {
       i = quote(source, lines, i, blocks);
+    } else if (beginsTable(source, lines, i, growing)) {
+      i = table(source, lines, i, blocks);
     } else {
       let last = i;
-      while (last + 1 < lines.length && continues(source.slice(lines[last + 1].start, lines[last + 1].end))) last += 1;
+      while (goesOn(source, lines, last + 1) && !beginsTable(source, lines, last + 1, growing)) last += 1;
       blocks.push({ kind: "paragraph", start, end: lines[last].end });
       i = last + 1;
     }
@@ -57,6 +61,11 @@ export function parseBlocks(source) {
 /** @param {string} line */
 function continues(line) {
   return line.trim() !== "" && ![FENCE, HEADING, RULE, ITEM, QUOTE].some((form) => form.test(line));
+}
+
+/** @param {string} source @param {Range[]} lines @param {number} i */
+function goesOn(source, lines, i) {
+  return i < lines.length && continues(source.slice(lines[i].start, lines[i].end));
 }
 
 /** @param {string} source @returns {Range[]} without the line breaks */
@@ -125,6 +134,16 @@ function quote(source, lines, i, blocks) {
   }
   blocks.push({ kind: "quote", lines: inside, start, end: inside[inside.length - 1].end });
   return i;
+}
+
+/** @param {string} source @param {Range[]} lines @param {number} i @param {Block[]} blocks */
+function table(source, lines, i, blocks) {
+  const align = alignments(source, lines[i + 1]);
+  const rows = [cells(source, lines[i])];
+  let next = Math.min(i + 2, lines.length);
+  for (; goesOn(source, lines, next); next += 1) rows.push(cells(source, lines[next]));
+  blocks.push({ kind: "table", rows, align, start: lines[i].start, end: lines[next - 1].end });
+  return next;
 }
 
 /**

@@ -138,7 +138,7 @@ export class Transcript {
     const footer = make("footer", {}, copy, again, figures);
     const article = make("article", { class: "reply", "aria-label": turn.model || "Model" }, body, problem, footer);
     const refresh = () => {
-      answer.show(turn.text, turn.tokens.placed);
+      answer.show(turn.text, turn.tokens.placed, turn.state === "writing");
       body.toggleAttribute("tabindex", false);
       if (turn.tokens.placed.length && turn.state !== "writing") body.tabIndex = 0;
       article.dataset.state = turn.state;
