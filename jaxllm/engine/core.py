@@ -135,9 +135,13 @@ class EngineCore:
             ValueError: an unfinished sample of another request has the id of one of these.
         """
         self.unfinished.require_new(samples)
-        for sample in samples:
-            self.scheduler.add(sample.request)
         self.unfinished.add(samples)
+        try:
+            for sample in samples:
+                self.scheduler.add(sample.request)
+        except Exception:
+            self.abort(samples[0].assembler.request_id, "error")
+            raise
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> RequestOutput | None:
         """Ends a request and gives its last output; None if no unfinished request has this id."""
