@@ -15,10 +15,8 @@ from jaxllm.cli.following import follow_if_told
 from jaxllm.cli.options import add_engine_flags, engine_options
 from jaxllm.config import EngineConfig, option_fields
 from jaxllm.engine.vllm_options import COMBINED, MEANINGLESS, REFUSED, translate
-from jaxllm.server.config import PARTS, AccessConfig, ServerConfig
+from jaxllm.server.config import PARTS, ServerConfig
 
-KEY_VARIABLE = "JAXLLM_API_KEY"
-"""Environment variable with keys, apart by commas."""
 _OWN = {field.name for part in PARTS.values() for field in dataclasses.fields(part)}
 _VLLM = REFUSED.keys() | COMBINED | MEANINGLESS
 _VLLM_ONLY = sorted(_VLLM - _OWN - {field.name for _, field in option_fields()})
@@ -110,11 +108,7 @@ def _server_config(arguments: argparse.Namespace) -> ServerConfig:
         name: part(**given(arguments, dataclasses.fields(part))) for name, part in PARTS.items()
     }
     config = ServerConfig(**parts)
-    from_environment = [key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip()]
-    access: AccessConfig = config.access
-    return dataclasses.replace(
-        config, access=dataclasses.replace(access, api_key=(*access.api_key, *from_environment))
-    )
+    return dataclasses.replace(config, access=config.access.with_keys_of(os.environ))
 
 
 def _with_vllm_flags(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import itertools
 import logging
 import queue
 import threading
-import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
@@ -24,7 +23,7 @@ from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.output_stream import OutputStream, post
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.replicating import load_engine
-from jaxllm.engine.restarts import RestartBudget
+from jaxllm.engine.restarts import MOST_RESTARTS, WINDOW_SECONDS, RestartBudget
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.parallel.hosts import HostGroup
 from jaxllm.sampling import SamplingParams
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Health = Literal["running", "sleeping", "restarting", "failed", "closed"]
-RETRY_SECONDS = 0.5
-"""After a restart that failed, before the next: what took the device's memory may let go of it."""
 T = TypeVar("T")
 
 
@@ -52,17 +49,23 @@ class AsyncEngine:
     listening, or is cancelled, ends its request and no other. If a step fails, the requests in it raise
     `RequestFailedError` and the loop goes on. If that happens again and again, or the loop itself fails, all
     requests raise `EngineFailedError`, and the engine starts over without compiling anything. If that, too,
-    happens again and again, `health` is "failed" and stays so.
+    happens again and again, `health` is "failed" and stays so. Replicas start over each by itself first.
 
     Args:
         engine: it belongs to the thread from now on.
-        max_restarts: how often it may start over within `restart_window` seconds.
+        max_restarts: how often it may start over within `restart_window` seconds, and each replica may.
     """
 
-    def __init__(self, engine: Engine, *, max_restarts: int = 3, restart_window: float = 300.0) -> None:
+    def __init__(
+        self, engine: Engine, *, max_restarts: int = MOST_RESTARTS, restart_window: float = WINDOW_SECONDS
+    ) -> None:
         self._engine = engine
+        engine.limit_restarts(max_restarts, restart_window)
         self._restarts = RestartBudget(max_restarts, restart_window)
         self._restarting = False
+        self._stop = threading.Event()
+        if engine.hosts is not None:  # which cannot go on without one another
+            engine.hosts.when_lost(self._stop.set)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, OutputStream] = {}
         self._ids = itertools.count()
@@ -185,7 +188,7 @@ class AsyncEngine:
             return "closed"
         if self._failure is not None or not self._thread.is_alive():
             return "failed"
-        if self._restarting or self._engine.failure is not None:
+        if self._restarting or not self._engine.num_serving:
             return "restarting"
         return "sleeping" if self._engine.is_sleeping else "running"
 
@@ -213,6 +216,11 @@ class AsyncEngine:
     def max_num_seqs(self) -> int:
         """See `Engine.max_num_seqs`."""
         return self._engine.max_num_seqs
+
+    @property
+    def num_serving(self) -> int:
+        """See `Engine.num_serving`."""
+        return self._engine.num_serving
 
     @property
     def metrics(self) -> Metrics:
@@ -265,6 +273,7 @@ class AsyncEngine:
         """Ends all requests with the finish reason "abort" once a running step is done; frees the device."""
         if not self._closed:
             self._closed = True
+            self._stop.set()
             self._commands.put(None)
             self._thread.join()
 
@@ -325,28 +334,20 @@ class AsyncEngine:
                     raise self._engine.failure
 
     def _has_work(self) -> bool:
-        return self._failure is None and self._engine.has_unfinished_requests()
+        if self._failure is not None:
+            return False  # while no replica serves, a step finds out what becomes of them
+        return self._engine.has_unfinished_requests() or not self._engine.num_serving
 
     def _start_over(self, error: Exception) -> None:
         """Tells all who wait, and makes the engine as new, unless that has happened too often."""
         logger.error("the step loop has failed; all requests end with errors", exc_info=error)
         self._restarting = True
         self._tell_all(error)
-        while self._engine.can_restart and self._restarts.take():
-            try:
-                self._engine.restart()
-            except Exception as again:
-                logger.exception("the engine cannot start over")
-                error = again
-                time.sleep(RETRY_SECONDS)
-            else:
-                logger.warning("the engine has started over")
-                self._restarting = False
-                return
-        logger.critical("the engine has failed too often, and is given up")
-        self._failure = error
-        with suppress(Exception):  # nobody waits for its requests any more
-            self._engine.abort_all()
+        self._failure = self._restarts.start_over("the engine", self._engine.restart, error, self._stop)
+        self._restarting = False
+        if self._failure is not None:
+            with suppress(Exception):  # nobody waits for its requests any more
+                self._engine.abort_all()
 
     def _tell_all(self, error: Exception) -> None:
         """Has every stream raise."""

@@ -143,8 +143,7 @@ class EngineCore:
             for sample in samples:
                 self.scheduler.add(sample.request)
         except Exception:
-            for sample in self.unfinished.remove(samples[0].assembler.request_id):
-                self.scheduler.finish(sample.request.request_id, RequestStatus.FINISHED_ERROR)
+            self.abort(samples[0].assembler.request_id, "error")
             raise
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> RequestOutput | None:

@@ -337,10 +337,10 @@ class Engine(EngineInfo):
         self._mail.clear()
         self._core.restart()
 
-    @property
-    def can_restart(self) -> bool:
-        """Whether `restart` may help: not where one of several hosts is lost."""
-        return self.hosts is None or self.hosts.lost is None
+    def limit_restarts(self, most: int, seconds: float) -> None:
+        """Has each of several replicas start over by itself at most so often within so many seconds."""
+        if isinstance(self._core, Replicas):
+            self._core.limit_restarts(most, seconds)
 
     @property
     def is_sleeping(self) -> bool:

@@ -48,6 +48,11 @@ class EngineInfo:
         return sum(core.scheduler.limits.max_num_seqs for core in self._cores)
 
     @property
+    def num_serving(self) -> int:
+        """Replicas that have not failed, or have started over since."""
+        return sum(core.failure is None for core in self._cores)
+
+    @property
     def metrics(self) -> Metrics:
         """What is counted and timed, of several replicas until now; `get_metrics` gives it as numbers."""
         return self._core.metrics

@@ -1,5 +1,6 @@
 """One of several replicas, and the requests that it has been given."""
 
+import threading
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from jaxllm.engine.assembler import OutputAssembler
 from jaxllm.engine.metrics import Metrics
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.replica_core import ReplicaCore
+from jaxllm.engine.restarts import RestartBudget
 from jaxllm.engine.sample import Sample
 
 
@@ -50,6 +52,7 @@ class Replica:
 
     index: int
     core: ReplicaCore
+    restarts: RestartBudget = field(default_factory=RestartBudget)
     inbox: list[Job] = field(default_factory=list)
     """Requests that it takes before its next step."""
     load: int = 0
@@ -58,11 +61,35 @@ class Replica:
     """Names of the pages that its requests' prompts fill."""
     step: "Future[list[RequestOutput]] | None" = None
     """The step that its thread runs; meanwhile nobody else may change the core."""
+    restart: "Future[None] | None" = None
+    """Where its thread starts the core over, or has; meanwhile nobody else may change the core."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set to keep it from starting over."""
+    is_out: bool = False
+    """Whether it has failed too often, and stays out until all replicas start over."""
 
     @property
     def is_alive(self) -> bool:
         """Whether it can be given requests."""
-        return self.core.failure is None
+        return self.core.failure is None and not self.is_restarting
+
+    @property
+    def is_restarting(self) -> bool:
+        """Whether its thread starts the core over."""
+        return self.restart is not None and not self.restart.done()
+
+    @property
+    def wants_restart(self) -> bool:
+        """Whether it has failed, and nothing has been done about it."""
+        return self.core.failure is not None and not self.is_restarting and not self.is_out
+
+    def start_over(self) -> None:
+        """Restarts the core after it has failed, as often as it may, with pauses between; in its thread."""
+        error = self.core.failure
+        assert error is not None, "only what has failed starts over"
+        name = f"replica {self.index}"
+        self.core.failure = self.restarts.start_over(name, self.core.restart, error, self.stop)
+        self.is_out = self.core.failure is not None and not self.stop.is_set()
 
     def place(self, job: Job) -> None:
         """Gives it a request."""

@@ -5,7 +5,8 @@ import logging
 import random
 from bisect import insort
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
 
 from jaxllm.engine.core import EngineFailedError
 from jaxllm.engine.inputs import EngineInput
@@ -13,6 +14,7 @@ from jaxllm.engine.metrics import EngineState, Metrics
 from jaxllm.engine.outputs import FinishReason, RequestOutput, join
 from jaxllm.engine.replica import Job, Replica
 from jaxllm.engine.replica_core import ReplicaCore
+from jaxllm.engine.restarts import RestartBudget
 from jaxllm.engine.sample import Sample
 from jaxllm.sampling.params import RequestOutputKind
 from jaxllm.scheduler.routing import Candidate, choose_replica
@@ -24,6 +26,8 @@ FRONT = "front"
 MOST_MOVES = 2
 """Times that a request goes to another replica because a step failed: where three replicas have failed, it is
 likely to be the reason."""
+POLL_SECONDS = 0.05
+"""How long a step waits at most while all replicas start over, so that its caller can do other things."""
 
 
 class Replicas:
@@ -34,7 +38,8 @@ class Replicas:
     waits for another's.
 
     If a step fails, its requests run again on another replica, after the tokens that they have given out.
-    A replica that cannot go on is taken out; once all are, so has this failed.
+    A replica that cannot go on starts over in its thread, while the others serve; while there are none,
+    requests wait. One that has failed too often stays out; once all have, so has this failed.
 
     Args:
         cores: of the same model and the same sizes.
@@ -81,7 +86,7 @@ class Replicas:
     @property
     def failure(self) -> Exception | None:
         """Why nothing can run any more, if that is so."""
-        return None if any(replica.is_alive for replica in self._replicas) else self.last_error
+        return self.last_error if all(replica.is_out for replica in self._replicas) else None
 
     def __contains__(self, request_id: object) -> bool:
         """Whether an unfinished request has this id."""
@@ -93,7 +98,10 @@ class Replicas:
         return Metrics.together([*(core.metrics for core in self.cores), self._ended])
 
     def get_metrics(self) -> dict[str, float]:
-        """As `EngineCore.get_metrics`, of all together; and of how many `replicas` some have failed."""
+        """As `EngineCore.get_metrics`, of all together; and of how many `replicas` some have failed.
+
+        Of those that have, some are given up; the others are about to come back.
+        """
         caches = [core.scheduler.cache.stats() for core in self.cores]
         waiting = sum(core.scheduler.num_waiting for core in self.cores)
         inboxes = sum(len(job.samples) for replica in self._replicas for job in list(replica.inbox))
@@ -109,11 +117,15 @@ class Replicas:
         return self.metrics.snapshot(state) | {
             "replicas": float(len(self._replicas)),
             "replicas_failed": float(failed),
+            "replicas_given_up": float(sum(replica.is_out for replica in self._replicas)),
         }
 
     def figures(self) -> dict[str, dict[str, float]]:
         """What each replica has counted, by its number; and of requests that no replica has, as "front"."""
-        found = {str(replica.index): replica.core.get_metrics() for replica in self._replicas}
+        found = {
+            str(replica.index): replica.core.get_metrics() | {"replica_given_up": float(replica.is_out)}
+            for replica in self._replicas
+        }
         return found | {FRONT: self._ended.snapshot(EngineState(0, self.num_waiting, 0, 0, 0, 0))}
 
     # Requests come and go
@@ -185,9 +197,10 @@ class Replicas:
         if self.failure is not None:
             raise EngineFailedError("all replicas have failed; make another engine") from self.failure
         self._begin_steps()
-        steps = [replica.step for replica in self._replicas if replica.step is not None]
-        if steps and not self._outputs:
-            wait(steps, return_when=FIRST_COMPLETED)
+        steps: list[Future[Any]] = [r.step for r in self._replicas if r.step is not None]
+        restarts = [r.restart for r in self._replicas if r.restart is not None and r.is_restarting]
+        if (steps or restarts) and not self._outputs:
+            wait(steps + restarts, None if steps else POLL_SECONDS, FIRST_COMPLETED)
         for replica in self._replicas:
             if replica.step is not None and replica.step.done():
                 self._settle(replica)
@@ -208,6 +221,7 @@ class Replicas:
         Raises:
             Exception: not one of them can. It may be tried again.
         """
+        self._stop_restarts()
         wait([replica.step for replica in self._replicas if replica.step is not None])
         for job in self._jobs.values():
             known = any(job.assembler.request_id in core for core in self.cores)
@@ -215,7 +229,7 @@ class Replicas:
                 self._count_end(job, "error")
         for kept in (self._jobs, self._names, self._queue, self._outputs):
             kept.clear()
-        self._replicas = [Replica(index, core) for index, core in enumerate(self.cores)]
+        self._replicas = [Replica(old.index, old.core, old.restarts) for old in self._replicas]
         for core in self.cores:
             core.displaced.clear()
             try:
@@ -223,21 +237,53 @@ class Replicas:
             except Exception as error:
                 logger.exception("a replica cannot start over")
                 self.last_error = core.failure = error
-        if self.failure is not None:
-            raise self.failure
+        if not any(replica.is_alive for replica in self._replicas):
+            for replica in self._replicas:
+                replica.is_out = True
+            assert self.last_error is not None
+            raise self.last_error
+        self._begin_restarts()
+
+    def limit_restarts(self, most: int, seconds: float) -> None:
+        """How often each replica may start over by itself within so many seconds; see `RestartBudget`."""
+        for replica in self._replicas:
+            replica.restarts = RestartBudget(most, seconds)
 
     def drain(self) -> None:
-        """Waits for the steps in flight, which work for requests that have all ended."""
+        """Waits for the steps in flight, which work for requests that have all ended.
+
+        A replica that is about to start over does so with the next step.
+        """
         for replica in self._replicas:
             self._settle(replica)
+        self._stop_restarts()
+        for replica in self._replicas:
             if replica.is_alive:
                 replica.core.drain()
 
     def close(self) -> None:
         """Ends the threads, once their steps are done."""
+        self._stop_restarts()
         self._threads.shutdown()
 
+    def _begin_restarts(self) -> None:
+        """Has replicas that have failed start over, while others serve."""
+        for replica in self._replicas:
+            if replica.wants_restart:
+                for job in self._jobs.values():
+                    if job.avoid is replica:
+                        job.avoid = None  # it comes back as new, maybe before others do
+                replica.stop.clear()
+                replica.restart = self._threads.submit(replica.start_over)
+
+    def _stop_restarts(self) -> None:
+        """Ends the pauses between restarts, and waits for those that have begun."""
+        for replica in self._replicas:
+            replica.stop.set()
+        wait([replica.restart for replica in self._replicas if replica.restart is not None])
+
     def _begin_steps(self) -> None:
+        self._begin_restarts()
         self._assign()
         for replica in self._replicas:
             if replica.step is None and replica.is_alive:
@@ -246,13 +292,21 @@ class Replicas:
                     replica.step = self._threads.submit(replica.core.step)
 
     def _assign(self) -> None:
-        """Gives requests to replicas, in order; the first that none has rows for holds up those behind it."""
-        while self._queue:
-            job = self._queue[0]
-            alive = [replica for replica in self._replicas if replica.is_alive and replica is not job.avoid]
-            if not alive:
-                del self._queue[0]
+        """Gives requests to replicas, in order; the first that none has rows for holds up those behind it.
+
+        One that waits for a replica to come back does not: others may go where it has failed.
+        """
+        passed = 0
+        while passed < len(self._queue):
+            job = self._queue[passed]
+            others = [r for r in self._replicas if r is not job.avoid and not r.is_out]
+            if not others:
+                del self._queue[passed]
                 self._end(job, "error")
+                continue
+            alive = [replica for replica in others if replica.is_alive]
+            if not alive:
+                passed += 1
                 continue
             wanted = len(job.samples)
             free = [r for r in alive if r.load + wanted <= self._rows or not r.load]
@@ -262,7 +316,7 @@ class Replicas:
             skip = prompt.skip_prefix_cache
             candidates = [Candidate(r.load, 0 if skip else r.num_found(job)) for r in free]
             best = choose_replica(candidates, len(prompt.prompt_token_ids), self._rows)
-            del self._queue[0]
+            del self._queue[passed]
             free[best].place(job)
 
     def _settle(self, replica: Replica) -> None:
@@ -277,7 +331,7 @@ class Replicas:
         core = replica.core
         self.last_error = core.failure or core.last_error or self.last_error
         if core.failure is not None:
-            logger.error("replica %d has failed and is taken out: %s", replica.index, core.failure)
+            logger.error("replica %d has failed, and starts over: %s", replica.index, core.failure)
             core.release_all()
             for job in replica.inbox:
                 replica.forget(job)
@@ -286,6 +340,7 @@ class Replicas:
         for assembler, samples in core.displaced:
             self._move(self._jobs[assembler.request_id], samples)
         core.displaced.clear()
+        self._begin_restarts()
 
     def _receive(self, replica: Replica, outputs: Sequence[RequestOutput]) -> None:
         self._outputs += outputs

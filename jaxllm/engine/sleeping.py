@@ -33,7 +33,7 @@ class Sleep:
 
         Raises:
             ValueError: another level.
-            RuntimeError: requests are unfinished.
+            RuntimeError: requests are unfinished, or there is nothing that has not failed.
         """
         if level not in (1, 2):
             raise ValueError(
@@ -43,6 +43,8 @@ class Sleep:
             raise RuntimeError(
                 f"{self._core.num_unfinished} requests are unfinished; finish or abort them first"
             )
+        if all(core.failure is not None for core in self._cores):
+            raise RuntimeError("all replicas have failed, and start over; try again when one serves")
         self._core.drain()
         for core in self._cores:
             core.scheduler.reset_prefix_cache()

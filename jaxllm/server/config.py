@@ -4,8 +4,8 @@ As in `jaxllm.config` each field carries its help text, and the flags of `jaxllm
 names are vLLM's where it has the option: https://docs.vllm.ai/en/stable/cli/serve/
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
@@ -14,6 +14,8 @@ from jaxllm.config import option
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 LogFormat = Literal["text", "json"]
 MEBIBYTE = 1 << 20
+KEY_VARIABLE = "JAXLLM_API_KEY"
+"""Environment variable with keys, apart by commas."""
 
 
 def _at_least(least: float, **values: float | None) -> None:
@@ -75,6 +77,11 @@ class AccessConfig:
     ui: bool = option(True, "serve a page at / to chat with the model and to watch the engine")
     vllm_metrics: bool = option(False, "give every metric under the prefix vllm: as well")
 
+    def with_keys_of(self, environment: Mapping[str, str]) -> "AccessConfig":
+        """The same, with the keys of `KEY_VARIABLE` besides its own."""
+        keys = (key.strip() for key in environment.get(KEY_VARIABLE, "").split(","))
+        return replace(self, api_key=(*self.api_key, *filter(None, keys)))
+
 
 @dataclass(frozen=True)
 class AnswerConfig:
@@ -123,7 +130,7 @@ class LimitConfig:
     rate_limit_tokens: int | None = option(
         None, "the same for tokens, of prompts and outputs; while they are used up 429"
     )
-    max_engine_restarts: int = option(3, "how often a failed engine may start over; then /health stays 503")
+    max_engine_restarts: int = option(3, "how often a failed engine, or replica, may start over by itself")
     engine_restart_window: float = option(300.0, "seconds in which --max-engine-restarts are counted")
 
     def __post_init__(self) -> None:

@@ -61,14 +61,15 @@ OWN_GAUGES = {
     "programs_pending": ("programs_pending", "Programs that are still to be compiled."),
     "programs_loaded": ("programs_loaded", "Programs that an earlier process had compiled."),
     "compile_seconds": ("compile_seconds", "Seconds that compiling ahead took."),
-    "replica_up": ("replica_up", "1 unless the replica has failed."),
+    "replica_up": ("replica_up", "1 while the replica serves, 0 from its failure until it has started over."),
+    "replica_given_up": ("replica_given_up", "1 once the replica, one of several, starts over no more."),
     "expert_imbalance": ("expert_imbalance", "Tokens of the fullest device by the mean one's, enable_eplb."),
     "expert_imbalance_before": ("expert_imbalance_before", "The same before experts were placed last."),
 }
 OWN_COUNTERS = {
     "programs_compiled_late": ("programs_compiled_late_total", "Programs compiled while serving."),
     "steps": ("steps_total", "Steps run."),
-    "engine_restarts": ("engine_restarts_total", "Times that the engine has started over after a failure."),
+    "engine_restarts": ("engine_restarts_total", "Times that the replica has started over after a failure."),
     "expert_rebalances": ("expert_rebalances_total", "Times that experts were placed anew, enable_eplb."),
     "scheduled_tokens": ("scheduled_tokens_total", "Tokens that steps computed, recomputed ones included."),
 }

@@ -10,6 +10,7 @@ https://docs.ray.io/en/latest/serve/index.html
 
 import dataclasses
 import json
+import os
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ from jaxllm.server.service import Service
 
 TRIES = 2
 """Times that a request is sent to a replica: once more if that dies before it has answered."""
+_AUTOSCALING = ("min_replicas", "max_replicas", "target_ongoing_requests", "look_back_period_s",
+                "metrics_interval_s", "upscale_delay_s", "downscale_delay_s")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,14 @@ class ReplicaOptions:
     """Requests a replica, above which there come to be more replicas."""
     max_ongoing_requests: int = 256
     """Requests that a replica takes at a time; others wait for it in the front."""
+    look_back_period_s: float = 30.0
+    """Seconds whose mean number of requests counts."""
+    metrics_interval_s: float = 10.0
+    """Seconds after which they are counted again."""
+    upscale_delay_s: float = 30.0
+    """Seconds that there have to be too many before replicas are added."""
+    downscale_delay_s: float = 600.0
+    """Seconds that there have to be too few before replicas are taken away."""
     resources: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"CPU": 1.0})
     """What Ray reserves for each, such as {"TPU": 4}, {"GPU": 1}."""
 
@@ -53,6 +64,17 @@ class ReplicaOptions:
         for name in ("target_ongoing_requests", "max_ongoing_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("look_back_period_s", "metrics_interval_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be more than 0 seconds")
+        for name in ("upscale_delay_s", "downscale_delay_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 seconds")
+
+    @property
+    def autoscaling(self) -> dict[str, float]:
+        """Ray's `AutoscalingConfig`, whose names these are."""
+        return {name: getattr(self, name) for name in _AUTOSCALING}
 
 
 class Replica:
@@ -135,7 +157,8 @@ async def _chunks(messages: Any) -> AsyncGenerator[bytes, None]:
 def build_app(arguments: Mapping[str, Any]) -> serve.Application:
     """The application, from flat arguments: `model`, options of engine and server, and `ReplicaOptions`.
 
-    Values may be texts, as `serve run` gives them.
+    Values may be texts, as `serve run` gives them. Keys come from the environment as well, as for `jaxllm
+    serve`: from that of the process that calls this, since those of the replicas have another.
 
     Raises:
         TypeError: an argument that there is not.
@@ -152,6 +175,7 @@ def build_app(arguments: Mapping[str, Any]) -> serve.Application:
         if name != "listen"  # Ray Serve does that
     }
     config = ServerConfig(**parts)
+    config = dataclasses.replace(config, access=config.access.with_keys_of(os.environ))
     engine_config = EngineConfig.create(str(values.pop("model")), **{"progress": False, **values})
     if engine_config.parallel.num_hosts != 1:
         raise ValueError("num_hosts: a replica is on one node here; leave it out")
@@ -159,11 +183,7 @@ def build_app(arguments: Mapping[str, Any]) -> serve.Application:
         Replica,
         name="Replica",
         max_ongoing_requests=options.max_ongoing_requests,
-        autoscaling_config={
-            "min_replicas": options.min_replicas,
-            "max_replicas": options.max_replicas,
-            "target_ongoing_requests": options.target_ongoing_requests,
-        },
+        autoscaling_config=options.autoscaling,
         request_router_config=RequestRouterConfig(
             request_router_class="jaxllm.server.ray_router.PrefixRouter",
             request_router_kwargs={"rows": options.target_ongoing_requests},

@@ -64,7 +64,8 @@ class Version(TypedDict):
 async def health(service: Served) -> Response:
     """Whether the process is of use: 200, also while it loads; 503 when the engine has failed."""
     status = service.status
-    return JSONResponse({"status": status}, 503 if status in ("failed", "restarting") else 200)
+    body = {"status": status, **_replicas(service)}
+    return JSONResponse(body, 503 if status in ("failed", "restarting") else 200)
 
 
 @router.get("/ping", response_model=Health)
@@ -78,7 +79,8 @@ async def ping(service: Served) -> Response:
 async def ready(service: Served) -> Response:
     """Whether requests are served now: 200, or 503 with how far loading is."""
     status = service.status
-    return JSONResponse({"status": status, **service.progress()}, 200 if status == "ready" else 503)
+    body = {"status": status, **_replicas(service), **service.progress()}
+    return JSONResponse(body, 200 if status == "ready" else 503)
 
 
 @router.get("/version")
@@ -103,6 +105,12 @@ async def models(service: Served) -> ModelList:
 async def model(model: str, service: Served) -> ModelCard:
     """One of them."""
     return _card(service, service.model_name(model))
+
+
+def _replicas(service: Service) -> dict[str, int]:
+    """Where there are several replicas, how many, and how many of them serve."""
+    total, engine = service.engine_config.parallel.data_parallel_size, service.loaded_engine
+    return {} if total == 1 or engine is None else {"replicas": total, "replicas_serving": engine.num_serving}
 
 
 def _card(service: Service, name: str) -> ModelCard:

@@ -13,6 +13,7 @@ from small import CHECKPOINTS, OPTIONS, golden, greedy, small_engine
 from small_text import text_checkpoint
 
 from jaxllm import AsyncEngine, Engine, RequestOutputKind, SamplingParams, StructuredOutputsParams
+from jaxllm.engine import restarts
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.replicas import Replicas
 from jaxllm.parallel import make_mesh
@@ -84,6 +85,12 @@ def break_steps(engine: Engine, index: int, when: Callable[[int], bool]) -> None
 
 def lost_device() -> None:
     raise RuntimeError("no device")
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas that have failed start over at once."""
+    monkeypatch.setattr(restarts, "FIRST_PAUSE", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +313,7 @@ def test_all_start_over_together(expected: list[Any]) -> None:
         for index in range(3):
             break_steps(with_replicas, index, lambda count: broken and count > 2)
         async with AsyncEngine(with_replicas) as engine:
+            with_replicas.limit_restarts(0, 1)  # none by itself
             failed = await asyncio.gather(*(last(engine, p) for p in PROMPTS * 3), return_exceptions=True)
             assert all(isinstance(error, RequestFailedError | EngineFailedError) for error in failed)
             broken = False

@@ -1,8 +1,8 @@
-"""A cluster of two nodes on this machine, each with two CPUs, for all tests."""
+"""A cluster of two nodes on this machine, each with two CPUs, for all tests, and what is served on it."""
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +34,27 @@ def cluster() -> Iterator[Any]:
     yield found
     ray.shutdown()
     found.shutdown()
+
+
+@pytest.fixture(scope="module")
+def serve_app(cluster: Any, model: Path) -> Iterator[Callable[..., str]]:
+    """Serves the model as an application with further arguments, until the module's end; gives its URL."""
+    import ray
+    from host_processes import ENGINE, free_port
+    from ray import serve
+
+    from jaxllm.server.ray_serve import build_app
+
+    variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": os.getcwd()}
+    ray.shutdown()
+    ray.init(address=cluster.address, runtime_env={"env_vars": variables}, log_to_driver=False)
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+
+    def run(**arguments: Any) -> str:
+        options = {key: value for key, value in ENGINE.items() if key != "progress"}
+        serve.run(build_app({"model": str(model), "served_model_name": ["tiny"]} | options | arguments))
+        return f"http://127.0.0.1:{port}"
+
+    yield run
+    serve.shutdown()

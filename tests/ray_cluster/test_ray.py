@@ -1,15 +1,14 @@
 """With real Ray: hosts that it starts, and replicas that it serves."""
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
-from host_processes import ENGINE, flags, free_port, host_process
+from host_processes import ENGINE, flags, host_process
 from small import OPTIONS
 
 from jaxllm import Engine, EngineConfig, SamplingParams
@@ -54,27 +53,9 @@ def test_what_ray_cannot_place_is_said(
 
 
 @pytest.fixture(scope="module")
-def url(cluster: Any, model: Path) -> Iterator[str]:
+def url(serve_app: Callable[..., str]) -> str:
     """A served application with two replicas."""
-    import ray
-    from ray import serve
-
-    from jaxllm.server.ray_serve import build_app
-
-    variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": os.getcwd()}
-    ray.shutdown()
-    ray.init(address=cluster.address, runtime_env={"env_vars": variables}, log_to_driver=False)
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    options = {key: value for key, value in ENGINE.items() if key != "progress"}
-    serve.run(
-        build_app(
-            {"model": str(model), "served_model_name": ["tiny"], "min_replicas": "2", "max_replicas": "3"}
-            | options
-        )
-    )
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    return serve_app(min_replicas="2", max_replicas="3")
 
 
 def test_the_server_on_ray(url: str, expected: list[int]) -> None:
@@ -122,6 +103,8 @@ def test_bad_arguments_are_named() -> None:
     for arguments, message in (
         ({}, "model: is missing"),
         ({"model": "m", "min_replicas": "3"}, "min_replicas=3"),
+        ({"model": "m", "look_back_period_s": "0"}, "look_back_period_s=0"),
+        ({"model": "m", "downscale_delay_s": "-1"}, "downscale_delay_s=-1"),
         ({"model": "m", "page_size": "3"}, "page_size=3"),
         ({"model": "m", "num_hosts": "0"}, "num_hosts"),
     ):

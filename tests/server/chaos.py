@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parent.parent / "engine"))  # its small check
 
 from running import Running, running
 
-from jaxllm.engine import async_engine
+from jaxllm.engine import async_engine, restarts
 from jaxllm.engine.detokenizer import Detokenizer
 from jaxllm.engine.output_stream import OutputStream
 from jaxllm.runner.runner import DispatchedStep
@@ -127,13 +127,14 @@ def main(clients: int, rounds: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         options = {"max_engine_restarts": 10**6, "max_num_queued_reqs": 2 * clients}
+        restarts.FIRST_PAUSE = 0.0
         with running(text_checkpoint(Path(folder) / "model"), **options) as server:
             for number in range(rounds):
                 found = run_round(server, number, clients, broken=3)
-                restarts = server.figures()["engine_restarts_total"]
+                restarted = server.figures()["engine_restarts_total"]
                 print(
                     f"round {number}: {resident() / 2**20:.0f} MiB, {threads()} threads, "
-                    f"{restarts:.0f} restarts, {dict(sorted(found.items()))}",
+                    f"{restarted:.0f} restarts, {dict(sorted(found.items()))}",
                     flush=True,
                 )
 

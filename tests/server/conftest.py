@@ -13,6 +13,8 @@ import scripted
 from running import Running, running
 from small_text import text_checkpoint
 
+from jaxllm.engine import restarts
+
 if TYPE_CHECKING:  # only `make ui` has playwright
     from browser import Screen
     from playwright.sync_api import Browser
@@ -28,14 +30,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(model: Path) -> Iterator[Running]:
     """The server."""
     options = {"served_model_name": ("tiny", "small"), "admin": True, "vllm_metrics": True}
-    with running(
-        model,
-        **options,
-        max_engine_restarts=1000,
-        max_num_queued_reqs=58,
-        max_body_bytes=100_000,
-        max_outputs=16,
-    ) as found:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        running(
+            model,
+            **options,
+            max_engine_restarts=1000,
+            max_num_queued_reqs=58,
+            max_body_bytes=100_000,
+            max_outputs=16,
+        ) as found,
+    ):
+        patch.setattr(restarts, "FIRST_PAUSE", 0.0)  # tests have it start over again and again
         yield found
 
 

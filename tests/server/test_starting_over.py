@@ -168,7 +168,6 @@ def test_a_fault_of_the_loop_ends_all_and_it_comes_back(
         case "reset":  # the first restart fails as well
             once(monkeypatch, core.scheduler, "schedule")
             once(monkeypatch, core.runner, "reset", after=0)
-            monkeypatch.setattr(async_engine, "RETRY_SECONDS", 0.01)
     bodies = [LONG | {"stream": number % 2 == 0} for number in range(16)]
     statuses = [status for status, _ in ask_all(server, *bodies)]
     assert set(statuses) & {500, 503}

@@ -5,6 +5,7 @@ import dataclasses
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import httpx2
@@ -139,6 +140,20 @@ def test_metrics_of_replicas(model: Path) -> None:
         assert waiting == {"0", "1", "front"}
         assert text.count("# TYPE jaxllm:num_requests_running ") == 1
         assert [s.value for s in families["jaxllm:replica_up"].samples] == [1, 1]
+        assert [s.value for s in families["jaxllm:replica_given_up"].samples] == [0, 0]
+        serving = {"status": "ready", "replicas": 2, "replicas_serving": 2}
+        assert server.http.get("/health").json() == server.http.get("/ready").json() == serving
+        assert server.service.loaded_engine is not None
+        failed = server.service.loaded_engine._engine._cores[1]
+        failed.failure = RuntimeError("the device is gone")
+        assert server.http.get("/health").is_success
+        assert server.http.get("/ready").json() == serving | {"replicas_serving": 1}
+        # with the next step it starts over
+        assert server.post("/v1/completions", prompt="abc", max_tokens=5).is_success
+        while server.http.get("/ready").json() != serving:
+            time.sleep(0.01)
+        again = server.http.get("/metrics").text
+        assert 'engine_restarts_total{engine="1",model_name=' in again
         for name in ("bucket_steps", "attention_backend_info", "matmul_backend_info", "engine_restarts"):
             assert {s.labels["engine"] for s in families[f"jaxllm:{name}"].samples} == {"0", "1"}, name
         figures = server.http.get("/ui/state").json()["engine"]
