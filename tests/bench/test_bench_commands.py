@@ -68,7 +68,11 @@ def test_throughput(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert 0 < best["page_waste"] < 0.5
     engine = found["engine"]
     assert (engine["pages"], engine["programs_compiled_late"]) == (200, 0)
-    assert engine["memory_bytes"]["host_peak"] > 2**20
+    memory = engine["memory_bytes"]
+    assert memory["host_peak"] > memory["host_before_loading"] > 2**20
+    assert min(memory["weights"], memory["pages"], memory["rows"]) > 0
+    own = memory["weights"] + memory["pages"] + memory["rows"]
+    assert memory["host_peak"] == own + memory["host_besides"]
     assert picture.exists() == _has_matplotlib()
 
 
