@@ -93,6 +93,7 @@ def test_memory_is_measured(engine: Engine) -> None:
     use, page, mesh = measure(lowering), page_bytes(lowering), lowering.mesh
     assert use.weights == bytes_per_device(lowering.params)
     sampler = lowering.sample(lowering.buckets.largest.sampled).compile().memory_analysis()
+    assert sampler is not None
     assert use.temporaries > sampler.temp_size_in_bytes > 0
     assert use.process == PROCESS_BYTES
     share = (use.total + 100.5 * page) / device_memory(mesh)
