@@ -12,6 +12,7 @@ from typing import Any
 from converters.checkpoint import open_checkpoint
 from jaxllm.bench import workload
 from jaxllm.bench.session import Session
+from jaxllm.config import CacheConfig
 from jaxllm.engine.sizing import CPU_DEFAULTS
 from jaxllm.engine.step_clock import StepTimes
 
@@ -70,7 +71,8 @@ class Growth:
         # The first row decodes while the others' prompts are read, and has to last until all have been.
         budget = self._options.get("max_num_batched_tokens") or CPU_DEFAULTS["max_num_batched_tokens"]
         longest = max(lengths) + _steps_beside(CONTEXT_ROWS, max(lengths), budget)
-        pages = (CONTEXT_ROWS + 1) * -(-longest // 16)
+        page_size = self._options.get("page_size") or CacheConfig().page_size
+        pages = (CONTEXT_ROWS + 1) * -(-longest // page_size)
         with self._lengthened(longest, num_pages=pages) as session:
             return [{"context": length, **decode(session, CONTEXT_ROWS, length)} for length in lengths]
 
