@@ -12,6 +12,8 @@ from typing import Any
 from converters.checkpoint import open_checkpoint
 from jaxllm.bench import workload
 from jaxllm.bench.session import Session
+from jaxllm.config import CacheConfig
+from jaxllm.engine.sizing import CPU_DEFAULTS
 from jaxllm.engine.step_clock import StepTimes
 
 DECODE_STEPS = 16
@@ -66,8 +68,11 @@ class Growth:
     def context(self) -> list[dict[str, float]]:
         """Tokens that a row has behind it. Attention reads all of them, and nothing else looks at them."""
         lengths = self._limited(CONTEXTS)
-        longest = max(lengths) + 2 * DECODE_STEPS
-        pages = (CONTEXT_ROWS + 1) * -(-longest // 16)
+        # The first row decodes while the others' prompts are read, and has to last until all have been.
+        budget = self._options.get("max_num_batched_tokens") or CPU_DEFAULTS["max_num_batched_tokens"]
+        longest = max(lengths) + _steps_beside(CONTEXT_ROWS, max(lengths), budget)
+        page_size = self._options.get("page_size") or CacheConfig().page_size
+        pages = (CONTEXT_ROWS + 1) * -(-longest // page_size)
         with self._lengthened(longest, num_pages=pages) as session:
             return [{"context": length, **decode(session, CONTEXT_ROWS, length)} for length in lengths]
 
@@ -147,8 +152,13 @@ def decode(session: Session, rows: int, prompt_len: int, *, waiting: int = 0) ->
 def _decode_steps(session: Session, rows: int, prompt_len: int) -> int:
     """Output tokens: enough for `DECODE_STEPS` steps of all rows, after the steps that the prompts take."""
     sizes = session.parts.cores[0].runner.lowering.sizes
-    prefills = -(-rows * prompt_len // sizes.max_num_batched_tokens)
-    return min(DECODE_STEPS + 2 * prefills + 2, sizes.max_model_len - prompt_len)
+    steps = _steps_beside(rows, prompt_len, sizes.max_num_batched_tokens)
+    return min(steps, sizes.max_model_len - prompt_len)
+
+
+def _steps_beside(rows: int, prompt_len: int, budget: int) -> int:
+    """The steps that prompts take of `budget` tokens each, at least, twice, and `DECODE_STEPS` after them."""
+    return DECODE_STEPS + 2 * -(-rows * prompt_len // budget) + 2
 
 
 def prefill(session: Session, tokens: int) -> dict[str, float]:

@@ -21,6 +21,7 @@ from jaxllm.engine.loading import EngineParts
 from jaxllm.engine.replicas import Replicas
 from jaxllm.engine.replicating import load_engine
 from jaxllm.engine.step_clock import PARTS
+from jaxllm.runner.memory import bytes_per_device
 from jaxllm.sampling.params import SamplingParams
 
 MEMORY_KEYS = ("bytes_in_use", "peak_bytes_in_use", "bytes_limit")
@@ -99,6 +100,7 @@ class Session:
 
     def __init__(self, model: str, *, wait: bool = True, **options: Any) -> None:
         """Loads a model; `wait` for all of its programs, or measure as soon as it can serve."""
+        self._host_before = peak_memory()["host_peak"]
         begin = time.perf_counter()
         self.parts: EngineParts = load_engine(EngineConfig.create(model, **options))
         self.engine = Engine(self.parts)
@@ -185,8 +187,23 @@ class Session:
             "programs_compiled_late": int(metrics["programs_compiled_late_total"]),
             "compile_seconds": metrics["compile_seconds"],
             "pages": int(metrics["num_pages"]),
-            "memory_bytes": peak_memory(device),
+            "memory_bytes": self._memory(device),
         }
+
+    def _memory(self, device: Any) -> dict[str, int]:
+        """Peaks, and what of them is the engine's own: weights, pages and rows, in bytes on all devices.
+
+        On CPU `host_besides` is what the peak has besides those: Python, the compiled programs, activations.
+        """
+        stages = [stage for core in self.parts.cores for stage in core.runner.stages]
+        own = {
+            name: sum(bytes_per_device(stage.arrays[place]) * stage.lowering.mesh.size for stage in stages)
+            for place, name in enumerate(("weights", "pages", "rows"))
+        }
+        memory = peak_memory(device) | own
+        if device.platform == "cpu":
+            memory["host_besides"] = memory["host_peak"] - sum(own.values())
+        return memory | {"host_before_loading": self._host_before}
 
     def __enter__(self) -> Self:
         return self

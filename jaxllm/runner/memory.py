@@ -2,13 +2,14 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jax.stages import Compiled, Lowered
 
 from jaxllm.config import CacheConfig
 from jaxllm.runner.kept import KeptPrograms
@@ -20,6 +21,9 @@ CPU_CACHE_BYTES = GIB
 """Pages on CPU unless told otherwise: the machine's memory is shared with everything else that runs on it."""
 DEFAULT_UTILIZATION = 0.9
 """Of an accelerator's memory, as in vLLM."""
+PROCESS_BYTES = 512 * 1024**2
+"""On CPU of Python, what it imports, and the compiled programs: 486 MB with 12 programs of a model of 30
+layers, of any width (`benchmarks/growth.md`)."""
 PROBE_PAGES = 64
 """Pages of the program that temporaries are read from; they are the same for any number."""
 
@@ -32,12 +36,15 @@ class MemoryUse:
     state: int
     """Rows on the device: known tokens, sampling parameters, counts."""
     temporaries: int
-    """Of the largest step: activations, and the outputs of the steps in flight, one more than stages."""
+    """Of the largest step: activations, of the forward pass or the sampler, and the outputs of the steps in
+    flight, one more than stages."""
+    process: int = 0
+    """On CPU, where device and host share their memory, what the process is besides."""
 
     @property
     def total(self) -> int:
         """What is there whatever the number of pages."""
-        return self.weights + self.state + self.temporaries
+        return self.weights + self.state + self.temporaries + self.process
 
 
 def device_memory(mesh: Mesh) -> int:
@@ -48,16 +55,25 @@ def device_memory(mesh: Mesh) -> int:
 
 
 def measure(lowering: Lowering, kept: KeptPrograms | None = None) -> MemoryUse:
-    """Compiles the largest forward pass, unless `kept` has it, and reads what it needs."""
-    probe = partial(lowering.forward, lowering.buckets.largest, PROBE_PAGES)
-    analysis = Programs({"probe": probe}, kept)["probe"].memory_analysis()
+    """Compiles the largest step, unless `kept` has its programs, and reads what it needs."""
+    bucket = lowering.buckets.largest
+    sources: dict[Hashable, Callable[[], Lowered]] = {"probe": partial(lowering.forward, bucket, PROBE_PAGES)}
+    if lowering.stage.is_last:
+        sources["sampler probe"] = partial(lowering.sample, bucket.sampled)
+    programs = Programs(sources, kept)
+    forward, *others = [_analyze(programs[key]) for key in sources]
+    temporaries = max(analysis.temp_size_in_bytes for analysis in (forward, *others))
+    return memory_use(lowering, temporaries, forward.output_size_in_bytes - forward.alias_size_in_bytes)
+
+
+def _analyze(program: Compiled) -> Any:
+    analysis = program.memory_analysis()
     assert analysis is not None, "the backend tells no sizes"
-    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return memory_use(lowering, analysis.temp_size_in_bytes, outputs)
+    return analysis
 
 
 def memory_use(lowering: Lowering, temporaries: int, outputs: int) -> MemoryUse:
-    """What there is besides the pages, with the largest forward pass's temporaries and outputs.
+    """What there is besides the pages, with the largest step's temporaries and its forward pass's outputs.
 
     Between two steps experts may move, which takes their weights once more.
     """
@@ -66,6 +82,7 @@ def memory_use(lowering: Lowering, temporaries: int, outputs: int) -> MemoryUse:
         weights=bytes_per_device(lowering.params),
         state=bytes_per_device(lowering.rows_shapes),
         temporaries=max(temporaries, moved) + (1 + lowering.stage.count) * outputs,
+        process=PROCESS_BYTES if lowering.mesh.devices.flat[0].platform == "cpu" else 0,
     )
 
 
@@ -120,9 +137,10 @@ def count_pages(
         share = config.memory_utilization or DEFAULT_UTILIZATION
         use, whole = measure_use(), memory_of(mesh)
         budget = int(whole * share) - use.total
+        process = f" and the process ({use.process})" if use.process else ""
         source = (
             f"memory_utilization={share} of {whole} bytes, less weights ({use.weights}), rows ({use.state}) "
-            f"and temporaries ({use.temporaries}),"
+            f"and temporaries ({use.temporaries}){process},"
         )
     if budget < 2 * page:
         raise ValueError(

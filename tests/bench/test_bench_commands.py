@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxllm.bench import startup
+from jaxllm.bench import growth, startup
 from jaxllm.bench.figures import percentile, percentiles, spread, table
 from jaxllm.cli.main import main
 
@@ -68,7 +69,11 @@ def test_throughput(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert 0 < best["page_waste"] < 0.5
     engine = found["engine"]
     assert (engine["pages"], engine["programs_compiled_late"]) == (200, 0)
-    assert engine["memory_bytes"]["host_peak"] > 2**20
+    memory = engine["memory_bytes"]
+    assert memory["host_peak"] > memory["host_before_loading"] > 2**20
+    assert min(memory["weights"], memory["pages"], memory["rows"]) > 0
+    own = memory["weights"] + memory["pages"] + memory["rows"]
+    assert memory["host_peak"] == own + memory["host_besides"]
     assert picture.exists() == _has_matplotlib()
 
 
@@ -137,6 +142,23 @@ def test_growth(capsys: pytest.CaptureFixture[str]) -> None:
     assert [point["rows"] for point in found["rows"]] == [1, 2, 4]
     assert [point["waiting"] for point in found["waiting"]] == [0]
     assert all(point["step_ms"] >= point["schedule_ms"] > 0 for points in found.values() for point in points)
+
+
+def test_rows_last_until_all_prompts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four prompts of 64 tokens take 64 steps of 4 tokens, and the first row decodes beside the others'."""
+    asked: list[tuple[int, int]] = []
+
+    def lengthened(_: growth.Growth, length: int, *, num_pages: int) -> nullcontext[None]:
+        asked.append((length, num_pages))
+        return nullcontext()
+
+    monkeypatch.setattr(growth.Growth, "_lengthened", lengthened)
+    monkeypatch.setattr(growth, "decode", lambda *_: {})
+    sizes = {"page_size": 4, "max_num_batched_tokens": 4}
+    assert growth.Growth("model", sizes, most=64).context() == [{"context": 64}]
+    [(length, num_pages)] = asked
+    assert length >= 64 + 64 + growth.DECODE_STEPS
+    assert num_pages * 4 >= growth.CONTEXT_ROWS * length
 
 
 def test_the_scheduler_needs_no_jax() -> None:

@@ -9,7 +9,14 @@ from small import golden, greedy, small_engine
 
 from jaxllm import Engine
 from jaxllm.config import CacheConfig
-from jaxllm.runner.memory import bytes_per_device, count_pages, device_memory, measure, page_bytes
+from jaxllm.runner.memory import (
+    PROCESS_BYTES,
+    bytes_per_device,
+    count_pages,
+    device_memory,
+    measure,
+    page_bytes,
+)
 from jaxllm.runner.programs import Programs
 
 
@@ -81,11 +88,14 @@ def test_unknown_program() -> None:
 
 
 def test_memory_is_measured(engine: Engine) -> None:
-    """With memory_utilization the pages fill what weights, rows and temporaries leave."""
+    """With memory_utilization the pages fill what weights, rows, temporaries and the process leave."""
     lowering = engine._core.runner.lowering
     use, page, mesh = measure(lowering), page_bytes(lowering), lowering.mesh
     assert use.weights == bytes_per_device(lowering.params)
-    assert use.temporaries > 0
+    sampler = lowering.sample(lowering.buckets.largest.sampled).compile().memory_analysis()
+    assert sampler is not None
+    assert use.temporaries > sampler.temp_size_in_bytes > 0
+    assert use.process == PROCESS_BYTES
     share = (use.total + 100.5 * page) / device_memory(mesh)
     count = count_pages(CacheConfig(memory_utilization=share), page, mesh, lambda: use)
     assert count == 100
