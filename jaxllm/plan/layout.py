@@ -9,8 +9,9 @@ from jaxllm.parallel import make_mesh, stage_meshes
 from pallas_kernels.targets import Target
 from pallas_kernels.targets.target import CHIPS_PER_GPU_HOST
 
-CHIPS_PER_HOST = {"v5e": 8, "v6e": 8, "v5p": 4, "h100": CHIPS_PER_GPU_HOST}
-"""At most; of TPUs those of slices on one host (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
+CHIPS_OF_ONE_HOST, CHIPS_PER_TPU_HOST = {"v5e": 8, "v6e": 8, "v5p": 4}, 4
+"""TPUs of the largest slice on one host, and on each host of larger slices
+(https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, /v5e, /v6e)."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class Layout:
                 f"{sizes}: a replica on {target.chip.name} stays within a host's {CHIPS_PER_GPU_HOST} chips, "
                 "because nothing is known of the network between hosts"
             )
-        if pipeline > 1 and size > (host := CHIPS_PER_HOST[target.chip.name]):
+        if pipeline > 1 and size > (host := chips_per_host(target)):
             raise ValueError(
-                f"{sizes}: the engine has all stages in one process, and a host of {target.chip.name} has "
+                f"{sizes}: the engine has all stages in one process, and a host of {target} has "
                 f"{host} chips; leave out pipeline_parallel_size, or ask for at most {host} chips a replica"
             )
         return cls(target, tensor, expert, pipeline, data, find_slice(target, size))
@@ -135,6 +136,14 @@ def find_slice(target: Target, chips: int) -> Target:
             f"{', '.join(map(str, inside))}"
         )
     return (exact or larger)[0]
+
+
+def chips_per_host(target: Target) -> int:
+    """How many of a target's chips a host has at most."""
+    if target.chip.platform == "gpu":
+        return CHIPS_PER_GPU_HOST
+    one_host = CHIPS_OF_ONE_HOST[target.chip.name]
+    return one_host if target.num_chips <= one_host else CHIPS_PER_TPU_HOST
 
 
 def divisors(number: int) -> list[int]:

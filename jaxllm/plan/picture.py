@@ -25,7 +25,7 @@ def draw_plan(plan: Plan, file: Path) -> None:
 
 
 def _draw_chips(plan: Plan, axes: Any) -> None:
-    """A square for each chip, in its replica's colour, with its stage; planes of a cube side by side."""
+    """A square for each chip, in its replica's colour, stages in shades; planes of a cube side by side."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
@@ -36,7 +36,8 @@ def _draw_chips(plan: Plan, axes: Any) -> None:
     for index, (replica, stage) in enumerate(_owners(plan)):
         row, column, plane = index // planes // columns, index // planes % columns, index % planes
         x = plane * (columns + 0.5) + column
-        axes.add_patch(Rectangle((x, row), 0.92, 0.92, color=colours[replica % len(colours)]))
+        colour, alpha = colours[replica % len(colours)], 0.6 if stage % 2 else 1.0
+        axes.add_patch(Rectangle((x, row), 0.92, 0.92, color=colour, alpha=alpha))
         if layout.num_chips <= LABELLED:
             label = f"{replica}\nstage {stage}" if staged else str(replica)
             axes.text(x + 0.46, row + 0.46, label, ha="center", va="center", fontsize=6 if staged else 8)

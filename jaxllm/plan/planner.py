@@ -128,6 +128,12 @@ class Planner:
             self.checkpoint.config, dtype=jnp.bfloat16, tensor_parallel_size=1
         )
 
+    @property
+    def quantization(self) -> str | None:
+        """How the checkpoint packs weights that the engine unpacks when it loads them; None: it does not."""
+        about: Mapping[str, Any] = self.checkpoint.config.get("quantization_config") or {}
+        return about.get("quant_method")
+
     def _requests(self, lowering: Lowering, num_pages: int) -> int:
         """At a time on each replica."""
         sizes, length = lowering.sizes, self.workload.length

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from jaxllm.engine.loading import keep_whole
 from jaxllm.models.base import CausalLM
-from jaxllm.plan.layout import CHIPS_PER_HOST, Layout
+from jaxllm.plan.layout import Layout, chips_per_host
 from jaxllm.plan.step import compiling_anew
 from jaxllm.runner.lowering import Lowering
 
@@ -34,7 +34,7 @@ def check_saving(folder: Path, layout: Layout) -> None:
             f"--save: programs for {chip.name} are not kept, as they were not tuned on it; leave it out, and "
             "the first start there keeps its own"
         )
-    if layout.replica_chips > CHIPS_PER_HOST[chip.name]:
+    if layout.replica_chips > chips_per_host(layout.target):
         raise NotImplementedError(
             f"--save: a replica of {layout.replica_chips} chips takes several hosts of {chip.name}, "
             "and programs of several hosts are not kept; leave it out"

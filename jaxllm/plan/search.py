@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jaxllm.plan.layout import CHIPS_PER_HOST, Layout, divisors
+from jaxllm.plan.layout import Layout, chips_per_host, divisors
 from jaxllm.plan.memory import TooLargeError, require_weights
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.planner import Planner
@@ -64,7 +64,7 @@ def _sizes(planner: Planner, target: Target) -> Iterator[tuple[int, int, int]]:
     """
     model = planner.uncut_model
     for chips in divisors(target.num_chips):
-        within_host = chips <= CHIPS_PER_HOST[target.chip.name]
+        within_host = chips <= chips_per_host(target)
         for stages in divisors(chips) if within_host else [1]:
             if stages <= model.num_layers:
                 yield chips // stages, 1, stages
@@ -81,7 +81,11 @@ def plan_or_advise(planner: Planner, layout: Layout, price_per_chip_hour: float 
     try:
         return planner.plan(layout, price_per_chip_hour)
     except TooLargeError as error:
-        message = f"{planner.config.model.model} on {layout}: {error}; {_advice(planner, layout)}"
+        parts = [f"{planner.config.model.model} on {layout}: {error}", _advice(planner, layout)]
+        if (method := planner.quantization) is not None:
+            note = f"weights of {method} count as bfloat16, which the engine makes of them when it loads"
+            parts.insert(1, note)
+        message = "; ".join(parts)
         raise TooLargeError(message) from error
 
 

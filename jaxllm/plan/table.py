@@ -63,7 +63,7 @@ def _title(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> str:
-    """A line for each."""
+    """A line for each; what it sends on is on its way while it works on the next step."""
     times = zip(plan.stages, plan.estimate.prefill, plan.estimate.decode, strict=True)
     rows = [
         [
@@ -73,8 +73,8 @@ def _stages(plan: Plan) -> str:
             _size(stage.memory.unused),
             _time(prefill.total),
             _time(decode.total),
-            _size(stage.prefill.sent),
-            _size(stage.decode.sent),
+            f"{_size(stage.prefill.sent)} in {_time(prefill.transfer)}",
+            f"{_size(stage.decode.sent)} in {_time(decode.transfer)}",
         ]
         for index, (stage, prefill, decode) in enumerate(times)
     ]
@@ -118,8 +118,7 @@ def _steps(plan: Plan) -> str:
     for kind in sorted({kind for step in steps for kind in step.collectives}):
         rows.append([kind, *(_collective(step, kind) for step in steps)])
     times = (plan.estimate.prefill[plan.slowest], plan.estimate.decode[plan.slowest])
-    transfer = ["transfer"] if len(plan.stages) > 1 else []
-    for name in ("products", "kernels", "collectives", "sampling", *transfer):
+    for name in ("products", "kernels", "collectives", "sampling"):
         rows.append([f"time: {name}", *(_time(getattr(time, name)) for time in times)])
     rows.append(["compiled in", *(f"{step.compile_seconds:.0f} s" for step in steps)])
     return _aligned([head, *([f"  {name}", *cells] for name, *cells in rows)])
@@ -143,10 +142,8 @@ def _estimate(plan: Plan) -> str:
 def _extrapolated(plan: Plan) -> str | None:
     if not plan.extrapolated:
         return None
-    counts, what = (
-        " and ".join(map(str, plan.compiled_layers)),
-        "models" if len(plan.stages) == 1 else "stages",
-    )
+    counts = " and ".join(map(str, plan.compiled_layers))
+    what = "models" if len(plan.stages) == 1 else "stages"
     return f"Steps are extrapolated from {what} of {counts} of the {plan.num_layers} layers (--few-layers)."
 
 

@@ -36,12 +36,14 @@ def test_all_chips_are_used() -> None:
 
 
 def test_stages_share_a_replica() -> None:
-    layout = Layout.make(Target.parse("v5e:4x4"), 2, pipeline=4)
-    assert (layout.stage_chips, layout.replica_chips, layout.data_parallel_size) == (2, 8, 2)
-    assert str(layout.replica) == "v5e:2x4"
-    assert "tensor_parallel_size=2, pipeline_parallel_size=4, data_parallel_size=2" in str(layout)
-    with pytest.raises(ValueError, match=r"pipeline_parallel_size=2: .* a host of v5p has 4 chips"):
-        Layout.make(Target.parse("v5p:2x2x2"), 4, pipeline=2)
+    layout = Layout.make(Target.parse("v5e:4x4"), 2, pipeline=2)
+    assert (layout.stage_chips, layout.replica_chips, layout.data_parallel_size) == (2, 4, 4)
+    assert str(layout.replica) == "v5e:2x2"
+    assert "tensor_parallel_size=2, pipeline_parallel_size=2, data_parallel_size=4" in str(layout)
+    assert Layout.make(Target.parse("v5e:2x4"), 2, pipeline=4).data_parallel_size == 1
+    for target in ("v5p:2x2x2", "v5e:4x4"):  # slices of one host have up to 8 v5e, hosts of larger ones 4
+        with pytest.raises(ValueError, match=f"pipeline_parallel_size=2: .* a host of {target} has 4 chips"):
+            Layout.make(Target.parse(target), 4, pipeline=2)
     with pytest.raises(ValueError, match=r"tensor_parallel_size=1 \* pipeline_parallel_size=3: must divide"):
         Layout.make(Target.parse("v5e:2x2"), 1, pipeline=3)
 

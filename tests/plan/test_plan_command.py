@@ -151,7 +151,7 @@ def test_stages(model: Callable[..., str], tmp_path: Path, capsys: pytest.Captur
     assert main([*arguments, "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert "pipeline_parallel_size=2" in printed
-    for words in ("stage 1  2 to 2", "of stage 0, the fullest", "time: transfer", "bubble"):
+    for words in ("stage 1  2 to 2", "of stage 0, the fullest", "sent on: prefill", "bubble"):
         assert words in printed
     assert picture.stat().st_size > 10_000
 
@@ -194,6 +194,18 @@ def test_a_model_that_is_too_large(model: Callable[..., str], capsys: pytest.Cap
     said = capsys.readouterr().err
     assert re.search(r"weights and rows take 3\d\.\d GB of each chip, 1\d\.\d GB more than memory_util", said)
     assert "v5e:2x4, tensor_parallel_size=4, data_parallel_size=2 would hold them" in said
+    assert "count as bfloat16" not in said
+
+
+@pytest.mark.usefixtures("steps")
+def test_packed_weights_count_unpacked(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the engine has them once they are loaded, and the refusal says so, and what would hold them."""
+    flags = ["--tensor-parallel-size", "2", "--max-model-len", "8192", *SMALL]
+    assert main(["plan", "openai/gpt-oss-120b", "--target", "h100:2", *flags]) == 1
+    said = capsys.readouterr().err
+    assert "weights and rows take 116.9 GB of each chip" in said  # two bytes for each of 117 billion weights
+    assert "weights of mxfp4 count as bfloat16, which the engine makes of them when it loads" in said
+    assert "h100:4, tensor_parallel_size=4, data_parallel_size=1 would hold them" in said
 
 
 @pytest.mark.usefixtures("steps")
