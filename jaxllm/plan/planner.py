@@ -70,14 +70,13 @@ class Planner:
         places = stage_places([lowering.mesh for lowering in lowerings], layout.replica.shape)
         stages = tuple(
             StagePlan(
-                (layers.start, layers.stop),
+                (own.layers.start, own.layers.stop),
                 tuple(places[index]),
                 describe_memory(layout, lowering, num_pages, prefill[index], decode[index]),
                 prefill[index],
                 decode[index],
             )
-            for index, lowering in enumerate(lowerings)
-            for layers in (lowering.stage.layers(model.num_layers),)
+            for index, (own, lowering) in enumerate(zip(programs.stages, lowerings, strict=True))
         )
         works = [_work(lowering, layout, stages) for lowering in lowerings]
         estimator = Estimator(layout, first.buckets, works)
