@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from converters.blank import BlankCheckpoint
 from converters.checkpoint import Checkpoint
 from jaxllm.config import EngineConfig
 from jaxllm.engine.loading import read_model
@@ -129,9 +130,8 @@ class Planner:
 
     @property
     def quantization(self) -> str | None:
-        """How the checkpoint packs weights that the engine unpacks when it loads them; None: it does not."""
-        about: Mapping[str, Any] = self.checkpoint.config.get("quantization_config") or {}
-        return about.get("quant_method")
+        """How weights are quantized that the engine unpacks when it loads them; None: they are not."""
+        return self.checkpoint.quantization if isinstance(self.checkpoint, BlankCheckpoint) else None
 
     def _requests(self, lowering: Lowering, num_pages: int) -> int:
         """At a time on each replica."""
