@@ -100,7 +100,10 @@ typecheck: $(VENV)/.has-demo $(VENV)/.has-dev $(VENV)/.has-test $(VENV)/.has-ui 
 imports: $(VENV)/.has-dev  ## import-linter: the floors
 	$(VENV)/bin/lint-imports
 
+# One of them plans for TPUs, whose compilers are in the environment of `make aot`.
+notebooks: export JAXLLM_PLAN = $(abspath $(VENV)-aot/bin/jaxllm)
 notebooks: $(VENV)/.has-demo $(VENV)/.has-notebook  ## run every notebook from top to bottom
+	$(MAKE) VENV=$(VENV)-aot $(VENV)-aot/.has-aot
 	$(VENV)/bin/jupyter execute notebooks/*.ipynb
 
 dev: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-ui $(VENV)/.has-dev $(VENV)/.has-notebook  ## install everything, and the commit hooks

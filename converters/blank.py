@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from converters.checkpoint import TensorInfo
-from converters.dequantized import without_quantization
+from converters.dequantized import is_read, without_quantization
 from converters.errors import CheckpointError
 from converters.on_disk import find_on_disk
 from converters.safetensors import published_dtype, read_json
@@ -17,7 +17,11 @@ CONFIG_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 
 
 class BlankCheckpoint:
-    """A checkpoint that has no tensors; see `Checkpoint`."""
+    """A checkpoint that has no tensors; see `Checkpoint`.
+
+    Attributes:
+        quantization: how its weights are quantized, where that is undone as they are read; else None.
+    """
 
     def __init__(self, path: Path) -> None:
         """Reads the configs of a folder, or a file that is one.
@@ -27,7 +31,10 @@ class BlankCheckpoint:
         """
         self.path = path if path.is_dir() else path.parent
         file = path / "config.json" if path.is_dir() else path
-        self.config: dict[str, Any] = without_quantization(read_json(file))
+        config: dict[str, Any] = read_json(file)
+        about = config["quantization_config"] if is_read(config) else {}
+        self.quantization: str | None = about.get("quant_method")
+        self.config = without_quantization(config)
         beside = self.path / "generation_config.json"
         self.generation_config: dict[str, Any] = read_json(beside, optional=True)
         self.tensors: Mapping[str, TensorInfo] = {}

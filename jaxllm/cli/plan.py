@@ -149,7 +149,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.search and arguments.save:
         arguments.usage_error("--save: keeps one layout's programs; leave out --search")
     if arguments.search:
-        for name in ("tensor_parallel_size", "expert_parallel_size", "data_parallel_size"):
+        for axis in ("tensor", "expert", "pipeline", "data"):
+            name = f"{axis}_parallel_size"
             if getattr(arguments, name, None) is not None:
                 arguments.usage_error(f"--{name.replace('_', '-')}: --search tries all; leave it out")
 
@@ -169,7 +170,11 @@ def _plan(arguments: argparse.Namespace, planner: "Planner", target: "Target") -
 
     sizes = planner.config.parallel
     layout = Layout.make(
-        target, sizes.tensor_parallel_size, sizes.expert_parallel_size, arguments.data_parallel_size
+        target,
+        sizes.tensor_parallel_size,
+        sizes.expert_parallel_size,
+        arguments.data_parallel_size,
+        pipeline=sizes.pipeline_parallel_size,
     )
     if arguments.save:
         check_saving(arguments.save, layout)

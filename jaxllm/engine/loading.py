@@ -22,7 +22,7 @@ from jaxllm.engine.expert_balancer import ExpertBalancer
 from jaxllm.engine.inputs import InputProcessor, default_sampling_params, find_eos_token_ids
 from jaxllm.engine.laps import Laps
 from jaxllm.engine.replicas import Replicas
-from jaxllm.engine.sizing import fit_pages, make_lowering, make_scheduler
+from jaxllm.engine.sizing import fit_pages, make_scheduler, make_stages
 from jaxllm.engine.vocabulary import Vocabulary
 from jaxllm.engine.waiting import waiting
 from jaxllm.engine.weight_source import WeightSource, open_model
@@ -31,7 +31,7 @@ from jaxllm.layers.expert_exchange import exchange_ragged
 from jaxllm.models import abstract
 from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.models.registry import ModelRegistry
-from jaxllm.models.stages import Stage, StageWeights, stage_merge, stage_parameters
+from jaxllm.models.stages import StageWeights, cut_parameters
 from jaxllm.parallel import adopt_mesh, make_mesh, stage_meshes
 from jaxllm.parallel.hosts import HostGroup
 from jaxllm.runner.hosts import LeadingRunner, agree_on_pages, check_hosts
@@ -129,8 +129,7 @@ def load_parts(
             products = choose_products(config.compile.matmul_backend, model, meshes[0])
         with jax.set_mesh(meshes[0]):
             structure, parameters = abstract.split(architecture, model, products.backend)
-        stages = [Stage(index, len(meshes)) for index in range(len(meshes))]
-        parts = [stage_parameters(architecture, model, parameters, stage) for stage in stages]
+        parts = cut_parameters(architecture, model, parameters, len(meshes))
         laps.end("structure")
         source = WeightSource(config, architecture, model, parameters, parts, meshes)
         if weights is None:
@@ -142,19 +141,9 @@ def load_parts(
             with waiting("Building the attention kernel", progress=progress):
                 attention = choose()
         laps.end("kernels")
-        lowerings = [
-            make_lowering(
-                config,
-                model,
-                stage_merge(structure, parameters, part, stage),
-                part,
-                stage_mesh,
-                attention.backend,
-                products.backend,
-                stage,
-            )
-            for stage, part, stage_mesh in zip(stages, parts, meshes, strict=True)
-        ]
+        lowerings = make_stages(
+            config, model, structure, parameters, parts, meshes, attention.backend, products.backend
+        )
 
         def kept(lowering: Lowering, num_pages: int) -> KeptPrograms | None:
             return threads.submit(_kept_programs, config, architecture, lowering, num_pages).result()

@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from jaxllm.cache.groups import group_layers
 from jaxllm.cache.manager import CacheManager
 from jaxllm.config import EngineConfig
-from jaxllm.models.abstract import Parameter
+from jaxllm.models.abstract import Parameter, Structure
 from jaxllm.models.base import DecoderConfig
 from jaxllm.models.expert_slots import expert_layers
-from jaxllm.models.stages import WHOLE, Stage
+from jaxllm.models.stages import Stage, stage_merge
 from jaxllm.runner.lowering import Lowering, Sizes
 from jaxllm.runner.memory import MemoryUse, count_pages, device_memory, page_bytes
 from jaxllm.runner.step import Merge
@@ -38,7 +38,7 @@ def make_lowering(
     mesh: Mesh,
     backend: Backend,
     products: ProductsBackend | None,
-    stage: Stage = WHOLE,
+    stage: Stage,
 ) -> Lowering:
     """The programs, of the sizes that the config asks for.
 
@@ -74,6 +74,39 @@ def make_lowering(
         stage,
         expert_layers(parameters),
     )
+
+
+def make_stages(
+    config: EngineConfig,
+    model: DecoderConfig,
+    structure: Structure,
+    parameters: Mapping[str, Parameter],
+    parts: Sequence[Mapping[str, Parameter]],
+    meshes: Sequence[Mesh],
+    backend: Backend,
+    products: ProductsBackend | None,
+) -> list[Lowering]:
+    """The programs of all stages, as `make_lowering` makes those of one.
+
+    Args:
+        structure, parameters: of the whole model.
+        parts: what `cut_parameters` gives.
+        meshes: of the stages.
+    """
+    stages = [Stage(index, len(meshes)) for index in range(len(meshes))]
+    return [
+        make_lowering(
+            config,
+            model,
+            stage_merge(structure, parameters, part, stage),
+            part,
+            mesh,
+            backend,
+            products,
+            stage,
+        )
+        for stage, part, mesh in zip(stages, parts, meshes, strict=True)
+    ]
 
 
 def fit_pages(

@@ -86,6 +86,13 @@ def stage_parameters(
     return {path: parameter for path, parameter in parameters.items() if is_needed(path)}
 
 
+def cut_parameters(
+    model: type[CausalLM], config: DecoderConfig, parameters: Mapping[str, Parameter], count: int
+) -> list[dict[str, Parameter]]:
+    """Those of each of so many stages; raises as `stage_parameters` does."""
+    return [stage_parameters(model, config, parameters, Stage(index, count)) for index in range(count)]
+
+
 StageWeights = tuple[tuple[Array, ...], ...]
 """For each stage its weights, in the order of its parameters."""
 

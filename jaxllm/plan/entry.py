@@ -59,5 +59,6 @@ def make_plan(
         parallel.tensor_parallel_size,
         parallel.expert_parallel_size,
         data_parallel_size,
+        pipeline=parallel.pipeline_parallel_size,
     )
     return plan_or_advise(planner, layout, price_per_chip_hour)

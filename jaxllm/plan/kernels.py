@@ -18,12 +18,12 @@ from pallas_kernels.paged_attention.work import attention_bytes, attention_flops
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of all layers, on one chip.
+    """The kernels of some layers, on one chip.
 
     Attributes:
         attention: of each layer.
         model: cut for the mesh.
-        grouped: products with experts' weights that are kernels, of all layers.
+        grouped: products with experts' weights that are kernels, of all these layers.
     """
 
     attention: Sequence[Problem]
@@ -31,10 +31,10 @@ class Kernels:
     grouped: int
 
     @classmethod
-    def of(cls, model: DecoderConfig, mesh: Mesh, page_size: int, grouped: int) -> Self:
-        """Those of a model that is cut for the mesh."""
+    def of(cls, model: DecoderConfig, layers: range, mesh: Mesh, page_size: int, grouped: int) -> Self:
+        """Those of a model's layers of these numbers, cut for the mesh."""
         kinds = {problem.sliding_window: problem for problem in attention_problems(model, mesh, page_size)}
-        return cls([kinds[window] for window in model.layer_windows], model, grouped)
+        return cls([kinds[model.layer_windows[layer]] for layer in layers], model, grouped)
 
     def work(self, rows: int, tokens: int, context: int) -> Work:
         """Of a step whose rows are all alike.

@@ -5,9 +5,13 @@ from typing import Self
 
 from jax.sharding import Mesh
 
-from jaxllm.parallel import make_mesh
+from jaxllm.parallel import make_mesh, stage_meshes
 from pallas_kernels.targets import Target
 from pallas_kernels.targets.target import CHIPS_PER_GPU_HOST
+
+CHIPS_OF_ONE_HOST, CHIPS_PER_TPU_HOST = {"v5e": 8, "v6e": 8, "v5p": 4}, 4
+"""TPUs of the largest slice on one host, and on each host of larger slices
+(https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, /v5e, /v6e)."""
 
 
 @dataclass(frozen=True)
@@ -16,32 +20,37 @@ class Layout:
 
     Attributes:
         target: all chips.
-        tensor_parallel_size, expert_parallel_size: a replica has as many chips as their product, see
-            `jaxllm.parallel.make_mesh`.
+        tensor_parallel_size, expert_parallel_size, pipeline_parallel_size: a replica has as many chips as
+            their product, see `jaxllm.parallel.make_mesh`.
         data_parallel_size: replicas, which share requests and run the same programs.
-        replica: the slice that a replica's programs are compiled for.
+        replica: the slice that a replica is on, its stages' chips side by side.
     """
 
     target: Target
     tensor_parallel_size: int
     expert_parallel_size: int
+    pipeline_parallel_size: int
     data_parallel_size: int
     replica: Target
 
     @classmethod
-    def make(cls, target: Target, tensor: int, expert: int = 1, data: int | None = None) -> Self:
+    def make(
+        cls, target: Target, tensor: int, expert: int = 1, data: int | None = None, *, pipeline: int = 1
+    ) -> Self:
         """A layout that uses all chips.
 
         Args:
-            tensor, expert, data: the sizes; without the last one as many replicas as there are chips for.
+            tensor, expert, data, pipeline: the sizes; without `data` as many replicas as there are chips for.
 
         Raises:
             ValueError: the sizes and the chips do not go together; the message names the one to change.
         """
-        chips, size = target.num_chips, tensor * expert
+        chips, size = target.num_chips, tensor * expert * pipeline
         sizes = f"tensor_parallel_size={tensor}"
         if expert > 1:
             sizes += f" * expert_parallel_size={expert}"
+        if pipeline > 1:
+            sizes += f" * pipeline_parallel_size={pipeline}"
         if chips % size:
             known = ", ".join(map(str, divisors(chips)))
             raise ValueError(f"{sizes}: must divide the {chips} chips of {target}, as {known} do")
@@ -57,12 +66,22 @@ class Layout:
                 f"{sizes}: a replica on {target.chip.name} stays within a host's {CHIPS_PER_GPU_HOST} chips, "
                 "because nothing is known of the network between hosts"
             )
-        return cls(target, tensor, expert, data, find_slice(target, size))
+        if pipeline > 1 and size > (host := chips_per_host(target)):
+            raise ValueError(
+                f"{sizes}: the engine has all stages in one process, and a host of {target} has "
+                f"{host} chips; leave out pipeline_parallel_size, or ask for at most {host} chips a replica"
+            )
+        return cls(target, tensor, expert, pipeline, data, find_slice(target, size))
+
+    @property
+    def stage_chips(self) -> int:
+        """Chips of each stage of a replica; all of them where it has one stage."""
+        return self.tensor_parallel_size * self.expert_parallel_size
 
     @property
     def replica_chips(self) -> int:
         """Chips of a replica."""
-        return self.tensor_parallel_size * self.expert_parallel_size
+        return self.stage_chips * self.pipeline_parallel_size
 
     @property
     def num_chips(self) -> int:
@@ -70,29 +89,31 @@ class Layout:
         return self.replica_chips * self.data_parallel_size
 
     @property
-    def torus(self) -> tuple[int, ...]:
+    def replica_torus(self) -> tuple[int, ...]:
         """Chips of a replica along each of its axes that have more than one."""
         if self.replica_chips < self.replica.num_chips:
             return (self.replica_chips,)
         return tuple(size for size in self.replica.shape if size > 1)
 
-    def mesh(self) -> Mesh:
-        """A replica's mesh, of chips that need not be there.
+    def meshes(self) -> list[Mesh]:
+        """Each stage's mesh, of chips that need not be there, cut as the engine cuts a replica's.
 
         Raises:
             RuntimeError: the compiler for these chips is not installed.
         """
-        return make_mesh(
+        mesh = make_mesh(
             self.tensor_parallel_size,
             self.replica.devices(),
             expert_parallel_size=self.expert_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
         )
+        return stage_meshes(mesh)
 
     def __str__(self) -> str:
-        sizes = ("tensor", "expert", "data")
+        sizes = ("tensor", "expert", "pipeline", "data")
         named = (f"{name}_parallel_size={getattr(self, f'{name}_parallel_size')}" for name in sizes)
-        shown = (size for size in named if size != "expert_parallel_size=1")
-        return ", ".join([str(self.target), *shown])
+        left_out = ("expert_parallel_size=1", "pipeline_parallel_size=1")
+        return ", ".join([str(self.target), *(size for size in named if size not in left_out)])
 
 
 def find_slice(target: Target, chips: int) -> Target:
@@ -115,6 +136,14 @@ def find_slice(target: Target, chips: int) -> Target:
             f"{', '.join(map(str, inside))}"
         )
     return (exact or larger)[0]
+
+
+def chips_per_host(target: Target) -> int:
+    """How many of a target's chips a host has at most."""
+    if target.chip.platform == "gpu":
+        return CHIPS_PER_GPU_HOST
+    one_host = CHIPS_OF_ONE_HOST[target.chip.name]
+    return one_host if target.num_chips <= one_host else CHIPS_PER_TPU_HOST
 
 
 def divisors(number: int) -> list[int]:

@@ -1,5 +1,6 @@
 """What lives in a chip's memory, and what requests that leaves room for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jax.sharding import Mesh
@@ -10,7 +11,7 @@ from jaxllm.engine.sizing import fit_pages
 from jaxllm.plan.layout import Layout
 from jaxllm.plan.step import Step
 from jaxllm.runner.lowering import Lowering
-from jaxllm.runner.memory import DEFAULT_UTILIZATION, bytes_per_device, memory_use, page_bytes
+from jaxllm.runner.memory import DEFAULT_UTILIZATION, MemoryUse, bytes_per_device, memory_use, page_bytes
 
 
 class TooLargeError(ValueError):
@@ -48,43 +49,46 @@ class ChipMemory:
 
 
 def fit_memory(
-    config: EngineConfig, layout: Layout, lowering: Lowering, prefill: Step
-) -> tuple[Lowering, int]:
-    """As many pages as fit beside all else.
+    config: EngineConfig, layout: Layout, stages: Sequence[Lowering], prefill: Sequence[Step]
+) -> tuple[list[Lowering], int]:
+    """As many pages as fit beside all else, in the fullest stage.
 
     Args:
-        prefill: the largest step.
+        prefill: the largest step, of each stage.
 
     Returns:
-        The lowering, for shorter requests where the pages hold no longer ones, and the pages, the null page
+        The stages, for shorter requests where the pages hold no longer ones, and the pages, the null page
         included.
 
     Raises:
         TooLargeError: too few fit; the message has the numbers.
     """
-    use = memory_use(lowering, prefill.temporaries, prefill.outputs)
+
+    def use(stage: Lowering) -> MemoryUse:
+        step = prefill[stage.stage.index]
+        return memory_use(stage, step.temporaries, step.outputs)
 
     def usable(_: Mesh) -> int:
         return layout.target.chip.usable_hbm
 
     try:
-        [lowering], num_pages = fit_pages(config, [lowering], lambda _: use, usable)
+        fitted, num_pages = fit_pages(config, stages, use, usable)
     except ValueError as error:
         raise TooLargeError(str(error)) from error
-    total = use.total + num_pages * page_bytes(lowering)
+    total = max(use(stage).total + num_pages * page_bytes(stage) for stage in fitted)
     chip = layout.target.chip
     if total > chip.usable_hbm:
         raise TooLargeError(
             f"{num_pages - 1} pages make {total} bytes with all else on a chip, and {chip.name} has "
             f"{chip.usable_hbm}; lower num_pages or kv_cache_memory, or leave them out"
         )
-    return lowering, num_pages
+    return fitted, num_pages
 
 
 def describe_memory(
     layout: Layout, lowering: Lowering, num_pages: int, prefill: Step, decode: Step
 ) -> ChipMemory:
-    """What a chip's memory holds, once it is known."""
+    """What the memory of a stage's chips holds, once it is known."""
     use = memory_use(lowering, prefill.temporaries, prefill.outputs)
     pages, usable = num_pages * page_bytes(lowering), layout.target.chip.usable_hbm
     return ChipMemory(
@@ -100,8 +104,8 @@ def describe_memory(
     )
 
 
-def require_weights(config: EngineConfig, layout: Layout, lowering: Lowering) -> None:
-    """Refuses a layout whose weights are too large, before anything is compiled.
+def require_weights(config: EngineConfig, layout: Layout, stages: Sequence[Lowering]) -> None:
+    """Refuses a layout whose weights are too large in any stage, before anything is compiled.
 
     Raises:
         TooLargeError: they are; the message says by how much.
@@ -112,10 +116,12 @@ def require_weights(config: EngineConfig, layout: Layout, lowering: Lowering) ->
         source = f"memory_utilization={share} of its"
     else:  # pages do not fill a share of the memory then
         share, source = 1.0, "its"
-    needed = bytes_per_device(lowering.params) + bytes_per_device(lowering.rows_shapes)
+    sizes = [bytes_per_device(stage.params) + bytes_per_device(stage.rows_shapes) for stage in stages]
+    needed = max(sizes)
     if (excess := needed - usable * share) > 0:
+        chips = "each chip" if len(sizes) == 1 else f"each chip of stage {sizes.index(needed)}"
         raise TooLargeError(
-            f"weights and rows take {needed / 1e9:.1f} GB of each chip, {excess / 1e9:.1f} GB more than "
+            f"weights and rows take {needed / 1e9:.1f} GB of {chips}, {excess / 1e9:.1f} GB more than "
             f"{source} {usable / 1e9:.1f} GB"
         )
 

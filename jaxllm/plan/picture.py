@@ -25,63 +25,78 @@ def draw_plan(plan: Plan, file: Path) -> None:
 
 
 def _draw_chips(plan: Plan, axes: Any) -> None:
-    """A square for each chip, in its replica's colour; planes of a cube side by side."""
+    """A square for each chip, in its replica's colour, stages in shades; planes of a cube side by side."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
     layout, colours = plan.layout, colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
     shape = (*layout.target.shape, 1, 1)[:3] if len(layout.target.shape) > 1 else (1, *layout.target.shape, 1)
     rows, columns, planes = shape
-    for index, replica in enumerate(_replicas(plan)):
+    staged = layout.pipeline_parallel_size > 1
+    for index, (replica, stage) in enumerate(_owners(plan)):
         row, column, plane = index // planes // columns, index // planes % columns, index % planes
         x = plane * (columns + 0.5) + column
-        axes.add_patch(Rectangle((x, row), 0.92, 0.92, color=colours[replica % len(colours)]))
+        colour, alpha = colours[replica % len(colours)], 0.6 if stage % 2 else 1.0
+        axes.add_patch(Rectangle((x, row), 0.92, 0.92, color=colour, alpha=alpha))
         if layout.num_chips <= LABELLED:
-            axes.text(x + 0.46, row + 0.46, str(replica), ha="center", va="center", fontsize=8)
+            label = f"{replica}\nstage {stage}" if staged else str(replica)
+            axes.text(x + 0.46, row + 0.46, label, ha="center", va="center", fontsize=6 if staged else 8)
     axes.set_xlim(-0.1, planes * (columns + 0.5))
     axes.set_ylim(rows + 0.1, -0.1)
     axes.set_aspect("equal")
     axes.axis("off")
-    axes.set_title(f"{layout.data_parallel_size} replicas of {layout.replica_chips} chips")
+    stages = f" in {layout.pipeline_parallel_size} stages" if staged else ""
+    axes.set_title(f"{layout.data_parallel_size} replicas of {layout.replica_chips} chips{stages}")
 
 
-def _replicas(plan: Plan) -> list[int]:
-    """For each chip of the target, in row-major order, the replica that it belongs to."""
-    target, size, chips = plan.layout.target.shape, plan.layout.replica_chips, plan.layout.num_chips
-    if plan.layout.replica.num_chips != size:  # neighbours of a slice that several replicas share
-        return [index // size for index in range(chips)]
+def _owners(plan: Plan) -> list[tuple[int, int]]:
+    """For each chip of the target, in row-major order, the replica and the stage that it belongs to."""
+    layout = plan.layout
+    target, size, chips = layout.target.shape, layout.replica_chips, layout.num_chips
+    if layout.replica.num_chips != size:  # neighbours of a slice that several replicas share
+        return [(index // size, index % size // layout.stage_chips) for index in range(chips)]
+    stage_of = {place: index for index, stage in enumerate(plan.stages) for place in stage.chips}
     # a replica's shortest side lies along the target's
     axes = sorted(range(len(target)), key=target.__getitem__)
-    block = dict(zip(axes, sorted(plan.layout.replica.shape), strict=True))
+    sides = sorted(range(len(target)), key=layout.replica.shape.__getitem__)
     numbers: dict[tuple[int, ...], int] = {}
-    return [
-        numbers.setdefault(tuple(place // block[axis] for axis, place in enumerate(position)), len(numbers))
-        for position in itertools.product(*map(range, target))
-    ]
+    found = []
+    for position in itertools.product(*map(range, target)):
+        block, inside = [0] * len(target), [0] * len(target)
+        for axis, side in zip(axes, sides, strict=True):
+            block[axis], inside[side] = divmod(position[axis], layout.replica.shape[side])
+        found.append((numbers.setdefault(tuple(block), len(numbers)), stage_of[tuple(inside)]))
+    return found
 
 
 def _draw_memory(plan: Plan, axes: Any) -> None:
-    """One bar, from the weights at the bottom to what nothing takes."""
-    bottom = 0.0
+    """A bar for each stage, from the weights at the bottom to what nothing takes."""
+    stages, staged = range(len(plan.stages)), len(plan.stages) > 1
+    bottom = [0.0 for _ in stages]
     for name in PARTS:
-        size = getattr(plan.memory, name) / 1e9
+        sizes = [getattr(stage.memory, name) / 1e9 for stage in plan.stages]
         colour = "0.92" if name == "unused" else None
-        axes.bar([0], [size], bottom=bottom, label=f"{name} {size:.2f} GB", color=colour)
-        bottom += size
-    axes.set(title="a chip's memory", ylabel="GB", xticks=[])
+        label = name if staged else f"{name} {sizes[0]:.2f} GB"
+        axes.bar(stages, sizes, bottom=bottom, label=label, color=colour)
+        bottom = [start + size for start, size in zip(bottom, sizes, strict=True)]
+    axes.set(title="a chip's memory", ylabel="GB", xticks=stages if staged else [])
+    if staged:
+        axes.set(xlabel="stage")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
 
 
 def _draw_times(plan: Plan, axes: Any) -> None:
-    """A step's parts, one after the other."""
+    """The parts of a step of the slowest stage, one after the other."""
+    slowest, found = plan.slowest, plan.estimate
     steps = {
-        f"prefill\n{plan.prefill.tokens} tokens": plan.estimate.prefill,
-        f"decode\n{plan.estimate.requests} requests": plan.estimate.decode,
+        f"prefill\n{plan.stages[slowest].prefill.tokens} tokens": found.prefill[slowest],
+        f"decode\n{-(-found.requests // len(plan.stages))} requests": found.decode[slowest],
     }
     left = [0.0] * len(steps)
     for name in ("products", "kernels", "collectives", "sampling"):
         widths = [1e3 * getattr(time, name) for time in steps.values()]
         axes.barh(list(steps), widths, left=left, label=name)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.set(title="a step at best", xlabel="ms")
+    where = f" in stage {slowest}" if len(plan.stages) > 1 else ""
+    axes.set(title=f"a step at best{where}", xlabel="ms")
     axes.legend(fontsize=8)

@@ -7,8 +7,27 @@ from typing import Any
 from jaxllm.plan.estimate import Estimate
 from jaxllm.plan.layout import Layout
 from jaxllm.plan.memory import ChipMemory
+from jaxllm.plan.placement import Place
 from jaxllm.plan.step import Step
 from jaxllm.plan.workload import Workload
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a replica; all of it where it has one.
+
+    Attributes:
+        layers: number of the first one, and of the one after the last.
+        chips: their places in the replica's slice.
+        memory: of each of its chips.
+        prefill, decode: steps of the largest bucket, and of one token for each request that is in a step.
+    """
+
+    layers: tuple[int, int]
+    chips: tuple[Place, ...]
+    memory: ChipMemory
+    prefill: Step
+    decode: Step
 
 
 @dataclass(frozen=True)
@@ -22,9 +41,9 @@ class Plan:
         max_model_len: most tokens of a request; fewer than the model's where the pages hold no more.
         full_requests: of `max_model_len` tokens, that each replica's pages hold at the same time.
         workload_requests: the same of the workload's requests.
-        prefill, decode: steps of the largest bucket, and of one token for each request.
-        compiled_layers: numbers of layers of the models that were compiled. Where they are not the model's
-            own, `prefill` and `decode` are extrapolated from these.
+        stages: in order; one where the model is not cut into any.
+        compiled_layers: numbers of layers of the models, or of the stages, that were compiled.
+        extrapolated: these are not the model's own, and its steps lie on the line through them.
     """
 
     model: str
@@ -34,14 +53,29 @@ class Plan:
     weight_bytes: int
     attention_backend: str
     max_model_len: int
-    memory: ChipMemory
+    stages: tuple[StagePlan, ...]
     full_requests: int
     workload_requests: int
-    prefill: Step
-    decode: Step
     compiled_layers: tuple[int, ...]
+    extrapolated: bool
     workload: Workload
     estimate: Estimate
+
+    @property
+    def fullest(self) -> int:
+        """Number of the stage whose chips have the least memory left."""
+        return min(range(len(self.stages)), key=lambda index: self.stages[index].memory.unused)
+
+    @property
+    def slowest(self) -> int:
+        """Number of the stage that takes longest to decode."""
+        times = self.estimate.decode
+        return max(range(len(times)), key=lambda index: times[index].total)
+
+    @property
+    def memory(self) -> ChipMemory:
+        """Of a chip of the fullest stage."""
+        return self.stages[self.fullest].memory
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in plain values, as `jaxllm plan --json` prints it."""
@@ -51,9 +85,11 @@ class Plan:
             "chips": self.layout.num_chips,
             "tensor_parallel_size": self.layout.tensor_parallel_size,
             "expert_parallel_size": self.layout.expert_parallel_size,
+            "pipeline_parallel_size": self.layout.pipeline_parallel_size,
             "data_parallel_size": self.layout.data_parallel_size,
             "replica": str(self.layout.replica),
         }
         for name in ("prefill", "decode"):
-            values["estimate"][name]["total"] = getattr(self.estimate, name).total
-        return {**values, "layout": layout}
+            for times, time in zip(values["estimate"][name], getattr(self.estimate, name), strict=True):
+                times["total"] = time.total
+        return {**values, "layout": layout, "fullest": self.fullest, "slowest": self.slowest}

@@ -1,7 +1,7 @@
 """Makes plans of a model: compiles its steps for a layout, and reads what they need."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +9,20 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from converters.blank import BlankCheckpoint
 from converters.checkpoint import Checkpoint
 from jaxllm.config import EngineConfig
 from jaxllm.engine.loading import read_model
 from jaxllm.engine.waiting import waiting
 from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.models.registry import ModelRegistry
-from jaxllm.plan.estimate import Estimator
+from jaxllm.plan.estimate import Estimator, StageWork
 from jaxllm.plan.kernels import Kernels
 from jaxllm.plan.layout import Layout
 from jaxllm.plan.memory import count_requests, describe_memory, fit_memory, require_weights
 from jaxllm.plan.options import PLANNED
-from jaxllm.plan.plan import Plan
+from jaxllm.plan.placement import stage_hops, stage_places, stage_torus
+from jaxllm.plan.plan import Plan, StagePlan
 from jaxllm.plan.programs import StepPrograms, make_programs
 from jaxllm.plan.saving import save_programs
 from jaxllm.plan.source import open_configs
@@ -50,7 +52,7 @@ class Planner:
     progress: bool = True
 
     def plan(self, layout: Layout, price_per_chip_hour: float | None = None) -> Plan:
-        """The plan for a layout; compiles two programs, or four with `few_layers`.
+        """The plan for a layout; compiles two programs of each stage, or four with `few_layers`.
 
         Raises:
             NotImplementedError: a kernel that was asked for does not serve the model.
@@ -58,67 +60,84 @@ class Planner:
             ValueError: the model cannot be laid out so, or does not fit; the message says by how much.
         """
         model, programs = self.programs(layout)
-        require_weights(self.config, layout, programs.lowering)
-        largest = programs.lowering.buckets.largest.tokens
+        require_weights(self.config, layout, programs.lowerings)
+        largest = programs.lowerings[0].buckets.largest.tokens
         prefill = self._compile(programs, "prefill", layout, largest, PROBE_PAGES)
-        lowering, num_pages = fit_memory(self.config, layout, programs.lowering, prefill)
-        requests = self._requests(lowering, num_pages)
-        decode = self._compile(programs, "decode", layout, requests, num_pages)
-        kernels = Kernels.of(model, lowering.mesh, lowering.sizes.page_size, prefill.grouped_kernels)
-        estimator = Estimator(
-            layout, lowering.buckets, kernels, decode, prefill, LOGIT_BYTES * model.vocab_size
+        lowerings, num_pages = fit_memory(self.config, layout, programs.lowerings, prefill)
+        first = lowerings[0]
+        requests = self._requests(first, num_pages)
+        in_a_step = -(-requests // layout.pipeline_parallel_size)
+        decode = self._compile(programs, "decode", layout, in_a_step, num_pages)
+        places = stage_places([lowering.mesh for lowering in lowerings], layout.replica.shape)
+        stages = tuple(
+            StagePlan(
+                (own.layers.start, own.layers.stop),
+                tuple(places[index]),
+                describe_memory(layout, lowering, num_pages, prefill[index], decode[index]),
+                prefill[index],
+                decode[index],
+            )
+            for index, (own, lowering) in enumerate(zip(programs.stages, lowerings, strict=True))
         )
-        max_model_len = lowering.sizes.max_model_len
+        works = [_work(lowering, layout, stages) for lowering in lowerings]
+        estimator = Estimator(layout, first.buckets, works)
+        max_model_len = first.sizes.max_model_len
         return Plan(
             model=self.config.model.model,
             layout=layout,
             dtype=jnp.dtype(model.dtype).name,
             num_layers=model.num_layers,
-            weight_bytes=sum(param.size * param.dtype.itemsize for param in lowering.params),
-            attention_backend=lowering.backend.name,
+            weight_bytes=sum(
+                param.size * param.dtype.itemsize for lowering in lowerings for param in lowering.params
+            ),
+            attention_backend=first.backend.name,
             max_model_len=max_model_len,
-            memory=describe_memory(layout, lowering, num_pages, prefill, decode),
-            full_requests=count_requests(lowering, num_pages, max_model_len),
-            workload_requests=count_requests(lowering, num_pages, self.workload.length),
-            prefill=prefill,
-            decode=decode,
+            stages=stages,
+            full_requests=count_requests(first, num_pages, max_model_len),
+            workload_requests=count_requests(first, num_pages, self.workload.length),
             compiled_layers=programs.compiled_layers,
+            extrapolated=programs.extrapolated,
             workload=self.workload,
             estimate=estimator.estimate(self.workload, requests, price_per_chip_hour),
         )
 
     def programs(self, layout: Layout) -> tuple[DecoderConfig, StepPrograms]:
         """The model cut for the layout, and its programs, none of which is compiled yet."""
-        mesh = layout.mesh()
-        model = read_model(self.config, self.checkpoint, self.architecture, mesh)
+        meshes = layout.meshes()
+        model = read_model(self.config, self.checkpoint, self.architecture, meshes[0])
         if (dtype := jnp.dtype(model.dtype)) != jnp.bfloat16:
             raise ValueError(f"dtype={dtype.name}: rates are known for bfloat16; give dtype='bfloat16'")
         self.workload.check(self.config.model.max_model_len or model.max_position_embeddings)
-        return model, make_programs(self.config, self.architecture, model, mesh, few_layers=self.few_layers)
+        return model, make_programs(self.config, self.architecture, model, meshes, few_layers=self.few_layers)
 
     def save(self, plan: Plan, folder: Path) -> str:
         """Keeps all programs of a plan, see `jaxllm.plan.saving`, and says how an engine finds them."""
         _, programs = self.programs(plan.layout)
-        lowering = programs.lowering.with_max_model_len(plan.max_model_len)
+        stages = [lowering.with_max_model_len(plan.max_model_len) for lowering in programs.lowerings]
         pages = plan.memory.num_pages
-        count = save_programs(folder, self.architecture, lowering, pages + 1, progress=self.progress)
+        count = save_programs(folder, self.architecture, stages, pages + 1, progress=self.progress)
         return (
             f"{count} programs are in {folder}; an engine with the same options and --num-pages {pages} "
             f"--max-model-len {plan.max_model_len} --compilation-cache-dir {folder} looks for them there"
         )
 
     @property
-    def has_experts(self) -> bool:
-        """Whether the model is a mixture of experts."""
-        model = self.architecture.read_config(
+    def uncut_model(self) -> DecoderConfig:
+        """The model on one chip."""
+        return self.architecture.read_config(
             self.checkpoint.config, dtype=jnp.bfloat16, tensor_parallel_size=1
         )
-        return model.mixture is not None
+
+    @property
+    def quantization(self) -> str | None:
+        """How weights are quantized that the engine unpacks when it loads them; None: they are not."""
+        return self.checkpoint.quantization if isinstance(self.checkpoint, BlankCheckpoint) else None
 
     def _requests(self, lowering: Lowering, num_pages: int) -> int:
         """At a time on each replica."""
         sizes, length = lowering.sizes, self.workload.length
-        most = min(sizes.max_num_seqs, sizes.max_num_batched_tokens)  # each has a token in every step
+        # each has a token in every step, or in one of as many as there are stages
+        most = min(sizes.max_num_seqs, lowering.stage.count * sizes.max_num_batched_tokens)
         fitting = min(count_requests(lowering, num_pages, length), most)
         wanted = self.workload.concurrency
         if fitting < (wanted or 1):
@@ -129,11 +148,28 @@ class Planner:
             )
         return wanted or fitting
 
-    def _compile(self, programs: StepPrograms, kind: str, layout: Layout, tokens: int, pages: int) -> Step:
-        size = programs.lowering.buckets.fit(tokens).tokens
+    def _compile(
+        self, programs: StepPrograms, kind: str, layout: Layout, tokens: int, pages: int
+    ) -> tuple[Step, ...]:
+        size = programs.lowerings[0].buckets.fit(tokens).tokens
         what = f"Compiling for {layout.replica}, {layout.replica_chips} chips: {kind}, {size} tokens"
         with waiting(what, progress=self.progress):
-            return programs.step(tokens, pages)
+            return programs.steps(tokens, pages)
+
+
+def _work(lowering: Lowering, layout: Layout, stages: Sequence[StagePlan]) -> StageWork:
+    """What a stage has to do."""
+    stage, model = lowering.stage, lowering.model
+    own, following = stages[stage.index], stages[(stage.index + 1) % len(stages)]
+    layers, grouped = range(*own.layers), own.prefill.grouped_kernels
+    return StageWork(
+        Kernels.of(model, layers, lowering.mesh, lowering.sizes.page_size, grouped),
+        own.decode,
+        own.prefill,
+        LOGIT_BYTES * model.vocab_size if stage.is_last else 0,
+        layout.replica_torus if stage.count == 1 else stage_torus(own.chips),
+        stage_hops(own.chips, following.chips),
+    )
 
 
 def planner_of(

@@ -41,12 +41,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Links:
-    """What connects the chips of a replica.
+    """What connects the chips of a stage, which is all of a replica where it has one stage.
 
     Attributes:
         size: chips.
         expert_size: of these, those among which the experts are spread.
-        bandwidth: bytes a second that each can send to others of the replica, over all links together.
+        bandwidth: bytes a second that each can send to others of the stage, over all links together.
         hops: from a chip to the farthest one.
         hop_seconds: latency of each.
         base_seconds: that any collective takes besides.
@@ -70,7 +70,7 @@ class Links:
         if chip.platform == "gpu":  # NVSwitch connects each with each
             hops = max(0, size - 1)
             return cls(size, expert_size, chip.interconnect / 2, hops, GPU_HOP_SECONDS, GPU_BASE_SECONDS)
-        one_way = chip.interconnect / 2 / (2 * len(target.shape))
+        one_way = _link_bandwidth(target)
         wraps = _wraps(torus)
         axes = zip(torus, wraps, strict=True)
         hops = sum(length // 2 if wrapped else length - 1 for length, wrapped in axes)
@@ -102,6 +102,24 @@ class Links:
                 raise ValueError(f"{kind}: no such collective is known")
         latency = traffic.count * (self.base_seconds + rounds * self.hops * self.hop_seconds)
         return sent / self.bandwidth + latency if self.bandwidth else 0.0
+
+
+def transfer_seconds(target: Target, nbytes: float, hops: int) -> float:
+    """What it takes each chip of a stage to send so much to its counterpart in the next stage.
+
+    All send at the same time, the same way: each link between two TPUs carries what `hops` chips send.
+
+    Args:
+        hops: links of a TPU slice from a chip to its counterpart; an NVSwitch connects each with each.
+    """
+    if target.chip.platform == "gpu":
+        return nbytes / (target.chip.interconnect / 2) + GPU_BASE_SECONDS + GPU_HOP_SECONDS
+    return hops * (nbytes / _link_bandwidth(target) + TPU_HOP_SECONDS)
+
+
+def _link_bandwidth(target: Target) -> float:
+    """Bytes a second that a TPU sends to one neighbour; it has two along each axis of its kind of slice."""
+    return target.chip.interconnect / 2 / (2 * len(target.shape))
 
 
 def _wraps(torus: tuple[int, ...]) -> list[bool]:

@@ -9,18 +9,16 @@ Not for GPUs: what is compiled without one was not tuned on it, and their runtim
 itself than their compiler. Not for replicas on several hosts: the engine keeps no programs there either.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from jaxllm.engine.loading import keep_whole
 from jaxllm.models.base import CausalLM
-from jaxllm.plan.layout import Layout
+from jaxllm.plan.layout import Layout, chips_per_host
 from jaxllm.plan.step import compiling_anew
 from jaxllm.runner.lowering import Lowering
-
-CHIPS_PER_HOST = {"v5e": 8, "v6e": 8, "v5p": 4}
-"""At most, of slices on one host (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
 
 
 def check_saving(folder: Path, layout: Layout) -> None:
@@ -36,7 +34,7 @@ def check_saving(folder: Path, layout: Layout) -> None:
             f"--save: programs for {chip.name} are not kept, as they were not tuned on it; leave it out, and "
             "the first start there keeps its own"
         )
-    if layout.replica_chips > CHIPS_PER_HOST[chip.name]:
+    if layout.replica_chips > chips_per_host(layout.target):
         raise NotImplementedError(
             f"--save: a replica of {layout.replica_chips} chips takes several hosts of {chip.name}, "
             "and programs of several hosts are not kept; leave it out"
@@ -46,9 +44,9 @@ def check_saving(folder: Path, layout: Layout) -> None:
 
 
 def save_programs(
-    folder: Path, architecture: type[CausalLM], lowering: Lowering, num_pages: int, *, progress: bool
+    folder: Path, architecture: type[CausalLM], stages: Sequence[Lowering], num_pages: int, *, progress: bool
 ) -> int:
-    """Compiles all programs and writes them; how many.
+    """Compiles all programs of all stages and writes them; how many.
 
     Args:
         num_pages: the null page included.
@@ -58,11 +56,16 @@ def save_programs(
         OSError: the folder cannot be written.
     """
     # first, because an engine will look for them with jax's cache switched on
-    kept, sources = keep_whole(folder, architecture, lowering, num_pages), lowering.programs(num_pages)
+    keeping = [keep_whole(folder, architecture, stage, num_pages) for stage in stages]
+    sources = [
+        (kept, key, lower)
+        for kept, stage in zip(keeping, stages, strict=True)
+        for key, lower in stage.programs(num_pages).items()
+    ]
     with compiling_anew():
-        for key in tqdm(sources, desc="Compiling", unit="program", disable=not progress):
-            kept.compile(key, sources[key]())
-    written = sum(key in kept for key in sources)
+        for kept, key, lower in tqdm(sources, desc="Compiling", unit="program", disable=not progress):
+            kept.compile(key, lower())
+    written = sum(key in kept for kept, key, _ in sources)
     if written < len(sources):
         raise OSError(f"{folder}: only {written} of {len(sources)} programs could be written; see the log")
     return len(sources)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jaxllm.plan.layout import Layout, divisors
+from jaxllm.plan.layout import Layout, chips_per_host, divisors
 from jaxllm.plan.memory import TooLargeError, require_weights
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.planner import Planner
@@ -45,10 +45,10 @@ def search(planner: Planner, targets: Sequence[Target], prices: Sequence[float |
     """
     plans, refusals = [], []
     for target, price in zip(targets, prices, strict=True):
-        for tensor, expert in _sizes(planner, target):
-            layout = f"{target}, tensor {tensor}, expert {expert}"
+        for tensor, expert, pipeline in _sizes(planner, target):
+            layout = f"{target}, tensor {tensor}, expert {expert}, stages {pipeline}"
             try:
-                plans.append(planner.plan(Layout.make(target, tensor, expert), price))
+                plans.append(planner.plan(Layout.make(target, tensor, expert, pipeline=pipeline), price))
             except (NotImplementedError, ValueError) as error:
                 refusals.append(Refusal(layout, str(error)))
     if not plans:
@@ -57,12 +57,19 @@ def search(planner: Planner, targets: Sequence[Target], prices: Sequence[float |
     return Search(sorted(plans, key=_worth, reverse=True), refusals)
 
 
-def _sizes(planner: Planner, target: Target) -> Iterator[tuple[int, int]]:
-    """Tensor and expert parallel sizes. Experts are either cut or whole: what lies between is left out."""
-    for size in divisors(target.num_chips):
-        yield size, 1
-        if planner.has_experts and size > 1:
-            yield 1, size
+def _sizes(planner: Planner, target: Target) -> Iterator[tuple[int, int, int]]:
+    """Tensor, expert and pipeline parallel sizes.
+
+    Experts are either cut or whole: what lies between is left out. Stages are tried within a host.
+    """
+    model = planner.uncut_model
+    for chips in divisors(target.num_chips):
+        within_host = chips <= chips_per_host(target)
+        for stages in divisors(chips) if within_host else [1]:
+            if stages <= model.num_layers:
+                yield chips // stages, 1, stages
+                if model.mixture is not None and chips > stages:
+                    yield 1, chips // stages, stages
 
 
 def plan_or_advise(planner: Planner, layout: Layout, price_per_chip_hour: float | None = None) -> Plan:
@@ -74,7 +81,11 @@ def plan_or_advise(planner: Planner, layout: Layout, price_per_chip_hour: float 
     try:
         return planner.plan(layout, price_per_chip_hour)
     except TooLargeError as error:
-        message = f"{planner.config.model.model} on {layout}: {error}; {_advice(planner, layout)}"
+        parts = [f"{planner.config.model.model} on {layout}: {error}", _advice(planner, layout)]
+        if (method := planner.quantization) is not None:
+            note = f"weights of {method} count as bfloat16, which the engine makes of them when it loads"
+            parts.insert(1, note)
+        message = "; ".join(parts)
         raise TooLargeError(message) from error
 
 
@@ -87,7 +98,7 @@ def _advice(planner: Planner, layout: Layout) -> str:
     """What holds a model's weights where a layout does not, in words."""
     for other in _larger(layout):
         try:
-            require_weights(planner.config, other, planner.programs(other)[1].lowering)
+            require_weights(planner.config, other, planner.programs(other)[1].lowerings)
         except (NotImplementedError, ValueError):
             continue
         return f"{other} would hold them"
@@ -95,13 +106,14 @@ def _advice(planner: Planner, layout: Layout) -> str:
 
 
 def _larger(layout: Layout) -> Iterator[Layout]:
-    """Layouts with more chips a replica, on the same target and then on larger ones."""
+    """Layouts with more chips a stage, on the same target and then on larger ones."""
     chip, experts = layout.target.chip, layout.expert_parallel_size > 1
     slices = [Target.parse(f"{chip.name}:{name}") for name in chip.slices]
     for target in (layout.target, *(one for one in slices if one.num_chips > layout.target.num_chips)):
         for size in divisors(target.num_chips):
-            if layout.replica_chips < size <= MOST_CHIPS:
+            if layout.stage_chips < size <= MOST_CHIPS:
                 try:
-                    yield Layout.make(target, *((1, size) if experts else (size, 1)))
+                    sizes = (1, size) if experts else (size, 1)
+                    yield Layout.make(target, *sizes, pipeline=layout.pipeline_parallel_size)
                 except ValueError:
                     continue

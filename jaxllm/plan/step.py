@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.lowering import Lowering
@@ -27,6 +28,7 @@ class Step:
         outputs: bytes of results that are no arguments updated in place.
         code: bytes of the program; 0 where the compiler does not tell.
         compile_seconds: that tracing and compiling took.
+        sent: bytes that each chip sends to the next stage, or from the last to the first; 0 without stages.
     """
 
     tokens: int
@@ -38,6 +40,7 @@ class Step:
     outputs: int
     code: int
     compile_seconds: float
+    sent: int = 0
 
 
 def compile_step(lowering: Lowering, bucket: Bucket, num_pages: int) -> Step:
@@ -59,7 +62,18 @@ def compile_step(lowering: Lowering, bucket: Bucket, num_pages: int) -> Step:
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.generated_code_size_in_bytes,
         seconds,
+        _sent(lowering, bucket),
     )
+
+
+def _sent(lowering: Lowering, bucket: Bucket) -> int:
+    """Hidden states, of which every chip has all; from the last stage the chosen tokens, as int32."""
+    model, stage = lowering.model, lowering.stage
+    if stage.count == 1:
+        return 0
+    if stage.is_last:
+        return 4 * bucket.sampled
+    return bucket.tokens * model.hidden_size * jnp.dtype(model.dtype).itemsize
 
 
 def on_line(first: Step, second: Step, share: float) -> Step:
@@ -88,6 +102,7 @@ def on_line(first: Step, second: Step, share: float) -> Step:
         round(along("outputs")),
         round(along("code")),
         first.compile_seconds + second.compile_seconds,
+        round(along("sent")),
     )
 
 

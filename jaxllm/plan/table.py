@@ -12,13 +12,15 @@ NOTE = (
 )
 
 COLUMNS = (
-    "target", "tensor", "expert", "replicas", "weights", "requests", "TTFT", "TPOT", "tokens/s", "tokens/$",
+    "target", "tensor", "expert", "stages", "replicas", "weights", "requests", "TTFT", "TPOT", "tokens/s",
+    "tokens/$",
 )  # fmt: skip
 
 
 def plan_table(plan: Plan) -> str:
     """Memory of a chip, a step's work, and what that gives."""
-    parts = [_title(plan), _memory(plan), _steps(plan), _estimate(plan), NOTE]
+    stages = [_stages(plan)] if len(plan.stages) > 1 else []
+    parts = [_title(plan), *stages, _memory(plan), _steps(plan), _estimate(plan), NOTE]
     if note := _extrapolated(plan):
         parts.append(note)
     return "\n\n".join(parts)
@@ -41,6 +43,7 @@ def _search_row(plan: Plan) -> list[str]:
         str(layout.target),
         str(layout.tensor_parallel_size),
         str(layout.expert_parallel_size),
+        str(layout.pipeline_parallel_size),
         str(layout.data_parallel_size),
         _size(plan.memory.weights),
         str(found.requests * layout.data_parallel_size),
@@ -57,6 +60,26 @@ def _title(plan: Plan) -> str:
         f"{plan.dtype}, {plan.num_layers} layers, {_size(plan.weight_bytes)} of weights a replica, attention "
         f"backend {plan.attention_backend!r}, max_model_len={plan.max_model_len}"
     )
+
+
+def _stages(plan: Plan) -> str:
+    """A line for each; what it sends on is on its way while it works on the next step."""
+    times = zip(plan.stages, plan.estimate.prefill, plan.estimate.decode, strict=True)
+    rows = [
+        [
+            f"stage {index}",
+            f"{stage.layers[0]} to {stage.layers[1] - 1}",
+            _size(stage.memory.weights),
+            _size(stage.memory.unused),
+            _time(prefill.total),
+            _time(decode.total),
+            f"{_size(stage.prefill.sent)} in {_time(prefill.transfer)}",
+            f"{_size(stage.decode.sent)} in {_time(decode.transfer)}",
+        ]
+        for index, (stage, prefill, decode) in enumerate(times)
+    ]
+    head = ["", "layers", "weights", "unused", "prefill", "decode", "sent on: prefill", "decode"]
+    return _aligned([head, *rows])
 
 
 def _memory(plan: Plan) -> str:
@@ -76,13 +99,16 @@ def _memory(plan: Plan) -> str:
         f"pages hold {plan.full_requests:,} requests of {plan.max_model_len:,} tokens, or "
         f"{plan.workload_requests:,} of {plan.workload.length:,}, on each replica"
     )
-    return f"a chip's memory, {_size(memory.usable)}\n{_indented(_aligned(rows, words=(0, 2)))}\n{lengths}"
+    where = f"of stage {plan.fullest}, the fullest" if len(plan.stages) > 1 else ""
+    head = f"a chip's memory{where and ' '}{where}, {_size(memory.usable)}"
+    return f"{head}\n{_indented(_aligned(rows, words=(0, 2)))}\n{lengths}"
 
 
 def _steps(plan: Plan) -> str:
-    steps = (plan.prefill, plan.decode)
+    stage = plan.stages[plan.slowest]
+    steps = (stage.prefill, stage.decode)
     head = [
-        "a step on each chip",
+        "a step on each chip" + (f" of stage {plan.slowest}, the slowest" if len(plan.stages) > 1 else ""),
         *(f"{name} {step.tokens}" for name, step in zip(("prefill", "decode"), steps, strict=True)),
     ]
     rows = [
@@ -91,7 +117,7 @@ def _steps(plan: Plan) -> str:
     ]
     for kind in sorted({kind for step in steps for kind in step.collectives}):
         rows.append([kind, *(_collective(step, kind) for step in steps)])
-    times = (plan.estimate.prefill, plan.estimate.decode)
+    times = (plan.estimate.prefill[plan.slowest], plan.estimate.decode[plan.slowest])
     for name in ("products", "kernels", "collectives", "sampling"):
         rows.append([f"time: {name}", *(_time(getattr(time, name)) for time in times)])
     rows.append(["compiled in", *(f"{step.compile_seconds:.0f} s" for step in steps)])
@@ -105,6 +131,8 @@ def _estimate(plan: Plan) -> str:
         ["time per output token", _time(found.tpot_seconds), f"{found.requests} requests on each replica"],
         ["output tokens/s", f"{found.output_tokens_per_second:,.0f}", "of all replicas, prompts included"],
     ]
+    if len(plan.stages) > 1:
+        rows.insert(2, ["bubble", f"{found.bubble:.0%}", "of it the stages wait for each other"])
     if found.tokens_per_dollar is not None:
         rows.append(["output tokens per dollar", f"{found.tokens_per_dollar:,.0f}", ""])
     head = f"estimate for prompts of {workload.input_len} and outputs of {workload.output_len} tokens"
@@ -112,10 +140,11 @@ def _estimate(plan: Plan) -> str:
 
 
 def _extrapolated(plan: Plan) -> str | None:
-    if plan.compiled_layers == (plan.num_layers,):
+    if not plan.extrapolated:
         return None
     counts = " and ".join(map(str, plan.compiled_layers))
-    return f"Steps are extrapolated from models of {counts} of the {plan.num_layers} layers (--few-layers)."
+    what = "models" if len(plan.stages) == 1 else "stages"
+    return f"Steps are extrapolated from {what} of {counts} of the {plan.num_layers} layers (--few-layers)."
 
 
 def _collective(step: Step, kind: str) -> str:

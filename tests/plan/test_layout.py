@@ -1,8 +1,13 @@
 """How chips are shared out."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 
 from jaxllm.plan.layout import Layout, divisors, find_slice
+from jaxllm.plan.placement import stage_hops, stage_places, stage_torus
 from pallas_kernels.targets import Target
 
 
@@ -24,10 +29,36 @@ def test_a_replica_has_the_most_compact_slice(target: str, chips: int, found: st
 
 def test_all_chips_are_used() -> None:
     layout = Layout.make(Target.parse("v5e:8x8"), 16)
-    assert (layout.data_parallel_size, str(layout.replica), layout.torus) == (4, "v5e:4x4", (4, 4))
+    assert (layout.data_parallel_size, str(layout.replica), layout.replica_torus) == (4, "v5e:4x4", (4, 4))
     assert Layout.make(Target.parse("v5e:8x8"), 1, 16).replica_chips == 16
-    assert Layout.make(Target.parse("v5e:2x4"), 2).torus == (2,)
-    assert Layout.make(Target.parse("v5p:2x2x1"), 4).torus == (2, 2)
+    assert Layout.make(Target.parse("v5e:2x4"), 2).replica_torus == (2,)
+    assert Layout.make(Target.parse("v5p:2x2x1"), 4).replica_torus == (2, 2)
+
+
+def test_stages_share_a_replica() -> None:
+    layout = Layout.make(Target.parse("v5e:4x4"), 2, pipeline=2)
+    assert (layout.stage_chips, layout.replica_chips, layout.data_parallel_size) == (2, 4, 4)
+    assert str(layout.replica) == "v5e:2x2"
+    assert "tensor_parallel_size=2, pipeline_parallel_size=2, data_parallel_size=4" in str(layout)
+    assert Layout.make(Target.parse("v5e:2x4"), 2, pipeline=4).data_parallel_size == 1
+    for target in ("v5p:2x2x2", "v5e:4x4"):  # slices of one host have up to 8 v5e, hosts of larger ones 4
+        with pytest.raises(ValueError, match=f"pipeline_parallel_size=2: .* a host of {target} has 4 chips"):
+            Layout.make(Target.parse(target), 4, pipeline=2)
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=1 \* pipeline_parallel_size=3: must divide"):
+        Layout.make(Target.parse("v5e:2x2"), 1, pipeline=3)
+
+
+def test_places_of_stages() -> None:
+    """Four stages of two chips, which are columns of a slice of 2 by 4."""
+    devices = [SimpleNamespace(id=10 + 4 * x + y, coords=(x, y, 0)) for y in range(4) for x in range(2)]
+    meshes: Any = [SimpleNamespace(devices=np.array(devices[i : i + 2])) for i in range(0, 8, 2)]
+    places = stage_places(meshes, (2, 4))
+    assert places[1] == [(0, 1), (1, 1)]
+    assert stage_torus(places[1]) == (2,)
+    assert (stage_hops(places[0], places[1]), stage_hops(places[3], places[0])) == (1, 3)
+    assert stage_torus([(0, 0), (1, 0), (0, 2)]) == (3,)
+    without: Any = [SimpleNamespace(devices=np.array([SimpleNamespace(id=i)])) for i in (4, 5)]
+    assert stage_places(without, (2,)) == [[(0,)], [(1,)]]
 
 
 @pytest.mark.parametrize(

@@ -117,13 +117,53 @@ def test_figures(model: Callable[..., str], capsys: pytest.CaptureFixture[str]) 
     found = json.loads(capsys.readouterr().out)
     assert found["compiled_layers"] == [2, 4]
     assert found["layout"]["replica"] == "v5e:2x2"
-    memory = found["memory"]
+    [stage] = found["stages"]
+    memory = stage["memory"]
     assert memory["num_pages"] == 50
     parts = ("weights", "rows", "temporaries", "pages", "unused")
     assert sum(memory[name] for name in parts) == memory["usable"]
     assert found["estimate"]["requests"] == 4
-    assert found["decode"]["collectives"]["all-reduce"]["count"] == 1 + 2 * 6
-    assert (found["prefill"]["flops"], found["decode"]["flops"]) == (6 * 16e12, 6 * 8e12)
+    assert stage["decode"]["collectives"]["all-reduce"]["count"] == 1 + 2 * 6
+    assert (stage["prefill"]["flops"], stage["decode"]["flops"]) == (6 * 16e12, 6 * 8e12)
+
+
+@pytest.mark.usefixtures("cpus")
+def test_stages(model: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiled: each stage has its own layers, and the pages are those of the fullest one."""
+    arguments = ["plan", model(num_hidden_layers=3), "--target", "v5e:2x2", "--pipeline-parallel-size", "2"]
+    arguments += ["--tensor-parallel-size", "2", *SMALL]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["layout"]["pipeline_parallel_size"], found["layout"]["data_parallel_size"]) == (2, 1)
+    first, last = found["stages"]
+    assert (first["layers"], last["layers"]) == ([0, 2], [2, 3])
+    assert (first["chips"], last["chips"]) == ([[0, 0], [0, 1]], [[1, 0], [1, 1]])
+    assert first["memory"]["num_pages"] == last["memory"]["num_pages"]
+    assert found["fullest"] == 0, "a layer more takes more than the head does"
+    assert last["memory"]["pages"] * 2 == first["memory"]["pages"]
+    assert first["decode"]["collectives"]["all-reduce"]["count"] == 1 + 2 * 2
+    assert last["decode"]["collectives"]["all-reduce"]["count"] == 2
+    # four requests are in two steps of two tokens each; hidden states of 32 in bfloat16, and tokens
+    assert (first["decode"]["tokens"], first["decode"]["sent"], last["decode"]["sent"]) == (2, 2 * 32 * 2, 16)
+    assert 0 < found["estimate"]["bubble"] < 1
+
+    picture = tmp_path / "plan.png"
+    assert main([*arguments, "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "pipeline_parallel_size=2" in printed
+    for words in ("stage 1  2 to 2", "of stage 0, the fullest", "sent on: prefill", "bubble"):
+        assert words in printed
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("steps")
+def test_stages_of_few_layers(model: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--target", "v5e:2x2", "--pipeline-parallel-size", "2", "--few-layers", "--json", *SMALL]
+    assert main(["plan", model(num_hidden_layers=11), *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["compiled_layers"], found["extrapolated"]) == ([2, 4], True)
+    # the small models have four and eight layers, whose steps are made up to grow with these
+    assert [stage["decode"]["flops"] for stage in found["stages"]] == [12 * 2e12, 10 * 2e12]
 
 
 @pytest.mark.usefixtures("steps")
@@ -133,17 +173,18 @@ def test_search(model: Callable[..., str], capsys: pytest.CaptureFixture[str]) -
     heads = {"num_attention_heads": 2, "hidden_size": 16}
     assert main(["plan", model(**heads), *targets, *prices, "--search", "--json", *SMALL]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert len(found["plans"]) == 3
+    sizes = [(plan["layout"]["tensor_parallel_size"], len(plan["stages"])) for plan in found["plans"]]
+    assert sorted(sizes) == [(1, 1), (1, 1), (1, 2), (2, 1), (2, 2)]
     worth = [plan["estimate"]["tokens_per_dollar"] for plan in found["plans"]]
     assert worth == sorted(worth, reverse=True)
     [refused] = found["refused"]
-    assert refused["layout"] == "v5e:2x2, tensor 4, expert 1"
+    assert refused["layout"] == "v5e:2x2, tensor 4, expert 1, stages 1"
     assert "num_attention_heads=2: must be a multiple of tensor_parallel_size=4" in refused["reason"]
 
     assert main(["plan", model(**heads), *targets, "--search", *SMALL]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("target")
-    assert "v5e:2x2, tensor 4, expert 1: num_attention_heads=2" in printed
+    assert "v5e:2x2, tensor 4, expert 1, stages 1: num_attention_heads=2" in printed
 
 
 @pytest.mark.usefixtures("steps")
@@ -153,6 +194,18 @@ def test_a_model_that_is_too_large(model: Callable[..., str], capsys: pytest.Cap
     said = capsys.readouterr().err
     assert re.search(r"weights and rows take 3\d\.\d GB of each chip, 1\d\.\d GB more than memory_util", said)
     assert "v5e:2x4, tensor_parallel_size=4, data_parallel_size=2 would hold them" in said
+    assert "count as bfloat16" not in said
+
+
+@pytest.mark.usefixtures("steps")
+def test_packed_weights_count_unpacked(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the engine has them once they are loaded, and the refusal says so, and what would hold them."""
+    flags = ["--tensor-parallel-size", "2", "--max-model-len", "8192", *SMALL]
+    assert main(["plan", "openai/gpt-oss-120b", "--target", "h100:2", *flags]) == 1
+    said = capsys.readouterr().err
+    assert "weights and rows take 116.9 GB of each chip" in said  # two bytes for each of 117 billion weights
+    assert "weights of mxfp4 count as bfloat16, which the engine makes of them when it loads" in said
+    assert "h100:4, tensor_parallel_size=4, data_parallel_size=1 would hold them" in said
 
 
 @pytest.mark.usefixtures("steps")
@@ -164,7 +217,8 @@ def test_weights_beside_pages_that_were_counted(
     assert main(["plan", large, "--target", "v5e", *SMALL]) == 1
     assert "more than memory_utilization=0.9 of its 16.9 GB" in capsys.readouterr().err
     assert main(["plan", large, "--target", "v5e", "--num-pages", "20", "--json", *SMALL]) == 0
-    assert json.loads(capsys.readouterr().out)["memory"]["num_pages"] == 20
+    [stage] = json.loads(capsys.readouterr().out)["stages"]
+    assert stage["memory"]["num_pages"] == 20
     larger = model(vocab_size=1_100_000, hidden_size=4096, num_attention_heads=32)
     assert main(["plan", larger, "--target", "v5e", "--num-pages", "20", *SMALL]) == 1
     assert re.search(r"GB more than its 16\.9 GB", capsys.readouterr().err)
@@ -187,6 +241,10 @@ def test_experts_are_tried_whole_where_the_config_leaves_their_number_out(
         (["--target", "v9:2x2"], "there is no chip 'v9'; there are v5e"),
         (["--target", "v5e:3x3"], "v5e comes as v5e:1x1, v5e:2x2"),
         (["--target", "v5e:2x2", "--tensor-parallel-size", "3"], "tensor_parallel_size=3: must divide the 4"),
+        (
+            ["--target", "v5e:2x4", "--pipeline-parallel-size", "4"],
+            "pipeline_parallel_size=4: must be at most the model's 2 layers",
+        ),
         (["--target", "v5e", "--input-len", "500"], "together more than max_model_len=128"),
         (["--target", "v5e", "--dtype", "float32"], "dtype=float32: rates are known for bfloat16"),
         (["--target", "v5e", "--concurrency", "5"], "concurrency=5: .* max_num_seqs=4 .* hold 4 requests"),
@@ -249,14 +307,14 @@ def test_configs_that_come_along(name: str) -> None:
 def test_programs_that_were_not_written_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others in the folder do not stand in for them."""
     mesh = SimpleNamespace(devices=np.array(jax.devices()[:1]))
-    lowering: Any = SimpleNamespace(mesh=mesh, programs=lambda pages: {"one": lambda: None})
+    stage: Any = SimpleNamespace(mesh=mesh, programs=lambda pages: {"one": lambda: None})
     monkeypatch.setattr("jaxllm.engine.loading.identify", lambda *_: "these")
     monkeypatch.setattr("jaxllm.runner.kept.compile_watched", lambda lowered: (object(), True))
     folder = tmp_path / "whole"
     folder.mkdir(mode=0o700)
     (folder / "of-another-plan.program").touch()
     with pytest.raises(OSError, match="only 0 of 1 programs could be written"):
-        save_programs(tmp_path, Llama, lowering, 3, progress=False)
+        save_programs(tmp_path, Llama, [stage], 3, progress=False)
 
 
 def test_models_that_cannot_be_had(model: Callable[..., str], tmp_path: Path) -> None:

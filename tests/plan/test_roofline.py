@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxllm.plan.roofline import GPU_BASE_SECONDS, GPU_HOP_SECONDS, Links, Work
+from jaxllm.plan.roofline import GPU_BASE_SECONDS, GPU_HOP_SECONDS, Links, Work, transfer_seconds
 from pallas_kernels.targets import CHIPS, Target
 from pallas_kernels.targets.compiled import Traffic
 
@@ -40,6 +40,15 @@ def test_experts_rows_are_as_many_as_come_and_not_as_there_is_room_for() -> None
     rows = 8_000_000  # bytes of a step, of which each chip sends an eighth, and gets it back
     seconds = links.seconds({"ragged-all-to-all": Traffic(2, rows + rows // 8)})
     assert seconds == pytest.approx(2 * 1e6 / 100e9 + 2 * 4e-6)
+
+
+def test_transfers_between_stages_share_links() -> None:
+    """A link of v5e takes 50 GB/s each way, and each one carries what the chips of `hops` rows send."""
+    target = Target.parse("v5e:2x4")
+    assert transfer_seconds(target, 50_000_000, 1) == pytest.approx(1e-3 + 1e-6)
+    assert transfer_seconds(target, 50_000_000, 2) == pytest.approx(2e-3 + 2e-6)
+    latency = GPU_BASE_SECONDS + GPU_HOP_SECONDS
+    assert transfer_seconds(Target.parse("h100:4"), 450_000_000, 3) == pytest.approx(1e-3 + latency)
 
 
 def test_a_chip_alone_sends_nothing() -> None:
