@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jaxllm.engine.assembler import OutputAssembler
 from jaxllm.engine.constraint import Masks
 from jaxllm.engine.expert_balancer import ExpertBalancer
-from jaxllm.engine.in_flight import InFlight, NewTokens
+from jaxllm.engine.in_flight import InFlight, NewTokens, num_needed
 from jaxllm.engine.inputs import EngineInput
 from jaxllm.engine.metrics import EngineState, Metrics
 from jaxllm.engine.outputs import FinishReason, RequestOutput
@@ -253,7 +253,7 @@ class EngineCore:
         begun = self.runner.dispatch(plan, self._admissions(plan), scores=bool(targets))
         self._clock.dispatched(begun.packed_at, busy=self._is_busy())
         held = held_rows(plan, samples) if self.unfinished.any_constrained else []
-        before = [self._read(self._in_flight.popleft()) for _ in range(self._num_needed(held))]
+        before = [self._read(self._in_flight.popleft()) for _ in range(num_needed(self._in_flight, held))]
         try:
             step = self.runner.sample(begun, self._compute_masks(held))
             logprobs = self.runner.logprobs(step) if any(map(self._wants_logprobs, plan.rows)) else None
@@ -268,14 +268,6 @@ class EngineCore:
             if constraint.error is not None and not sample.assembler.finished:
                 self._fail(sample.assembler, constraint.error)
                 outputs += filter(None, [self._take(sample.assembler)])
-
-    def _num_needed(self, held: Sequence[HeldRow]) -> int:
-        """How many steps in flight are to be read for all that those rows' grammars have to know."""
-        if not held:
-            return 0
-        names = {sample.request.request_id for _, sample, _ in held}
-        plans = [one.step.plan for one in self._in_flight]
-        return max((n for n, plan in enumerate(plans, 1) if names & plan.request_ids), default=0)
 
     def _compute_masks(self, held: Sequence[HeldRow]) -> RowMasks | None:
         """Masks of those rows whose outputs go on. All that is known of them has been read."""

@@ -1,10 +1,11 @@
 """A step between its start on the device and the outputs that it brings."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
 
-from jaxllm.engine.sample import Scored
+from jaxllm.engine.sample import HeldRow, Scored
 from jaxllm.runner.runner import DispatchedStep
 from jaxllm.scheduler.request import Request
 
@@ -21,3 +22,11 @@ class InFlight:
     scores: tuple[jax.Array, ...] | None
     scored: tuple[Scored, ...]
     """The prompts in `scores`."""
+
+
+def num_needed(steps: Iterable[InFlight], held: Sequence[HeldRow]) -> int:
+    """How many of the oldest steps are to be read for all that those rows' grammars have to know."""
+    if not held:
+        return 0
+    names = {sample.request.request_id for _, sample, _ in held}
+    return max((n for n, one in enumerate(steps, 1) if names & one.step.plan.request_ids), default=0)

@@ -60,7 +60,7 @@ def fill_slots(
     """
     placement = copies.even(1)
     source = placement.sources(Placement.plain(1, copies.experts, copies.devices), 0)
-    shardings = {one.sharding(mesh) for one in parameters.values() if _has_slots(one)}
+    shardings = {one.kept(mesh).sharding for one in parameters.values() if _has_slots(one)}
     gather = {sharding: jax.jit(partial(gather_slots, sharding=sharding)) for sharding in shardings}
     arrays, filled = iter(stored), []
     for parameter in parameters.values():
@@ -68,7 +68,7 @@ def fill_slots(
             filled.append(place(placement.tables(copies.most)[0], parameter, mesh))
         elif _has_slots(parameter):
             once = next(arrays)
-            filled.append(gather[parameter.sharding(mesh)](once, source).block_until_ready())
+            filled.append(gather[parameter.kept(mesh).sharding](once, source).block_until_ready())
             once.delete()
         else:
             filled.append(next(arrays))

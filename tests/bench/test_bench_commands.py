@@ -70,7 +70,7 @@ def test_throughput(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     engine = found["engine"]
     assert (engine["pages"], engine["programs_compiled_late"]) == (200, 0)
     memory = engine["memory_bytes"]
-    assert memory["host_peak"] > memory["host_before_loading"] > 2**20
+    assert memory["host_peak"] >= memory["host_before_loading"] > 2**20
     assert min(memory["weights"], memory["pages"], memory["rows"]) > 0
     own = memory["weights"] + memory["pages"] + memory["rows"]
     assert memory["host_peak"] == own + memory["host_besides"]

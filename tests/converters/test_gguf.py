@@ -169,7 +169,8 @@ def test_experts_are_loaded(architecture: str, tmp_path: Path):
     _, parameters = split(model, config)
     arrays = load_weights(checkpoint, model.rules, parameters, config.geometry, make_mesh(1), progress=False)
     loaded = dict(zip(parameters, arrays, strict=True))
-    gate_up = np.asarray(loaded["layers.1.mlp.experts.gate_up.weight"])
+    joined = np.asarray(loaded["layers.1.mlp.experts.gate_up.weight"])
+    gate_up = joined.reshape(*joined.shape[:2], 2, -1)
     down = np.asarray(loaded["layers.1.mlp.experts.down.weight"])
     for half, part in enumerate(("gate", "up")):
         expected = tensors[f"model.layers.1.mlp.experts.{part}_proj.weight"]

@@ -125,8 +125,8 @@ def check_collectives(engine: Engine, layout: Layout) -> None:
     """Between data groups tokens go to experts and come back; within one it is as in an engine alone."""
     runner = engine._core.runner  # pyright: ignore[reportAttributeAccessIssue]
     lowering = runner.lowering
-    tokens, model = lowering.buckets.largest.tokens, lowering.model
-    text = runner.programs["forward", tokens].as_text()
+    largest, model = lowering.buckets.largest, lowering.model
+    text = runner.programs["forward", largest.tokens, largest.rows].as_text()
     assert text is not None
     assert model.mixture is not None
     between: Counter[tuple[str, str]] = Counter()
@@ -142,12 +142,12 @@ def check_collectives(engine: Engine, layout: Layout) -> None:
         elif len(device_groups(line)[0]) > 1:
             within[collective[2]] += 1
     mixtures = model.num_layers - len(model.dense_layers)
-    everywhere, chosen = layout.data * tokens, model.mixture.routing.per_token
+    everywhere, chosen = layout.data * largest.tokens, model.mixture.routing.per_token
     assert between == {
         ("all-gather", f"f32[{everywhere},{model.hidden_size}]"): mixtures,
         ("all-gather", f"s32[{everywhere},{chosen}]"): mixtures,
         ("all-gather", f"f32[{everywhere},{chosen}]"): mixtures,
-        ("reduce-scatter", f"f32[{tokens},{model.hidden_size}]"): mixtures,
+        ("reduce-scatter", f"f32[{largest.tokens},{model.hidden_size}]"): mixtures,
     }
     alone = {"all-reduce": 1 + 2 * model.num_layers, "all-gather": 1}
     assert within == ({} if layout.group == 1 else alone)

@@ -50,7 +50,8 @@ def check_collectives(engine: Engine) -> None:
     """A step moves no weights: beside what there is without copies, it gathers the counts."""
     for stage in engine._cores[0].runner.stages:
         lowering = stage.lowering
-        key = lowering.stage.key(("forward", lowering.buckets.largest.tokens))
+        largest = lowering.buckets.largest
+        key = lowering.stage.key(("forward", largest.tokens, largest.rows))
         found = COLLECTIVES.findall(engine._cores[0].runner.programs[key].as_text() or "")
         kinds = [kind for _, kind in found]
         layers = len(lowering.stage.layers(lowering.model.num_layers))
