@@ -81,11 +81,15 @@ def lower(case: Case, backend: Backend, *, spoil: bool = False) -> tuple[jax.sta
         return jax.jit(attend, donate_argnums=3).lower(*arrays), nbytes
 
 
-def check_in_place(result: Result, pool: int) -> None:
-    """The pool is updated where it is."""
+def check_in_place(result: Result, pool: int, sums: int = 0) -> None:
+    """The pool is updated where it is.
+
+    Args:
+        sums: bytes of temporaries that there may be besides.
+    """
     assert result.memory.alias_size_in_bytes >= pool
     assert not result.text.copies(pool), "the pool is copied"
-    assert result.memory.temp_size_in_bytes < pool
+    assert result.memory.temp_size_in_bytes < pool + sums
 
 
 @pytest.mark.parametrize("case", attention_cases(), ids=str)
@@ -99,7 +103,10 @@ def test_attention(case: Case) -> None:
         # XLA's scatter on TPU takes a second pool: what to know of the fallback, and no reason to refuse it
         assert result.memory.alias_size_in_bytes >= pool
     else:
-        check_in_place(result, pool)
+        # latent pages are smaller than the queries and sums that XLA keeps in float32
+        model = case.model
+        sums = case.tokens * model.heads * (model.head_dim + model.value_dim) if model.value_dim else 0
+        check_in_place(result, pool, 4 * sums)
         checked.append("no copy of the pool")
     if case.backend in KERNELS:
         assert not result.text.gathers(pool), "the cache is gathered"
