@@ -80,8 +80,12 @@ class Replica:
 
     @property
     def wants_restart(self) -> bool:
-        """Whether it has failed, and nothing has been done about it."""
-        return self.core.failure is not None and not self.is_restarting and not self.is_out
+        """Whether it has failed, the step that did has been settled, and nothing has been done about it.
+
+        A core knows of its failure before its step has ended: to start over then would lose what waits in it.
+        """
+        failed = self.core.failure is not None and self.step is None
+        return failed and not self.is_restarting and not self.is_out
 
     def start_over(self) -> None:
         """Restarts the core after it has failed, as often as it may, with pauses between; in its thread."""

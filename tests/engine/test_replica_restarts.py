@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from small import greedy, small_engine
 
 from jaxllm import AsyncEngine, Engine, RequestOutput, RequestOutputKind
 from jaxllm.engine import restarts
+from jaxllm.engine.core import MOST_FAILURES
 from jaxllm.engine.replicas import Replicas
 from jaxllm.engine.restarts import RestartBudget
 
@@ -109,18 +110,45 @@ def check_empty(engine: Engine, threads: int) -> None:
     assert threading.active_count() <= threads
 
 
-def deltas_of(engine: Engine) -> list[list[int]]:
-    """What steps give out of `PROMPTS`, one after another: what is said twice shows twice."""
+def deltas_of(engine: Engine, prompts: Sequence[list[int]] = PROMPTS) -> list[list[int]]:
+    """What steps give out of prompts, one after another: what is said twice shows twice."""
     found: dict[str, list[int]] = {}
     finished = []
-    for i, prompt in enumerate(PROMPTS):
+    for i, prompt in enumerate(prompts):
         engine.add_request(str(i), prompt, greedy(24, output_kind=RequestOutputKind.DELTA))
+    end = time.monotonic() + SOON
     while engine.has_unfinished_requests():
+        assert time.monotonic() < end
         for output in engine.step():
             found.setdefault(output.request_id, []).extend(output.outputs[0].token_ids)
             finished += [output.request_id] * output.finished
-    assert sorted(finished, key=int) == [str(i) for i in range(len(PROMPTS))]
+    assert sorted(finished, key=int) == [str(i) for i in range(len(prompts))]
     return [found[name] for name in sorted(found, key=int)]
+
+
+def test_a_failure_that_is_seen_before_its_step_has_ended(expected: list[list[int]]) -> None:
+    """What waits in the replica then is not lost: nobody starts it over before."""
+    with replicated() as engine:
+        core = replicas_of(engine).cores[1]
+        dispatch, step, calls = core.runner.dispatch, core.step, iter(range(10**6))
+
+        def broken(*arguments: Any, **options: Any) -> Any:
+            if next(calls) < MOST_FAILURES:
+                raise RuntimeError("the device is gone")
+            return dispatch(*arguments, **options)
+
+        def slow() -> list[RequestOutput]:
+            outputs = step()
+            if core.failure is not None:
+                time.sleep(0.2)  # in which the other replica ends steps
+            return outputs
+
+        core.runner.dispatch = broken  # pyright: ignore[reportAttributeAccessIssue]
+        core.step = slow
+        # of each of its prompts a step can begin one alone: one of four waits when three steps have failed
+        assert deltas_of(engine, PROMPTS[4:] * 2) == expected[4:] * 2
+        assert engine.get_replica_metrics()["1"]["engine_restarts_total"] == 1
+        check_empty(engine, threading.active_count())
 
 
 def test_it_comes_back_while_the_other_serves(

@@ -162,7 +162,8 @@ def test_what_is_seen_late_ends_both(model: Path, tmp_path: Path) -> None:
         follower.wait_for("on host 1 and ")
     command = ["generate", str(model), "abc", *flags(**ENGINE, tensor_parallel_size=1)]
     with hosts(command, 2) as (leader, follower):
-        assert [leader.wait(60), follower.wait(30)] == [1, 1]
+        assert leader.wait(60) == 1
+        assert follower.wait(30) in (1, -signal.SIGABRT)
         leader.wait_for("none on host 1 would be used")
 
 
