@@ -14,14 +14,11 @@ from converters.checkpoint import Checkpoint, ShardedCheckpoint
 from converters.rules import EachExpert, Geometry, Origin, Table, Transform
 from jaxllm.models.abstract import Parameter
 from jaxllm.models.fitting import made_shape, place, refuse_misfits
-from jaxllm.models.heap import give_back
 from jaxllm.models.restoring import restore_weights
 
 WORKERS = 4
 """Tensors prepared at a time. Reading and casting leave Python's lock, so they overlap with the copy to the
 device and with each other."""
-GIVEN_BACK_AFTER = 64 * 1024**2
-"""Bytes of weights after which the memory that their making took, and has freed, goes back to the system."""
 
 
 def load_weights(
@@ -61,7 +58,7 @@ def load_weights(
     budget = max(parameter.nbytes for parameter in parameters.values())
     arrays: list[Array] = []
     waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
-    in_flight = since_given_back = 0
+    in_flight = 0
     with (
         ThreadPoolExecutor(WORKERS, thread_name_prefix="load") as pool,
         tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar,
@@ -83,10 +80,6 @@ def load_weights(
                 checkpoint.release(name)
             in_flight -= parameters[path].nbytes
             bar.update(parameters[path].nbytes)
-            since_given_back += parameters[path].nbytes
-            if since_given_back >= GIVEN_BACK_AFTER or not (todo or waiting):
-                give_back()
-                since_given_back = 0
     return tuple(arrays)
 
 

@@ -13,7 +13,6 @@ import jax
 from jax.stages import Compiled, Lowered
 from tqdm import tqdm
 
-from jaxllm.models.heap import give_back
 from jaxllm.runner.kept import Kept
 
 logger = logging.getLogger(__name__)
@@ -163,7 +162,6 @@ class Programs:
             except Exception as error:
                 logger.exception("program %s cannot be compiled", key)
                 self._failed[key] = error
-            give_back()  # the compiler's own heap: tens of megabytes for each thread
             with self._changed:
                 self._running.remove(key)
                 self.seconds = max(self.seconds, time.perf_counter() - started)
