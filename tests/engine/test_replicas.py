@@ -370,11 +370,13 @@ def test_aborts_and_priorities() -> None:
             engine.add_request("long", [5] * 200, greedy(1))
         order = [output.request_id for output in engine.step() if output.finished]
         assert engine.get_replica_metrics()["front"]["requests_waiting"] >= 1
+        jobs = replicas_of(engine)._jobs
         while engine.has_unfinished_requests():
             order += [output.request_id for output in engine.step() if output.finished]
+            begun = [name for name in ("urgent", "patient") if name not in jobs or jobs[name].place]
+            assert begun != ["patient"]  # which may yet end first, where the other's replica is slow
             if "urgent" in order:
                 break
-        assert "patient" not in order
         assert engine.abort_request("nobody") is None
         for name in ("patient", *map(str, range(20))):
             if name not in order:
