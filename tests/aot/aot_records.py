@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ KERNELS = {"tpu": "tpu_custom_call", "gpu": "mosaic_gpu_v2"}
 """What a program calls kernels by."""
 PROOFS: list[Proof] = []
 """What this run has shown."""
+EVERYTHING = ("-m", "aot", "tests/aot")
+"""What `make aot` calls pytest with."""
 
 
 @dataclass
@@ -123,6 +125,11 @@ def check_kernel(result: Result) -> list[str]:
     assert 0 < (result.gpu.registers or 0) <= (chip.registers or 0)
     assert result.gpu.spilled == 0, "registers are spilled to memory"
     return ["kernel memory within the chip's", "no registers spilled"]
+
+
+def replaces_all(arguments: Iterable[object]) -> bool:
+    """Whether pytest, called so, runs all tests: there are more ways to choose some than can be listed."""
+    return tuple(arguments) == EVERYTHING
 
 
 def compiler(target: Target) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from aot_records import PROOFS
+from aot_records import PROOFS, replaces_all
 
 from pallas_kernels.targets.proofs import read_proofs, summary, write_proofs
 
@@ -26,9 +26,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A run of everything replaces all proofs, a part of it those that it has made again."""
     if not PROOFS:
         return
-    partial = exitstatus != 0 or session.config.getoption("keyword") or "::" in " ".join(session.config.args)
     made = {proof.key for proof in PROOFS}
-    kept = [proof for proof in read_proofs() if proof.key not in made] if partial else []
+    whole = exitstatus == 0 and replaces_all(session.config.invocation_params.args)
+    kept = [] if whole else [proof for proof in read_proofs() if proof.key not in made]
     write_proofs([*kept, *PROOFS])
     before, rest = README.read_text().split(MARKS[0])
     after = rest.split(MARKS[1])[1]
