@@ -1,8 +1,11 @@
 """What the kernels for NVIDIA's Hopper GPUs share: the hardware's limits, and whom they serve."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
 
 from pallas_kernels._compat import cuda_version
 
@@ -33,6 +36,37 @@ def tiled(shape: tuple[int, ...], dtype: Any, most: int = 128) -> Any:
     width = min(most, swizzle_bytes(shape[-1] * itemsize))
     transforms = (plgpu.TilingTransform((8, width // itemsize)), plgpu.SwizzleTransform(width))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def share_roles(
+    warpgroups: int,
+    registers: tuple[int, int] | None,
+    bring: Callable[[], None],
+    compute: Callable[[Array], None],
+) -> None:
+    """One warpgroup's part: the last of a thread block brings what those before it compute with.
+
+    Args:
+        warpgroups: that compute.
+        registers: for each thread of the one that brings, and of the others; None: as they are.
+        compute: is given the warpgroup's number, along the axis `warpgroup`.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == warpgroups)
+    def _() -> None:
+        if registers is not None:
+            plgpu.set_max_registers(registers[0], action="decrease")
+        bring()
+
+    @pl.when(warpgroup < warpgroups)
+    def _() -> None:
+        if registers is not None:
+            plgpu.set_max_registers(registers[1], action="increase")
+        compute(warpgroup)
 
 
 def require_hopper(platform: str, device_kind: str) -> None:

@@ -23,7 +23,7 @@ from jaxtyping import Array, BFloat16, Float, Int32
 
 from pallas_kernels._compat import transposed_ref
 from pallas_kernels.grouped_matmul.gpu_plan import STEP, Plan
-from pallas_kernels.hopper import ROWS, swizzle_bytes, tiled
+from pallas_kernels.hopper import ROWS, share_roles, swizzle_bytes, tiled
 
 
 def multiply_tiles(
@@ -86,20 +86,7 @@ def _run(refs: Any, plan: Plan, columns: int, steps: int, run: int) -> None:
     block, tiles = lax.axis_index("thread_block"), refs.count[0]
     mine = lax.div(tiles * columns - block + plan.blocks - 1, jnp.int32(plan.blocks))
     part = _Part(plan, refs, block, tiles, mine, columns, steps, run)
-    warpgroup = lax.axis_index("warpgroup")
-    registers = plan.registers()
-
-    @pl.when(warpgroup == plan.warpgroups)
-    def _() -> None:
-        if registers is not None:
-            plgpu.set_max_registers(registers[0], action="decrease")
-        part.bring()
-
-    @pl.when(warpgroup < plan.warpgroups)
-    def _() -> None:
-        if registers is not None:
-            plgpu.set_max_registers(registers[1], action="increase")
-        part.compute(warpgroup)
+    share_roles(plan.warpgroups, plan.registers(), part.bring, part.compute)
 
 
 @dataclass(frozen=True)

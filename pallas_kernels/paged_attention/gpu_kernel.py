@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels._compat import load_registers, transposed_ref
-from pallas_kernels.hopper import ROWS, swizzle_bytes, tiled
+from pallas_kernels.hopper import ROWS, share_roles, swizzle_bytes, tiled
 from pallas_kernels.paged_attention.gpu_pages import PageStream, Piece, Pieces
 from pallas_kernels.paged_attention.gpu_plan import Geometry, Plan, Score, widened_columns
 
@@ -138,20 +138,12 @@ def scratch_types(plan: Plan, geometry: Geometry) -> dict[str, Any]:
 def _run(refs: Any, plan: Plan, geometry: Geometry, score: Score) -> None:
     """One warpgroup's part."""
     pieces = Pieces(plan, geometry, score.sliding_window, refs.tiles, refs.num_tiles)
-    warpgroup = lax.axis_index("warpgroup")
-    registers = plan.registers(geometry)
-
-    @pl.when(warpgroup == plan.warpgroups)
-    def _() -> None:
-        if registers is not None:
-            plgpu.set_max_registers(registers[0], action="decrease")
-        PageStream(plan, geometry, refs, pieces).run()
-
-    @pl.when(warpgroup < plan.warpgroups)
-    def _() -> None:
-        if registers is not None:
-            plgpu.set_max_registers(registers[1], action="increase")
-        _Compute(plan, geometry, score, refs, pieces, warpgroup).run()
+    share_roles(
+        plan.warpgroups,
+        plan.registers(geometry),
+        lambda: PageStream(plan, geometry, refs, pieces).run(),
+        lambda warpgroup: _Compute(plan, geometry, score, refs, pieces, warpgroup).run(),
+    )
 
 
 @dataclass(frozen=True)

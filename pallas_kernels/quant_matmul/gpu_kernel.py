@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Float32, Shaped
 
 from pallas_kernels._compat import load_registers, transposed_ref
-from pallas_kernels.hopper import ROWS, tiled
+from pallas_kernels.hopper import ROWS, share_roles, tiled
 from pallas_kernels.quant_matmul.gpu_plan import STEP, Plan, Weights
 
 MATRIX = plgpu.Layout.WGMMA
@@ -107,20 +107,7 @@ def _run(refs: Any, plan: Plan, weights: Weights, tiles: tuple[int, int], steps:
     low = lax.div(split * steps, jnp.int32(plan.splits))
     high = lax.div((split + 1) * steps, jnp.int32(plan.splits))
     part = _Part(plan, weights, refs, split, token, output, low, high)
-    warpgroup = lax.axis_index("warpgroup")
-    registers = plan.registers()
-
-    @pl.when(warpgroup == plan.warpgroups)
-    def _() -> None:
-        if registers is not None:
-            plgpu.set_max_registers(registers[0], action="decrease")
-        part.bring()
-
-    @pl.when(warpgroup < plan.warpgroups)
-    def _() -> None:
-        if registers is not None:
-            plgpu.set_max_registers(registers[1], action="increase")
-        part.compute(warpgroup)
+    share_roles(plan.warpgroups, plan.registers(), part.bring, part.compute)
 
 
 @dataclass(frozen=True)
