@@ -38,6 +38,12 @@ def races_found() -> bool:
     return bool(races.races_found)
 
 
+def assert_no_races(capfd: Any) -> None:
+    """Nor any in kernels before the last one, since the output was last read."""
+    assert "RACE DETECTED" not in capfd.readouterr().out
+    assert not races_found()
+
+
 def _interpret(original: Any, self: Any, jaxpr: Any, token: Any, *args: Any) -> tuple[Any, list[Any]]:
     """Equation by equation: those known here, and the others as a jaxpr of one equation each."""
     env = dict(zip(jaxpr.constvars + jaxpr.invars, args, strict=True))

@@ -4,12 +4,10 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import mosaic_gpu_shim
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -42,23 +40,13 @@ def served() -> dict[str, Case]:
 SERVED = served()
 
 
-@pytest.fixture
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Any:
-    mosaic_gpu_shim.install(monkeypatch)
-    jax.config.update("jax_disable_most_optimizations", True)  # the interpreter compiles a lot
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    reset_gpu_interpret_mode_state()
-
-
 def run(case: Case, capfd: Any, plan: Plan | None = None) -> None:
     """Beyond the edges of an array the interpreter reads zeros, as the copy engine does."""
     params = InterpretGPUParams(
         detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
     )
     check_case(case, partial(gpu.grouped_matmul_gpu, plan=plan, interpret=params))
-    assert "RACE DETECTED" not in capfd.readouterr().out
-    assert not mosaic_gpu_shim.races_found()
+    mosaic_gpu_shim.assert_no_races(capfd)
 
 
 def test_edges_everywhere(interpreter: None, capfd: Any) -> None:

@@ -4,11 +4,9 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import mosaic_gpu_shim
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels import tuning
@@ -23,20 +21,10 @@ pytestmark = pytest.mark.timeout(200, method="thread")
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-@pytest.fixture
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Any:
-    mosaic_gpu_shim.install(monkeypatch)
-    jax.config.update("jax_disable_most_optimizations", True)  # the interpreter compiles a lot
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    reset_gpu_interpret_mode_state()
-
-
 def run(case: Case, capfd: Any, plan: Plan | None = None) -> None:
     interpret = InterpretGPUParams(detect_races=True)
     check_case(case, partial(gpu.quant_matmul_gpu, plan=plan, interpret=interpret))
-    assert "RACE DETECTED" not in capfd.readouterr().out
-    assert not mosaic_gpu_shim.races_found()
+    mosaic_gpu_shim.assert_no_races(capfd)
 
 
 def served() -> dict[str, Case]:
