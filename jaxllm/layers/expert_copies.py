@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int32, Shaped
 
+from jaxllm.layers.expert_rows import count_rows
 from jaxllm.layers.parameter import parameter
 from jaxllm.parallel.placement import Placement
 
@@ -80,7 +81,7 @@ class ExpertCopies(nnx.Module):
         """
         table = self.table[...]
         expert = jnp.where(used[:, None], experts, len(table)).reshape(-1)
-        tokens = (expert[:, None] == jnp.arange(len(table))).sum(axis=0, dtype=jnp.int32)
+        tokens = count_rows(expert, len(table))
         # each one's place among those of its expert, which a stable sort keeps in the order of the batch
         place = jnp.argsort(jnp.argsort(expert, stable=True))
         place -= (jnp.cumsum(tokens) - tokens).at[expert].get(mode="clip")

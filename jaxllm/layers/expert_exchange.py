@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jaxllm.layers.embedding import take_rows
+from jaxllm.layers.expert_rows import add_rows, count_rows, sort_rows
 
 AXIS = ("data", "expert")
 """Of the mesh, over which tokens are exchanged: the devices that have other experts."""
@@ -57,10 +57,9 @@ def exchange_experts(
         experts: of the device.
     """
     devices, me = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
-    order = jnp.argsort(chosen.reshape(-1), stable=True)
-    rows = take_rows(x, order // chosen.shape[1])
-    counts = (chosen.reshape(-1, 1) == jnp.arange(devices * experts)).sum(axis=0, dtype=jnp.int32)
-    counts = jax.lax.all_gather(counts, AXIS).reshape(devices, devices, experts)
+    rows, order = sort_rows(x, chosen)
+    counts = jax.lax.all_gather(count_rows(chosen, devices * experts), AXIS)
+    counts = counts.reshape(devices, devices, experts)
     sizes = counts.sum(axis=2)
 
     capacity = devices * len(rows)
@@ -71,5 +70,4 @@ def exchange_experts(
     out, load = apply(arrived, expert, (expert < experts).astype(jnp.float32))
 
     returned = exchange(out.astype(x.dtype), sizes.T, len(rows))
-    returned = returned[jnp.argsort(order)].reshape(*chosen.shape, -1).astype(jnp.float32)
-    return (weights[:, :, None] * returned).sum(axis=1), load
+    return add_rows(returned, order, weights), load

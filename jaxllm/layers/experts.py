@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
-from jaxllm.layers.embedding import take_rows
 from jaxllm.layers.expert_copies import Copies, ExpertCopies
 from jaxllm.layers.expert_exchange import AXIS, Exchange, exchange_experts
+from jaxllm.layers.expert_rows import add_rows, count_rows, sort_rows
 from jaxllm.layers.mlp import find_activation
 from jaxllm.layers.packing import Joined, Packable, join_parts, keep_as_bits
 from jaxllm.layers.parameter import parameter, zeros
@@ -217,11 +217,8 @@ def apply_experts(
         bias: of gate and up, and of what an expert gives.
     """
     count, embed = gate_up.shape[:2]
-    order = jnp.argsort(chosen.reshape(-1), stable=True)
-    expert = chosen.reshape(-1)[order]
-    # not a histogram: scatters are slow on TPU, and this is one fused sum
-    load = (chosen.reshape(-1, 1) == jnp.arange(count)).sum(axis=0, dtype=jnp.int32)
-    rows = take_rows(x, order // chosen.shape[1])
+    rows, order = sort_rows(x, chosen)
+    expert, load = chosen.reshape(-1)[order], count_rows(chosen, count)
     hidden = grouped_matmul(rows, gate_up.reshape(count, embed, -1), load)
     hidden = hidden[:, : 2 * down.shape[1]].reshape(len(rows), 2, -1)
     if bias is not None:
@@ -230,5 +227,4 @@ def apply_experts(
     out = grouped_matmul(hidden, down, load)
     if bias is not None:
         out += bias[1].astype(jnp.float32).at[expert].get(mode="clip")
-    out = out[jnp.argsort(order)].reshape(*chosen.shape, embed)
-    return (weights[:, :, None] * out).sum(axis=1), load
+    return add_rows(out, order, weights), load

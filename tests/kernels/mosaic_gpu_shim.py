@@ -39,7 +39,7 @@ def races_found() -> bool:
 
 
 def assert_no_races(capfd: Any) -> None:
-    """Nor any in kernels before the last one, since the output was last read."""
+    """In no kernel since the output was last read."""
     assert "RACE DETECTED" not in capfd.readouterr().out
     assert not races_found()
 
