@@ -129,14 +129,8 @@ class Scheduler:
             ValueError: its id is that of an unfinished request; it has been added before; or it could never
                 run: longer than max_model_len, than a step where prompts are not chunked, or than all pages.
         """
-        if request.request_id in self.requests:
-            raise ValueError(
-                f"request {request.request_id!r}: an unfinished request has this id; use another"
-            )
-        if request.arrival >= 0:
-            raise ValueError(f"request {request.request_id!r}: was added before; make a new Request")
         self.check_fits(request)
-        request.arrival = self._num_added
+        request.arrive(self._num_added, id_in_use=request.request_id in self.requests)
         self._num_added += 1
         self.enqueue(request)
 
