@@ -184,7 +184,7 @@ class GroupedScheduler:
             best = free[choose_replica(candidates, len(prompt), self._rows)]
             self._places[request.request_id] = Place(best, names)
             self._coming[best].update(names)
-            self.groups[best].enqueue(request)
+            self.groups[best].enqueue(request, chain)
 
     def _leave(self, request_id: str) -> None:
         place = self._places.pop(request_id)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxllm.cache.manager import CacheManager, CacheStats, Prefix
+from jaxllm.cache.prefix import HashChain
 from jaxllm.config import Policy
 from jaxllm.scheduler.draft import StepDraft
 from jaxllm.scheduler.limits import Limits
@@ -132,11 +133,15 @@ class Scheduler:
         self.check_fits(request)
         request.arrive(self._num_added, id_in_use=request.request_id in self.requests)
         self._num_added += 1
-        self.enqueue(request)
+        self.enqueue(request, self.cache.chain(request.cache_salt))
 
-    def enqueue(self, request: Request) -> None:
-        """Puts a request that has been checked and numbered among the waiting ones."""
-        request.chain, request.tables = self.cache.chain(request.cache_salt), self.cache.no_tables()
+    def enqueue(self, request: Request, chain: HashChain) -> None:
+        """Puts a request that has been checked and numbered among the waiting ones.
+
+        Args:
+            chain: its own, as far as anybody has made it.
+        """
+        request.chain, request.tables = chain, self.cache.no_tables()
         self.requests[request.request_id] = request
         self._waiting.push(request)
 
