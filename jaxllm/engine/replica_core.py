@@ -43,8 +43,7 @@ class ReplicaCore(EngineCore):
     def _recover(self, error: Exception) -> list[RequestOutput]:
         """Displaces the requests that were running, and starts over with empty pages.
 
-        Raises:
-            Exception: the device could not be given new pages.
+        Where the device takes none this has failed, and yet gives out what the step had read before.
         """
         logger.error("a step of a replica failed; the requests in it go elsewhere", exc_info=error)
         self.last_error = error
@@ -58,7 +57,10 @@ class ReplicaCore(EngineCore):
         if self._failures_in_a_row == MOST_FAILURES:
             self.failure = error
         else:
-            self.runner.reset()
+            try:
+                self.runner.reset()
+            except Exception as again:
+                self.failure = again
         return []
 
     def _displace(self, request_id: str) -> None:

@@ -326,7 +326,7 @@ class Replicas:
             return
         try:
             self._receive(replica, step.result())
-        except Exception as error:  # the core ends failed steps itself: this one could not start over
+        except Exception as error:  # the core ends failed steps itself: this one could not be planned
             replica.core.failure = error
         core = replica.core
         self.last_error = core.failure or core.last_error or self.last_error

@@ -96,14 +96,9 @@ class GroupedScheduler:
         Raises:
             ValueError: as `Scheduler.add`.
         """
-        if request.request_id in self._queued or request.request_id in self._places:
-            raise ValueError(
-                f"request {request.request_id!r}: an unfinished request has this id; use another"
-            )
-        if request.arrival >= 0:
-            raise ValueError(f"request {request.request_id!r}: was added before; make a new Request")
         self.check_fits(request)
-        request.arrival = self._num_added
+        in_use = request.request_id in self._queued or request.request_id in self._places
+        request.arrive(self._num_added, id_in_use=in_use)
         self._num_added += 1
         self._queued[request.request_id] = request
         self._waiting.push(request)
@@ -189,7 +184,7 @@ class GroupedScheduler:
             best = free[choose_replica(candidates, len(prompt), self._rows)]
             self._places[request.request_id] = Place(best, names)
             self._coming[best].update(names)
-            self.groups[best].enqueue(request)
+            self.groups[best].enqueue(request, chain)
 
     def _leave(self, request_id: str) -> None:
         place = self._places.pop(request_id)

@@ -74,6 +74,18 @@ class Request:
             raise ValueError(f"request {self.request_id!r}: max_tokens={self.max_tokens} must be at least 1")
         self.token_ids = list(self.prompt_token_ids)
 
+    def arrive(self, number: int, *, id_in_use: bool) -> None:
+        """Takes its number among those that were added, as it is added.
+
+        Raises:
+            ValueError: its id is that of an unfinished request, or it has been added before.
+        """
+        if id_in_use:
+            raise ValueError(f"request {self.request_id!r}: an unfinished request has this id; use another")
+        if self.arrival >= 0:
+            raise ValueError(f"request {self.request_id!r}: was added before; make a new Request")
+        self.arrival = number
+
     @property
     def num_known_tokens(self) -> int:
         """Tokens that a step may compute: those the host knows, and those the device will know by then."""

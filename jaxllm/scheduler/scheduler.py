@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxllm.cache.manager import CacheManager, CacheStats, Prefix
+from jaxllm.cache.prefix import HashChain
 from jaxllm.config import Policy
 from jaxllm.scheduler.draft import StepDraft
 from jaxllm.scheduler.limits import Limits
@@ -129,20 +130,18 @@ class Scheduler:
             ValueError: its id is that of an unfinished request; it has been added before; or it could never
                 run: longer than max_model_len, than a step where prompts are not chunked, or than all pages.
         """
-        if request.request_id in self.requests:
-            raise ValueError(
-                f"request {request.request_id!r}: an unfinished request has this id; use another"
-            )
-        if request.arrival >= 0:
-            raise ValueError(f"request {request.request_id!r}: was added before; make a new Request")
         self.check_fits(request)
-        request.arrival = self._num_added
+        request.arrive(self._num_added, id_in_use=request.request_id in self.requests)
         self._num_added += 1
-        self.enqueue(request)
+        self.enqueue(request, self.cache.chain(request.cache_salt))
 
-    def enqueue(self, request: Request) -> None:
-        """Puts a request that has been checked and numbered among the waiting ones."""
-        request.chain, request.tables = self.cache.chain(request.cache_salt), self.cache.no_tables()
+    def enqueue(self, request: Request, chain: HashChain) -> None:
+        """Puts a request that has been checked and numbered among the waiting ones.
+
+        Args:
+            chain: its own, as far as anybody has made it.
+        """
+        request.chain, request.tables = chain, self.cache.no_tables()
         self.requests[request.request_id] = request
         self._waiting.push(request)
 

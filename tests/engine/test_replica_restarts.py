@@ -5,13 +5,22 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from small import greedy, small_engine
+from small import OPTIONS, greedy, small_engine
+from small_text import text_checkpoint
 
-from jaxllm import AsyncEngine, Engine, RequestOutput, RequestOutputKind
+from jaxllm import (
+    AsyncEngine,
+    Engine,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from jaxllm.engine import restarts
 from jaxllm.engine.core import MOST_FAILURES
 from jaxllm.engine.replicas import Replicas
@@ -149,6 +158,45 @@ def test_a_failure_that_is_seen_before_its_step_has_ended(expected: list[list[in
         assert deltas_of(engine, PROMPTS[4:] * 2) == expected[4:] * 2
         assert engine.get_replica_metrics()["1"]["engine_restarts_total"] == 1
         check_empty(engine, threading.active_count())
+
+
+@pytest.mark.parametrize("length", [20, 8])
+def test_what_a_step_has_read_is_given_out_though_it_takes_its_replica_along(
+    tmp_path: Path, length: int
+) -> None:
+    """A grammar has the step before read, here a token in the middle or the last one, within the next."""
+    folder = text_checkpoint(tmp_path / "model")
+    held = SamplingParams(
+        temperature=0,
+        max_tokens=20,
+        structured_outputs=StructuredOutputsParams(regex=f"[a-f]{{{length}}}"),
+        output_kind=RequestOutputKind.DELTA,
+    )
+    options = OPTIONS | SIZES | {"skip_tokenizer_init": False, "data_parallel_size": 2}
+    with Engine.from_pretrained(str(folder), **options) as engine:
+        core = replicas_of(engine).cores[0]
+        sample, reset, samples, resets = core.runner.sample, core.runner.reset, [], []
+
+        def sample_failing(*arguments: Any) -> Any:
+            samples.append(arguments)
+            if len(samples) == 9:
+                raise RuntimeError("the device is gone")
+            return sample(*arguments)
+
+        def reset_failing() -> None:
+            resets.append(())
+            if len(resets) == 1:
+                raise RuntimeError("the device takes no pages")
+            reset()
+
+        core.runner.sample, core.runner.reset = sample_failing, reset_failing
+        engine.add_request("held", "abc", held)
+        text, end = "", time.monotonic() + SOON
+        while engine.has_unfinished_requests():
+            assert time.monotonic() < end
+            text += "".join(output.outputs[0].text for output in engine.step())
+        assert resets
+        assert len(text) == length
 
 
 def test_it_comes_back_while_the_other_serves(
