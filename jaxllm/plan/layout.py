@@ -88,13 +88,6 @@ class Layout:
         """All of them."""
         return self.replica_chips * self.data_parallel_size
 
-    @property
-    def replica_torus(self) -> tuple[int, ...]:
-        """Chips of a replica along each of its axes that have more than one."""
-        if self.replica_chips < self.replica.num_chips:
-            return (self.replica_chips,)
-        return tuple(size for size in self.replica.shape if size > 1)
-
     def meshes(self) -> list[Mesh]:
         """Each stage's mesh, of chips that need not be there, cut as the engine cuts a replica's.
 

@@ -79,7 +79,7 @@ class Planner:
             )
             for index, (own, lowering) in enumerate(zip(programs.stages, lowerings, strict=True))
         )
-        works = [_work(lowering, layout, stages) for lowering in lowerings]
+        works = [_work(lowering, stages) for lowering in lowerings]
         estimator = Estimator(layout, first.buckets, works)
         max_model_len = first.sizes.max_model_len
         return Plan(
@@ -157,7 +157,7 @@ class Planner:
             return programs.steps(tokens, pages)
 
 
-def _work(lowering: Lowering, layout: Layout, stages: Sequence[StagePlan]) -> StageWork:
+def _work(lowering: Lowering, stages: Sequence[StagePlan]) -> StageWork:
     """What a stage has to do."""
     stage, model = lowering.stage, lowering.model
     own, following = stages[stage.index], stages[(stage.index + 1) % len(stages)]
@@ -167,7 +167,7 @@ def _work(lowering: Lowering, layout: Layout, stages: Sequence[StagePlan]) -> St
         own.decode,
         own.prefill,
         LOGIT_BYTES * model.vocab_size if stage.is_last else 0,
-        layout.replica_torus if stage.count == 1 else stage_torus(own.chips),
+        stage_torus(own.chips),
         stage_hops(own.chips, following.chips),
     )
 

@@ -63,7 +63,7 @@ async def get_response(response_id: str, service: Served) -> Response:
     return JSONResponse(service.responses.get(response_id).body)
 
 
-@router.delete("/v1/responses/{response_id}", response_model=DeletedResponse)
+@router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, service: Served) -> DeletedResponse:
     """Forgets an answer."""
     service.responses.delete(response_id)

@@ -33,9 +33,11 @@ class ModelList(TypedDict):
 
 
 class Health(TypedDict):
-    """Whether the server can serve, and if not, why."""
+    """Whether the server can serve, and if not, why; of several replicas, how many do."""
 
     status: Status
+    replicas: NotRequired[int]
+    replicas_serving: NotRequired[int]
 
 
 class Readiness(Health):
@@ -109,8 +111,10 @@ async def model(model: str, service: Served) -> ModelCard:
 
 def _replicas(service: Service) -> dict[str, int]:
     """Where there are several replicas, how many, and how many of them serve."""
-    total, engine = service.engine_config.parallel.data_parallel_size, service.loaded_engine
-    return {} if total == 1 or engine is None else {"replicas": total, "replicas_serving": engine.num_serving}
+    engine = service.loaded_engine
+    if engine is None or (total := len(engine.replica_metrics)) == 1:  # data groups are one replica
+        return {}
+    return {"replicas": total, "replicas_serving": engine.num_serving}
 
 
 def _card(service: Service, name: str) -> ModelCard:

@@ -29,10 +29,8 @@ def test_a_replica_has_the_most_compact_slice(target: str, chips: int, found: st
 
 def test_all_chips_are_used() -> None:
     layout = Layout.make(Target.parse("v5e:8x8"), 16)
-    assert (layout.data_parallel_size, str(layout.replica), layout.replica_torus) == (4, "v5e:4x4", (4, 4))
+    assert (layout.data_parallel_size, str(layout.replica)) == (4, "v5e:4x4")
     assert Layout.make(Target.parse("v5e:8x8"), 1, 16).replica_chips == 16
-    assert Layout.make(Target.parse("v5e:2x4"), 2).replica_torus == (2,)
-    assert Layout.make(Target.parse("v5p:2x2x1"), 4).replica_torus == (2, 2)
 
 
 def test_stages_share_a_replica() -> None:
@@ -57,6 +55,8 @@ def test_places_of_stages() -> None:
     assert stage_torus(places[1]) == (2,)
     assert (stage_hops(places[0], places[1]), stage_hops(places[3], places[0])) == (1, 3)
     assert stage_torus([(0, 0), (1, 0), (0, 2)]) == (3,)
+    for shape, torus in (((4, 4), (4, 4)), ((2, 2, 1), (2, 2)), ((1, 1), ())):  # stages that are whole slices
+        assert stage_torus(list(np.ndindex(shape))) == torus
     without: Any = [SimpleNamespace(devices=np.array([SimpleNamespace(id=i)])) for i in (4, 5)]
     assert stage_places(without, (2,)) == [[(0,)], [(1,)]]
 

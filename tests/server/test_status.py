@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from running import Running, running, server_config
+from small_text import text_checkpoint
 
 from jaxllm.config import EngineConfig
 from jaxllm.server.app import create_app
@@ -143,6 +144,8 @@ def test_metrics_of_replicas(model: Path) -> None:
         assert [s.value for s in families["jaxllm:replica_given_up"].samples] == [0, 0]
         serving = {"status": "ready", "replicas": 2, "replicas_serving": 2}
         assert server.http.get("/health").json() == server.http.get("/ready").json() == serving
+        schemas = server.http.get("/openapi.json").json()["components"]["schemas"]
+        assert all(serving.keys() <= schemas[name]["properties"].keys() for name in ("Health", "Readiness"))
         assert server.service.loaded_engine is not None
         failed = server.service.loaded_engine._engine._cores[1]
         failed.failure = RuntimeError("the device is gone")
@@ -158,6 +161,12 @@ def test_metrics_of_replicas(model: Path) -> None:
             assert {s.labels["engine"] for s in families[f"jaxllm:{name}"].samples} == {"0", "1"}, name
         figures = server.http.get("/ui/state").json()["engine"]
         assert figures["figures"]["num_pages"] == sum(s.value for s in families["jaxllm:pages"].samples)
+
+
+def test_data_groups_are_no_replicas(tmp_path: Path) -> None:
+    groups = {"data_parallel_size": 2, "data_parallel_experts": True, "enforce_eager": True}
+    with running(text_checkpoint(tmp_path, model="qwen3-moe"), engine=groups) as server:
+        assert server.http.get("/health").json() == server.http.get("/ready").json() == {"status": "ready"}
 
 
 def test_tokens_there_and_back(server: Running) -> None:
