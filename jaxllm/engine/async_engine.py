@@ -343,6 +343,8 @@ class AsyncEngine:
         logger.error("the step loop has failed; all requests end with errors", exc_info=error)
         self._restarting = True
         self._tell_all(error)
+        if (hosts := self._engine.hosts) is not None and hosts.lost is not None:
+            self._stop.set()  # its listeners are told a moment after those who ask
         self._failure = self._restarts.start_over("the engine", self._engine.restart, error, self._stop)
         self._restarting = False
         if self._failure is not None:
@@ -364,8 +366,7 @@ class AsyncEngine:
                 finished.append(output.request_id)
             if stream is not None:
                 failed = any(sample.finish_reason == "error" for sample in output.outputs)
-                item = self._error(output) if failed else output
-                letters.append((stream, output.request_id, item))
+                letters.append((stream, output.request_id, self._error(output) if failed else output))
         post(letters)
         for request_id in finished:  # not before: if it fails, they are still to be told
             self._streams.pop(request_id, None)

@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from small import golden, greedy, small_engine
 
-from jaxllm import AsyncEngine, RequestOutput, RequestOutputKind, SamplingParams
+from jaxllm import AsyncEngine, Engine, RequestOutput, RequestOutputKind, SamplingParams
 from jaxllm.engine.core import EngineFailedError, RequestFailedError
 from jaxllm.engine.restarts import RestartBudget
 
@@ -227,6 +228,29 @@ def test_too_many_restarts_are_the_end(
                 assert list(output.outputs[0].token_ids) == expected[1]
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_lost_host_is_the_end_at_once(doomed: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the moment in which it is lost, and listeners have not been told."""
+    monkeypatch.setattr(doomed, "_restarts", RestartBudget())
+    restarts: list[None] = []
+
+    def fail() -> None:
+        monkeypatch.setattr(Engine, "hosts", SimpleNamespace(lost=RuntimeError("gone")))
+        raise RuntimeError("no plan")
+
+    monkeypatch.setattr(doomed._engine._core.scheduler, "schedule", fail)
+    monkeypatch.setattr(doomed._engine, "restart", lambda: restarts.append(None))
+
+    async def main() -> None:
+        with pytest.raises(EngineFailedError, match="no plan"):
+            await last(doomed.generate(PROMPTS[0], greedy(4)))
+        while doomed.health == "restarting":
+            await asyncio.sleep(0.001)
+        assert doomed.health == "failed"
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert not restarts
 
 
 def test_sleep_and_wake(engine: AsyncEngine, expected: list[list[int]]) -> None:
