@@ -1,6 +1,7 @@
 """With real Ray: replicas come and go with the load, and keys come from the environment."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -56,6 +57,13 @@ def test_replicas_come_and_go_with_the_load(url: str) -> None:
         assert usage["completion_tokens"] == max_tokens
         return usage["prompt_tokens_details"]["cached_tokens"]
 
+    async def num_short(http: httpx2.AsyncClient) -> float:
+        """Requests for 2 tokens that one of the replicas has had."""
+        metrics = (await http.get("/metrics")).text
+        families = {family.name: family for family in text_string_to_metric_families(metrics)}
+        samples = families["jaxllm:request_params_max_tokens"].samples
+        return next((sample.value for sample in samples if sample.labels.get("le") == "2.0"), 0)
+
     async def keep_asking(http: httpx2.AsyncClient, until: asyncio.Event) -> None:
         while not until.is_set():
             await ask(http, "load", 80)
@@ -69,23 +77,20 @@ def test_replicas_come_and_go_with_the_load(url: str) -> None:
     async def main() -> None:
         async with httpx2.AsyncClient(base_url=url, headers=KEY, timeout=60) as http:
             assert num_running() == 1
+            end = time.monotonic() + PATIENCE
             enough = asyncio.Event()
             load = [asyncio.create_task(keep_asking(http, enough)) for _ in range(8)]
             await wait_for(lambda: num_running() == 2)
-            prefixes = [letter * 80 for letter in "abcdefgh"]
-            await asyncio.gather(*(ask(http, prefix + "1", 2) for prefix in prefixes))
+            for num_rounds in itertools.count(1):  # until the front has heard of the new one, and used both
+                prefixes = [f"{num_rounds:02}{letter}" * 27 for letter in "abcdefgh"]
+                await asyncio.gather(*(ask(http, prefix + "1", 2) for prefix in prefixes))
+                for prefix in prefixes:
+                    assert await ask(http, prefix + "2", 2) >= 76
+                if 0 < await num_short(http) < 2 * len(prefixes) * num_rounds:
+                    break
+                assert time.monotonic() < end
             enough.set()
             await asyncio.gather(*load)
-            for prefix in prefixes:
-                assert await ask(http, prefix + "2", 2) >= 76
-            metrics = (await http.get("/metrics")).text  # of one of them
-            families = {family.name: family for family in text_string_to_metric_families(metrics)}
-            [short] = [
-                sample.value
-                for sample in families["jaxllm:request_params_max_tokens"].samples
-                if sample.labels.get("le") == "2.0"
-            ]
-            assert 0 < short < 2 * len(prefixes)
             await wait_for(lambda: num_replicas() == 1)
             await ask(http, "afterwards", 2)
 
