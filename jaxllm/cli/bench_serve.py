@@ -1,7 +1,6 @@
 """`jaxllm bench serve`: a server under load, seen from its clients."""
 
 import argparse
-import asyncio
 import itertools
 from pathlib import Path
 
@@ -56,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dataset and (arguments.num_prompts or arguments.input_len):
         arguments.usage_error("--dataset brings its own prompts: leave out --num-prompts and --input-len")
 
+    import uvloop  # a third less work for each chunk, which a server on the same cores can use
+
     from jaxllm.bench import serving
     from jaxllm.bench.picture import check_plots, draw_loads
 
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     pairs = itertools.product(arguments.request_rate, arguments.max_concurrency)
     loads = [serving.Load(per_second, clients) for per_second, clients in pairs]
     target = serving.Target(arguments.url, arguments.model_name, server_key(arguments))
-    report = asyncio.run(serving.measure(target, items, loads))
+    report = uvloop.run(serving.measure(target, items, loads))
     print_report(arguments, report)
     if arguments.plot:
         draw_loads({str(load): report[str(load)] for load in loads}, arguments.plot)
