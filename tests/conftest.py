@@ -32,3 +32,16 @@ def no_jax_cache() -> Iterator[None]:
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """Programs compiled in two thirds of the time, which run slower: for modules that test what lies where.
+
+    What a model computes is tested elsewhere, with the programs that users get.
+    """
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -17,6 +17,8 @@ from jaxllm import Engine, SamplingParams, StructuredOutputsParams
 from jaxllm.config import ParallelConfig
 from jaxllm.parallel import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 class Layout(NamedTuple):
     """Devices along the mesh's axes."""

@@ -11,6 +11,8 @@ from test_tensor_parallel_engine import COLLECTIVES, SIZES
 from jaxllm import Engine
 from jaxllm.engine.core import RequestFailedError
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 BALANCED: dict[str, Any] = SIZES | {"enable_eplb": True, "eplb_step_interval": 3}
 COPIES = {"expert_parallel_size": 4, "num_redundant_experts": 4}
 Weights = dict[str, list[np.ndarray]]

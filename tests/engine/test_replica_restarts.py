@@ -26,6 +26,8 @@ from jaxllm.engine.core import MOST_FAILURES
 from jaxllm.engine.replicas import Replicas
 from jaxllm.engine.restarts import RestartBudget
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SIZES: dict[str, Any] = {
     "max_model_len": 64,
     "num_pages": 60,

@@ -19,6 +19,8 @@ from jaxllm.engine.replicas import Replicas
 from jaxllm.parallel import make_mesh
 from jaxllm.scheduler.routing import Candidate, choose_replica
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SIZES: dict[str, Any] = {
     "max_model_len": 96,
     "num_pages": 60,

@@ -12,6 +12,8 @@ from jaxllm import Engine, SamplingParams
 from jaxllm.parallel import make_mesh
 from pallas_kernels.paged_attention import PageGeometry
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SIZES: dict[str, Any] = {
     "max_model_len": 96,
     "num_pages": 60,

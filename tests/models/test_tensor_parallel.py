@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 
 from jaxllm.models import CausalLM, DecoderConfig, ModelRegistry
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # All parts that are cut: biases, soft caps and a tied head, norms over all heads, learned positions, sinks,
 # biased and shared experts, latents.
 FAMILIES = ("llama", "gemma2", "olmo2", "gpt2", "gpt-oss", "qwen2-moe", "deepseek-v3")
