@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -137,7 +138,7 @@ def test_a_signal_that_meets_a_line_of_the_log(
         def writable(self) -> bool:
             return True
 
-        def write(self, data: bytes) -> int:
+        def write(self, data: Any) -> int:
             if not server.should_exit:
                 signal.raise_signal(signal.SIGTERM)
             return len(data)
