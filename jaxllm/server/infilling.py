@@ -5,12 +5,13 @@ Which form that is shows in the tokens that its tokenizer has.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxllm.engine.inputs import Prompt
 from jaxllm.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ANCHOR = "☺"
 """Before a text, for tokenizers that would put a space there: https://github.com/meta-llama/codellama"""
@@ -57,7 +58,7 @@ class Infilling:
         ApiError: 400, the tokenizer knows none of the forms.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         known: Mapping[str, int] = tokenizer.get_vocab()
         form = next((form for form in FORMS if all(token in known for token in form.tokens)), None)
         if form is None:

@@ -40,15 +40,23 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Takes signals while the server runs; they do not end the process by themselves, as uvicorn's do."""
+        """Takes signals while the server runs; they do not end the process by themselves, as uvicorn's do.
+
+        The event loop hears of them between two callbacks. A handler of Python's own runs within whatever it
+        meets: within the writing of a line of the log ours could write none, failed, and the signal was lost.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        loop = asyncio.get_running_loop()
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self.handle_exit, number, None)
         try:
             yield
         finally:
             for number, handler in before.items():
+                loop.remove_signal_handler(number)
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -1,17 +1,19 @@
 """`/tokenize` and `/detokenize`, as vLLM has them."""
 
 import asyncio
-from typing import Any, NotRequired
+from typing import TYPE_CHECKING, Any, NotRequired
 
 from fastapi import APIRouter
 from pydantic import model_validator
-from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from jaxllm.server.errors import ApiError, bad_value
 from jaxllm.server.fields import ApiModel, Tokens
 from jaxllm.server.service import Served, Service
 from jaxllm.server.tools import ChatTool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 router = APIRouter()
 
@@ -92,7 +94,7 @@ async def detokenize(body: DetokenizeRequest, service: Served) -> DetokenizeResp
     return {"prompt": await asyncio.to_thread(service.decode, body.tokens)}
 
 
-async def _tokens(body: TokenizeRequest, service: Service, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+async def _tokens(body: TokenizeRequest, service: Service, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     if body.messages is None:
         most = service.engine.max_model_len * service.longest_token
         if len(body.prompt or "") > most:
@@ -118,7 +120,7 @@ async def _tokens(body: TokenizeRequest, service: Service, tokenizer: PreTrained
     return list(prompt.get("prompt_token_ids", ()))
 
 
-def _tokenizer(service: Service) -> PreTrainedTokenizerBase:
+def _tokenizer(service: Service) -> "PreTrainedTokenizerBase":
     engine = service.engine
     if service.vocabulary is None:
         raise ApiError(400, "the server was started without a tokenizer (--skip-tokenizer-init)")

@@ -22,6 +22,7 @@ def imported_by(code: str) -> set[str]:
         ("import jaxllm.cli.main", set()),
         ("import jaxllm.cli.generate, jaxllm.cli.chat", {"jax"}),
         ("from jaxllm import Engine, AsyncEngine, LLM", {"flax", "jax"}),
+        ("import jaxllm.server.run", {"flax", "jax"}),
         (
             "from converters.tokenizer import open_tokenizer\n"
             "tokenizer = open_tokenizer('smollm2-135m-instruct')\n"

@@ -105,10 +105,8 @@ def wait(client: httpx2.Client, process: subprocess.Popen[str]) -> None:
             time.sleep(0.02)
 
 
-def test_behind_nginx_each_token_comes_at_once(
-    proxied: tuple[httpx2.Client, Running], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client, server = proxied
+def slow_down(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has each step take `STEP_SECONDS` longer."""
     engine = server.service.loaded_engine
     assert engine is not None
     step = engine._engine.step
@@ -118,6 +116,13 @@ def test_behind_nginx_each_token_comes_at_once(
         return step()
 
     monkeypatch.setattr(engine._engine, "step", slow_step)
+
+
+def test_behind_nginx_each_token_comes_at_once(
+    proxied: tuple[httpx2.Client, Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = proxied
+    slow_down(server, monkeypatch)
     body = {"prompt": "abc", "max_tokens": 40, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as response:
         times = [time.monotonic() for line in response.iter_lines() if line.startswith("data:")]
@@ -125,6 +130,21 @@ def test_behind_nginx_each_token_comes_at_once(
     assert times[-1] - times[0] > 30 * STEP_SECONDS
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert sum(gap > STEP_SECONDS / 4 for gap in gaps) > len(gaps) / 2  # not a few at a time
+
+
+def test_behind_nginx_a_client_that_leaves_ends_its_request(
+    proxied: tuple[httpx2.Client, Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = proxied
+    slow_down(server, monkeypatch)
+    body = {"prompt": "abc", "max_tokens": 100, "ignore_eos": True, "stream": True}
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+        assert server.service.requests == 1
+    end = time.monotonic() + 50 * STEP_SECONDS
+    while server.service.requests and time.monotonic() < end:
+        time.sleep(STEP_SECONDS)
+    assert server.service.requests == 0
 
 
 def test_behind_nginx_under_a_path(proxied: tuple[httpx2.Client, Running]) -> None:

@@ -1,6 +1,9 @@
 """The server as a process: how it starts, what it prints, and how it ends."""
 
+import asyncio
+import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -10,12 +13,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 from running import ENGINE
 
 from jaxllm.cli.flags import flag_name
+from jaxllm.config import EngineConfig
+from jaxllm.server.config import ServerConfig
+from jaxllm.server.run import make_server
 
 FLAGS = [
     word
@@ -120,6 +127,42 @@ def test_a_second_signal_ends_at_once(model: Path) -> None:
             lines(server, "stopping")
             server.send_signal(signal.SIGTERM)
             assert server.wait(5) == 0
+
+
+def test_a_signal_that_meets_a_line_of_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(io.RawIOBase):
+        """What a line is written to; a signal comes meanwhile."""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            if not server.should_exit:
+                signal.raise_signal(signal.SIGTERM)
+            return len(data)
+
+    async def log() -> None:
+        with server.capture_signals():
+            logger.info("a line")
+            await asyncio.sleep(0.1)
+
+    server, service = make_server(ServerConfig(), EngineConfig.create("m"))
+    before = signal.getsignal(signal.SIGTERM)
+    logger = logging.getLogger("jaxllm")
+    caplog.set_level(logging.INFO, "jaxllm")
+    stream = io.TextIOWrapper(io.BufferedWriter(Interrupted()), line_buffering=True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    handler = logging.StreamHandler(stream)
+    logger.addHandler(handler)
+    try:
+        asyncio.run(log())
+    finally:
+        logger.removeHandler(handler)
+    assert server.should_exit
+    assert service.draining
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_port_that_is_taken(model: Path) -> None:
