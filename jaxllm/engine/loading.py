@@ -69,8 +69,8 @@ class EngineParts:
     """`core` itself, or those of the replicas."""
     inputs: InputProcessor
     tokenizer: TextTokenizer | None
-    load_weights: tuple[WeightSource, ...]
-    """For each of `cores`, loads the weights once more, after a sleep that dropped them."""
+    weight_sources: tuple[WeightSource, ...]
+    """Of each of `cores`."""
     hosts: HostGroup | None
     """The hosts that it runs on, where they are several."""
     load_seconds: Mapping[str, float]
@@ -174,9 +174,9 @@ def load_parts(
         ]
         exact = config.compile.enforce_eager
         if hosts is None or not hosts.leads:
-            runner = Runner(stage_runners, num_pages, programs, exact=exact)
+            runner = Runner(stage_runners, num_pages, programs, source, exact=exact)
         else:
-            runner = LeadingRunner(stage_runners, num_pages, programs, hosts, exact=exact)
+            runner = LeadingRunner(stage_runners, num_pages, programs, source, hosts, exact=exact)
         laps.end("pages")
         programs.wait(first, progress=progress)
         programs.serve_beside()

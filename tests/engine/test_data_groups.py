@@ -76,7 +76,7 @@ def test_same_tokens_as_one_device(model: str, layout: Layout) -> None:
 def check_weights(engine: Engine, layout: Layout) -> None:
     """No device has more of the experts than its share of all devices; the rest is cut within a group."""
     share = {"experts": layout.data * layout.expert, "expert_mlp": layout.tensor}
-    parameters = engine._parts.load_weights[0].parameters
+    parameters = engine._parts.weight_sources[0].parameters
     experts = 0
     for path, array in engine.get_weights()[0].items():
         axes = [axis for axis in parameters[path].axes if axis not in (None, "embed", "positions")]
