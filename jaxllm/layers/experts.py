@@ -135,7 +135,10 @@ class Experts(nnx.Module):
             The sums in float32, and how many tokens went to each expert, or to each of its copies.
         """
         mesh = jax.sharding.get_abstract_mesh()
-        slots = self.gate_up.weight.shape[0] * mesh.shape[DATA_GROUPS]  # the weight is the group's part
+        groups = mesh.shape[DATA_GROUPS]
+        slots = self.gate_up.weight.shape[0] * groups  # the weight is the group's part
+        if groups > 1:  # else an expert's first token in each group would go to the same copy
+            turn += jax.lax.axis_index(DATA_GROUPS)
         chosen = routing.experts if self.copies is None else self.copies(routing.experts, used, turn)
         chosen = jnp.where(used[:, None], chosen, slots)
         weights = jnp.where(used[:, None], routing.weights, 0.0)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from small import golden, greedy, small_engine
 from small_text import text_checkpoint
-from test_tensor_parallel_engine import SIZES, run
+from test_expert_balancer import placed, weights_of_experts
+from test_tensor_parallel_engine import COLLECTIVES, SIZES, run
 
 from jaxllm import Engine, SamplingParams, StructuredOutputsParams
 from jaxllm.config import ParallelConfig
@@ -42,7 +43,7 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "qwen3-moe": [Layout(2, 2), Layout(2, 2, 2)],
+    "qwen3-moe": [Layout(2, 2)],
     "deepseek-v2": [Layout(4)],
     "gpt-oss": [Layout(4, 1, 2)],
 }
@@ -71,6 +72,49 @@ def test_same_tokens_as_one_device(model: str, layout: Layout) -> None:
         assert again == found
         assert engine.get_metrics()["prefix_cache_hits_total"] > 0
     assert found == on_one_device(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "redundant"),
+    [("deepseek-v2", Layout(4), 4), ("qwen3-moe", Layout(2, 2, 2), 8)],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else str(value),
+)
+def test_experts_move_between_groups(model: str, layout: Layout, redundant: int) -> None:
+    """Copies lie on devices of all groups; tokens stay while experts move."""
+    options = SIZES | {"enable_eplb": True, "num_redundant_experts": redundant, "eplb_step_interval": 10**6}
+    with small_engine(model, **layout.options, **options) as engine:
+        mixture = engine._parts.model.mixture
+        assert mixture is not None
+        share = mixture.slots // (layout.data * layout.expert)
+        places, weights = placed(engine), weights_of_experts(engine, share)
+        assert run(engine, model) == on_one_device(model)
+        assert placed(engine) == places
+        engine._core.balancer._interval = 3  # pyright: ignore[reportAttributeAccessIssue]
+        for _ in range(2):
+            assert run(engine, model) == on_one_device(model)
+            assert placed(engine) != places
+            places = placed(engine)
+        assert engine.get_metrics()["expert_rebalances_total"] > 1
+        moved = weights_of_experts(engine, share)
+        assert moved.keys() == weights.keys()
+        for path, experts in weights.items():
+            np.testing.assert_array_equal(moved[path], experts)
+        check_collectives(engine, layout)
+        check_moves(engine, layout)
+
+
+def check_moves(engine: Engine, layout: Layout) -> None:
+    """Experts go from device to device of all groups, among those that have the same part of each."""
+    runner = engine._core.runner  # pyright: ignore[reportAttributeAccessIssue]
+    for key in runner.lowering.gather_programs:
+        text = runner.programs[key].as_text()
+        assert text is not None
+        found = [line for line in text.splitlines() if COLLECTIVES.search(line)]
+        assert found
+        for line in found:
+            assert " all-reduce(" in line
+            same_part = np.arange(layout.data * layout.group).reshape(-1, layout.tensor).T
+            assert device_groups(line) == same_part.tolist()
 
 
 def check_weights(engine: Engine, layout: Layout) -> None:
@@ -131,9 +175,8 @@ def check_collectives(engine: Engine, layout: Layout) -> None:
     assert model.mixture is not None
     between: Counter[tuple[str, str]] = Counter()
     within: Counter[str] = Counter()
-    kinds = r"= (\(.+?\)|[^\s{]+)\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
     for line in text.splitlines():
-        if (collective := re.search(kinds, line)) is None:
+        if (collective := COLLECTIVES.search(line)) is None:
             continue
         crossing = {len({device // layout.group for device in group}) for group in device_groups(line)}
         if crossing != {1}:
@@ -149,7 +192,8 @@ def check_collectives(engine: Engine, layout: Layout) -> None:
         ("all-gather", f"f32[{everywhere},{chosen}]"): mixtures,
         ("reduce-scatter", f"f32[{largest.tokens},{model.hidden_size}]"): mixtures,
     }
-    alone = {"all-reduce": 1 + 2 * model.num_layers, "all-gather": 1}
+    counts = bool(lowering.experts) and layout.expert > 1
+    alone = {"all-reduce": 1 + 2 * model.num_layers, "all-gather": 1 + counts}
     assert within == ({} if layout.group == 1 else alone)
 
 

@@ -13,6 +13,7 @@ from jaxllm.engine.core import RequestFailedError
 
 BALANCED: dict[str, Any] = SIZES | {"enable_eplb": True, "eplb_step_interval": 3}
 COPIES = {"expert_parallel_size": 4, "num_redundant_experts": 4}
+GROUPS = {"data_parallel_size": 2, "data_parallel_experts": True}
 Weights = dict[str, list[np.ndarray]]
 """For each weight of experts, by its path and stage, those of each expert, copies after one another."""
 
@@ -200,11 +201,6 @@ def test_replicas_place_their_own() -> None:
             {"enable_eplb": True, "tensor_parallel_size": 2},
             "enable_eplb=True: needs a model with exp",
         ),
-        (
-            "mixtral",
-            {"enable_eplb": True, "data_parallel_size": 2, "data_parallel_experts": True},
-            "enable_eplb=True: must be left out with data_parallel_experts",
-        ),
         ("mixtral", {"num_redundant_experts": 2}, "num_redundant_experts=2: must be 0 without enable_eplb"),
         ("mixtral", {"eplb_step_interval": -1}, "eplb_step_interval=-1: must be 0 or a count"),
         (
@@ -216,6 +212,11 @@ def test_replicas_place_their_own() -> None:
             "mixtral",
             {"enable_eplb": True, "expert_parallel_size": 4, "num_redundant_experts": 2},
             "num_redundant_experts=2: must be a multiple of expert_parallel_size=4",
+        ),
+        (
+            "mixtral",
+            GROUPS | {"enable_eplb": True, "expert_parallel_size": 2, "num_redundant_experts": 2},
+            r"=2: must be a multiple of data_parallel_size \* expert_parallel_size=4 and at most 24",
         ),
         (
             "mixtral",
