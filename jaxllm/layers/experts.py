@@ -18,7 +18,7 @@ from jaxllm.layers.mlp import find_activation
 from jaxllm.layers.packing import Joined, Packable, join_parts, keep_as_bits
 from jaxllm.layers.parameter import parameter, zeros
 from jaxllm.layers.router import Routing
-from jaxllm.parallel import DATA_GROUPS, EVERY_DEVICE, Axes, partition_spec, within_group
+from jaxllm.parallel import DATA_GROUPS, EVERY_DEVICE, Axes, partition_spec, share_over, within_group
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.packed_matmul import Backend
 
@@ -192,13 +192,11 @@ def sharded_experts(
         return jax.lax.psum(out, EVERY_DEVICE), load
 
     tokens = whole if exchange is None else shares
-    return jax.jit(
-        jax.shard_map(
-            part,
-            mesh=mesh,
-            in_specs=(*[tokens] * 3, spec(*gate_up_axes), spec(*DOWN), biases if bias else None),
-            out_specs=(tokens, shares),
-        )
+    return share_over(
+        mesh,
+        part,
+        in_specs=(*[tokens] * 3, spec(*gate_up_axes), spec(*DOWN), biases if bias else None),
+        out_specs=(tokens, shares),
     )
 
 
