@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -56,23 +57,24 @@ def compile_step(lowering: Lowering, bucket: Bucket, num_pages: int) -> Step:
     text = CompiledText.parse(compiled.as_text() or "")
     chips, group = lowering.mesh.size, lowering.mesh.size // lowering.num_groups
 
-    def crosses(one: Instruction) -> bool:
+    def passes(one: Instruction, *, between_groups: bool) -> bool:
         """Devices are numbered in the mesh's order, so those of a data group follow one another."""
         pieces = one.device_groups or [list(range(chips))]
-        return any(len({device // group for device in piece}) > 1 for piece in pieces)
+        crosses = any(len({device // group for device in piece}) > 1 for piece in pieces)
+        return crosses if between_groups else not crosses and len(pieces[0]) > 1
 
     return Step(
         bucket.tokens,
         costs["flops"] - ragged_flops(text) if costs else product_flops(text),
         memory_bytes(text),
         grouped_kernels(text),
-        text.collectives(lambda one: not crosses(one)),
+        text.collectives(partial(passes, between_groups=False)),
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.generated_code_size_in_bytes,
         seconds,
         _sent(lowering, bucket),
-        text.collectives(crosses),
+        text.collectives(partial(passes, between_groups=True)),
     )
 
 

@@ -1,7 +1,6 @@
 """One engine with data groups: attention and pages are a group's own, experts lie over all devices."""
 
 import functools
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +11,12 @@ import pytest
 from small import golden, greedy, small_engine
 from small_text import text_checkpoint
 from test_expert_balancer import placed, weights_of_experts
-from test_tensor_parallel_engine import COLLECTIVES, SIZES, run
+from test_tensor_parallel_engine import SIZES, run
 
 from jaxllm import Engine, SamplingParams, StructuredOutputsParams
 from jaxllm.config import ParallelConfig
 from jaxllm.parallel import make_mesh
+from pallas_kernels.targets.compiled import COLLECTIVES, CompiledText
 
 
 class Layout(NamedTuple):
@@ -109,12 +109,12 @@ def check_moves(engine: Engine, layout: Layout) -> None:
     for key in runner.lowering.gather_programs:
         text = runner.programs[key].as_text()
         assert text is not None
-        found = [line for line in text.splitlines() if COLLECTIVES.search(line)]
+        found = [one for one in CompiledText.parse(text).instructions if one.opcode in COLLECTIVES]
         assert found
-        for line in found:
-            assert " all-reduce(" in line
+        for one in found:
+            assert one.opcode == "all-reduce"
             same_part = np.arange(layout.data * layout.group).reshape(-1, layout.tensor).T
-            assert device_groups(line) == same_part.tolist()
+            assert one.device_groups == same_part.tolist()
 
 
 def check_weights(engine: Engine, layout: Layout) -> None:
@@ -151,20 +151,6 @@ def check_requests_parts(engine: Engine, layout: Layout) -> None:
         }
 
 
-def device_groups(line: str) -> list[list[int]]:
-    """Which devices a collective of a program's text speaks between."""
-    listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line)
-    if listed:
-        return [[int(n) for n in one.split(",")] for one in re.findall(r"\{([\d,]+)\}", listed[1])]
-    found = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    assert found is not None, line
-    shape, sizes, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
-    assert shape is not None
-    assert sizes is not None
-    devices = np.arange(np.prod(sizes)).reshape(sizes).transpose(order or range(len(sizes)))
-    return devices.reshape(shape).tolist()
-
-
 def check_collectives(engine: Engine, layout: Layout) -> None:
     """Between data groups tokens go to experts and come back; within one it is as in an engine alone."""
     runner = engine._core.runner  # pyright: ignore[reportAttributeAccessIssue]
@@ -175,15 +161,15 @@ def check_collectives(engine: Engine, layout: Layout) -> None:
     assert model.mixture is not None
     between: Counter[tuple[str, str]] = Counter()
     within: Counter[str] = Counter()
-    for line in text.splitlines():
-        if (collective := COLLECTIVES.search(line)) is None:
+    for one in CompiledText.parse(text).instructions:
+        if one.opcode not in COLLECTIVES:
             continue
-        crossing = {len({device // layout.group for device in group}) for group in device_groups(line)}
+        crossing = {len({device // layout.group for device in group}) for group in one.device_groups}
         if crossing != {1}:
             assert crossing == {layout.data}
-            between[collective[2], collective[1]] += 1
-        elif len(device_groups(line)[0]) > 1:
-            within[collective[2]] += 1
+            between[one.opcode, one.result.partition("{")[0]] += 1
+        elif len(one.device_groups[0]) > 1:
+            within[one.opcode] += 1
     mixtures = model.num_layers - len(model.dense_layers)
     everywhere, chosen = layout.data * largest.tokens, model.mixture.routing.per_token
     assert between == {
