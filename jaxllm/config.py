@@ -214,8 +214,6 @@ class ParallelConfig:
         _require(copies >= 0, "num_redundant_experts", copies, "0 or a count")
         _require(self.enable_eplb or copies == 0, "num_redundant_experts", copies, "0 without enable_eplb")
         _require(interval >= 0, "eplb_step_interval", interval, "0 or a count of steps")
-        together = self.enable_eplb and self.data_parallel_experts
-        _require(not together, "enable_eplb", True, "left out with data_parallel_experts; experts stay there")
 
     @property
     def replica_size(self) -> int:

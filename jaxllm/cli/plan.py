@@ -40,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-parallel-size",
         type=at_least_one,
         metavar="INT",
-        help="replicas, which share requests (default: as many as there are chips for)",
+        help="replicas, which share requests, or data groups (default: as many as there are chips for)",
+    )
+    parser.add_argument(
+        "--data-parallel-experts",
+        action="store_true",
+        help="data groups of one engine, whose experts lie over the chips of all groups, instead of replicas",
     )
     parser.add_argument(
         "--few-layers",
@@ -68,7 +73,8 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     texts = {
         "input_len": "tokens of each prompt (default: 1024)",
         "output_len": "tokens generated for each request (default: 256)",
-        "concurrency": "requests at a time on each replica (default: as many as a step and the pages hold)",
+        "concurrency": "requests at a time on each replica, or in each data group "
+        "(default: as many as a step and the pages hold)",
     }
     for name, text in texts.items():
         flag = f"--{name.replace('_', '-')}"
@@ -153,6 +159,8 @@ def _check(arguments: argparse.Namespace) -> None:
             name = f"{axis}_parallel_size"
             if getattr(arguments, name, None) is not None:
                 arguments.usage_error(f"--{name.replace('_', '-')}: --search tries all; leave it out")
+        if arguments.data_parallel_experts:
+            arguments.usage_error("--data-parallel-experts: --search tries both; leave it out")
 
 
 def _prices(arguments: argparse.Namespace) -> list[float | None]:
@@ -175,6 +183,7 @@ def _plan(arguments: argparse.Namespace, planner: "Planner", target: "Target") -
         sizes.expert_parallel_size,
         arguments.data_parallel_size,
         pipeline=sizes.pipeline_parallel_size,
+        data_parallel_experts=arguments.data_parallel_experts,
     )
     if arguments.save:
         check_saving(arguments.save, layout)

@@ -206,6 +206,7 @@ class EngineCore:
             self.unfinished.samples[r.request_id].assembler.request_id for r in self.scheduler.abandon()
         }
         outputs = [self.abort(request_id, "error") for request_id in failed]
+        self.balancer.abandon_round()
         self.runner.reset()
         return [output for output in outputs if output is not None]
 
@@ -213,7 +214,7 @@ class EngineCore:
         """Starts over after a failure, with the programs that there are; requests get no last output.
 
         Raises:
-            Exception: pages and rows cannot be made. It may be tried again.
+            Exception: as `Runner.reset`.
         """
         for request_id in self.unfinished:
             record = self.unfinished.get(request_id)[0].assembler.metrics
@@ -223,6 +224,7 @@ class EngineCore:
         self._in_flight.clear()
         self.scheduler.clear()
         self._clock = StepClock()
+        self.balancer.abandon_round()
         self.runner.reset()
         self._failures_in_a_row, self.failure = 0, None
         self.metrics.engine_restarted()

@@ -46,7 +46,7 @@ class Engine(EngineInfo):
         super().__init__(parts)
         self._ids = itertools.count()
         self._mail = Mail(parts.core)
-        self._sleep = Sleep(parts.core, parts.cores, parts.load_weights)
+        self._sleep = Sleep(parts.core, parts.cores)
         self._closed = False
 
     @classmethod
@@ -327,11 +327,12 @@ class Engine(EngineInfo):
     def restart(self) -> None:
         """Starts over after `step` or `generate` has failed for a reason that was no request's own.
 
-        Unfinished requests are forgotten, pages are empty, and nothing is compiled again.
+        Unfinished requests are forgotten, pages are empty, and nothing is compiled again. Weights are
+        loaded again only where experts were being moved.
 
         Raises:
             RuntimeError: the engine is closed.
-            Exception: the device cannot hold the pages. It may be tried again.
+            Exception: pages cannot be made, or weights cannot be loaded. It may be tried again.
         """
         self._check_open()
         self._mail.clear()

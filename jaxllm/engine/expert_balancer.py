@@ -76,14 +76,25 @@ class ExpertBalancer:
             if not due or not self._runner.can_move_experts():
                 return
             self._begin_round()
-        stage, layer, tokens = self._waiting.popleft()
+        stage, layer, tokens = self._waiting[0]
         before = self._runner.placements[stage]
         after = before.rebalanced(layer, tokens.astype(np.float64))
         if after is not before:
             self._runner.move_experts(stage, layer, after.experts[layer])
             self._moved = True
+        self._waiting.popleft()
         if not self._waiting:
             self._end_round()
+
+    def abandon_round(self) -> None:
+        """After a step has failed: that may have been a move's fault, so the next is tried in another round.
+
+        Where experts are may have changed, so what devices have had does not count any more.
+        """
+        if self._waiting:
+            self._waiting.clear()
+            self._end_round()
+        self._device_tokens.clear()
 
     def _begin_round(self) -> None:
         self.imbalance_before, self._moved = self.imbalance, False

@@ -75,7 +75,7 @@ def follow_host(config: EngineConfig, on_loaded: Callable[[], object] = lambda: 
     except Exception as error:
         raise HostLostError(f"host {hosts.rank} has failed: {error}") from error
     on_loaded()
-    follow(parts.cores[0].runner, hosts, parts.load_weights[0])
+    follow(parts.cores[0].runner, hosts)
 
 
 def load_on_hosts(

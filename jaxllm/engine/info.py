@@ -140,7 +140,7 @@ class EngineInfo:
         Raises:
             RuntimeError: the engine sleeps.
         """
-        names = [part for source in self._parts.load_weights for part in source.parts]
+        names = [part for source in self._parts.weight_sources for part in source.parts]
         return [
             dict(zip(part, stage.arrays[0], strict=True))
             for part, stage in zip(names, self._stages, strict=True)

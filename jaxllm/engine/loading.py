@@ -69,8 +69,8 @@ class EngineParts:
     """`core` itself, or those of the replicas."""
     inputs: InputProcessor
     tokenizer: TextTokenizer | None
-    load_weights: tuple[WeightSource, ...]
-    """For each of `cores`, loads the weights once more, after a sleep that dropped them."""
+    weight_sources: tuple[WeightSource, ...]
+    """Of each of `cores`."""
     hosts: HostGroup | None
     """The hosts that it runs on, where they are several."""
     load_seconds: Mapping[str, float]
@@ -174,9 +174,9 @@ def load_parts(
         ]
         exact = config.compile.enforce_eager
         if hosts is None or not hosts.leads:
-            runner = Runner(stage_runners, num_pages, programs, exact=exact)
+            runner = Runner(stage_runners, num_pages, programs, source, exact=exact)
         else:
-            runner = LeadingRunner(stage_runners, num_pages, programs, hosts, exact=exact)
+            runner = LeadingRunner(stage_runners, num_pages, programs, source, hosts, exact=exact)
         laps.end("pages")
         programs.wait(first, progress=progress)
         programs.serve_beside()
@@ -349,17 +349,22 @@ def _cut_experts(parallel: ParallelConfig, model: DecoderConfig, mesh: Mesh) -> 
     return dataclasses.replace(model, mixture=dataclasses.replace(model.mixture, exchange=exchange_ragged))
 
 
-def _copy_experts(parallel: ParallelConfig, model: DecoderConfig) -> DecoderConfig:
+def _copy_experts(parallel: ParallelConfig, model: DecoderConfig, mesh: Mesh) -> DecoderConfig:
     """The model with slots for its experts to move between, where the config asks for that."""
-    redundant, devices = parallel.num_redundant_experts, model.expert_parallel_size
     if not parallel.enable_eplb:
         return model
+    redundant, groups = parallel.num_redundant_experts, mesh.shape["data"]
+    devices = groups * mesh.shape["expert"]
     if model.mixture is None or devices == 1:
-        raise ValueError("enable_eplb=True: needs a model with experts, and an expert_parallel_size above 1")
+        raise ValueError(
+            "enable_eplb=True: needs a model with experts, and an expert_parallel_size above 1 or "
+            "data_parallel_experts"
+        )
     experts = model.mixture.routing.experts
     if redundant % devices or redundant > experts * (devices - 1):
+        sizes = "data_parallel_size * expert_parallel_size" if groups > 1 else "expert_parallel_size"
         raise ValueError(
-            f"num_redundant_experts={redundant}: must be a multiple of expert_parallel_size={devices} and at "
+            f"num_redundant_experts={redundant}: must be a multiple of {sizes}={devices} and at "
             f"most {experts * (devices - 1)}, which put all {experts} experts on every device"
         )
     copies = Copies(experts, redundant, devices)
@@ -379,7 +384,7 @@ def read_model(
     model = architecture.read_config(
         checkpoint.config, dtype=dtype, tensor_parallel_size=mesh.shape["tensor"], max_model_len=wanted
     )
-    model = _copy_experts(config.parallel, _cut_experts(config.parallel, model, mesh))
+    model = _copy_experts(config.parallel, _cut_experts(config.parallel, model, mesh), mesh)
     if wanted is not None and wanted > model.max_position_embeddings:
         raise ValueError(
             f"max_model_len={wanted}: the model has positions up to {model.max_position_embeddings}; lower it"

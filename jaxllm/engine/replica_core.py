@@ -43,7 +43,8 @@ class ReplicaCore(EngineCore):
     def _recover(self, error: Exception) -> list[RequestOutput]:
         """Displaces the requests that were running, and starts over with empty pages.
 
-        Where the device takes none this has failed, and yet gives out what the step had read before.
+        Where the device takes none this has failed, and yet gives out what the step had read before. So it
+        has where weights are to be loaded again: that takes long, and others serve meanwhile.
         """
         logger.error("a step of a replica failed; the requests in it go elsewhere", exc_info=error)
         self.last_error = error
@@ -54,7 +55,8 @@ class ReplicaCore(EngineCore):
         }
         for request_id in failed:
             self._displace(request_id)
-        if self._failures_in_a_row == MOST_FAILURES:
+        self.balancer.abandon_round()
+        if self._failures_in_a_row == MOST_FAILURES or not self.runner.has_weights():
             self.failure = error
         else:
             try:

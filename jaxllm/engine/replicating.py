@@ -77,7 +77,7 @@ def _joined(config: EngineConfig, parts: list[EngineParts], laps: Laps) -> Engin
         parts[0],
         core=Replicas(cores, seed),
         cores=cores,
-        load_weights=tuple(source for part in parts for source in part.load_weights),
+        weight_sources=tuple(source for part in parts for source in part.weight_sources),
         load_seconds=laps.seconds,
     )
 

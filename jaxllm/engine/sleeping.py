@@ -1,10 +1,9 @@
 """An engine's sleep: the device's memory given back, and taken again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.replicas import Replicas
-from jaxllm.models.stages import StageWeights
 
 
 class Sleep:
@@ -13,18 +12,11 @@ class Sleep:
     Args:
         core: the engine's.
         cores: `core` itself, or those of its replicas.
-        load_weights: for each of them, loads the weights once more, after a sleep that dropped them.
     """
 
-    def __init__(
-        self,
-        core: EngineCore | Replicas,
-        cores: Sequence[EngineCore],
-        load_weights: Sequence[Callable[[], StageWeights]],
-    ) -> None:
+    def __init__(self, core: EngineCore | Replicas, cores: Sequence[EngineCore]) -> None:
         self._core = core
         self._cores = cores
-        self._load_weights = load_weights
         self.active = False
         """Whether the engine sleeps."""
 
@@ -56,7 +48,7 @@ class Sleep:
         """Puts the weights back, from the host's memory or from where they came, with empty pages."""
         if not self.active:
             return
-        for core, load in zip(self._cores, self._load_weights, strict=True):
+        for core in self._cores:
             if core.failure is None:
-                core.runner.wake(load)
+                core.runner.wake()
         self.active = False

@@ -16,7 +16,7 @@ from jaxllm.layers.linear import Linear
 from jaxllm.layers.norm import NormOptions, RMSNorm
 from jaxllm.layers.parameter import parameter, zeros
 from jaxllm.layers.rope import Rotation, rotate
-from jaxllm.parallel import partition_spec
+from jaxllm.parallel import partition_spec, share_over
 from pallas_kernels.paged_attention import Backend, PageLayout, RaggedBatch, paged_attention
 
 HeadNorm = Literal["each", "all"]
@@ -143,14 +143,12 @@ def sharded_attention(
         options = {"scale": scale, "sliding_window": window, "soft_cap": soft_cap, "sinks": sinks}
         return paged_attention(q, k, v, pool, rows, **options, backend=backend)
 
-    return jax.jit(
-        jax.shard_map(
-            attend,
-            mesh=mesh,
-            in_specs=(heads, heads, heads, pages, PartitionSpec(), partition_spec(("heads",))),
-            out_specs=(heads, pages),
-            check_vma=False,  # kernels say nothing about how their results vary over the mesh
-        )
+    return share_over(
+        mesh,
+        attend,
+        in_specs=(heads, heads, heads, pages, PartitionSpec(), partition_spec(("heads",))),
+        out_specs=(heads, pages),
+        check_vma=False,  # kernels say nothing about how their results vary over the mesh
     )
 
 

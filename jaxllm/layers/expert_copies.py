@@ -1,5 +1,6 @@
 """Experts whose weights are kept more than once, and weights on their way from slot to slot."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int32, Shaped
 
+from jaxllm.layers.expert_exchange import AXIS
 from jaxllm.layers.expert_rows import count_rows
 from jaxllm.layers.parameter import parameter
 from jaxllm.parallel.placement import Placement
 
-AXIS = "expert"
-"""Of the mesh, over which slots are shared."""
 TABLE = (None, "copies")
 """Logical axes of a table."""
 
@@ -72,7 +72,7 @@ class ExpertCopies(nnx.Module):
         """A slot for each expert that a token goes to.
 
         The tokens of an expert go to one copy after the other, in the order of the batch: no copy gets more
-        than one token more than another.
+        than one token more than another. With data groups that holds for each group's tokens.
 
         Args:
             used: which tokens there are; others take no turns, and get any slots.
@@ -100,10 +100,10 @@ def gather_slots(
     all but the owner add zeros: a device holds its old slots, its new ones, and one expert more.
 
     Args:
-        sharding: of both; the devices of the axis `expert` share the slots.
+        sharding: of both; the devices of the axes `data` and `expert` share the slots.
     """
     mesh = sharding.mesh
-    devices = mesh.shape[AXIS]
+    devices = math.prod(mesh.shape[axis] for axis in AXIS)
 
     def part(held: Array, source: Array) -> Array:
         me, own = jax.lax.axis_index(AXIS), len(source) // devices

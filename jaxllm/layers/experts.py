@@ -18,7 +18,7 @@ from jaxllm.layers.mlp import find_activation
 from jaxllm.layers.packing import Joined, Packable, join_parts, keep_as_bits
 from jaxllm.layers.parameter import parameter, zeros
 from jaxllm.layers.router import Routing
-from jaxllm.parallel import DATA_GROUPS, EVERY_DEVICE, Axes, partition_spec, within_group
+from jaxllm.parallel import DATA_GROUPS, EVERY_DEVICE, Axes, partition_spec, share_over, within_group
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.packed_matmul import Backend
 
@@ -135,7 +135,10 @@ class Experts(nnx.Module):
             The sums in float32, and how many tokens went to each expert, or to each of its copies.
         """
         mesh = jax.sharding.get_abstract_mesh()
-        slots = self.gate_up.weight.shape[0] * mesh.shape[DATA_GROUPS]  # the weight is the group's part
+        groups = mesh.shape[DATA_GROUPS]
+        slots = self.gate_up.weight.shape[0] * groups  # the weight is the group's part
+        if groups > 1:  # else an expert's first token in each group would go to the same copy
+            turn += jax.lax.axis_index(DATA_GROUPS)
         chosen = routing.experts if self.copies is None else self.copies(routing.experts, used, turn)
         chosen = jnp.where(used[:, None], chosen, slots)
         weights = jnp.where(used[:, None], routing.weights, 0.0)
@@ -189,13 +192,11 @@ def sharded_experts(
         return jax.lax.psum(out, EVERY_DEVICE), load
 
     tokens = whole if exchange is None else shares
-    return jax.jit(
-        jax.shard_map(
-            part,
-            mesh=mesh,
-            in_specs=(*[tokens] * 3, spec(*gate_up_axes), spec(*DOWN), biases if bias else None),
-            out_specs=(tokens, shares),
-        )
+    return share_over(
+        mesh,
+        part,
+        in_specs=(*[tokens] * 3, spec(*gate_up_axes), spec(*DOWN), biases if bias else None),
+        out_specs=(tokens, shares),
     )
 
 

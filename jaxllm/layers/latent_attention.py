@@ -16,7 +16,7 @@ from jaxllm.layers.linear import Linear
 from jaxllm.layers.norm import NormOptions, RMSNorm
 from jaxllm.layers.parameter import parameter
 from jaxllm.layers.rope import Rotation, rotate
-from jaxllm.parallel import Axes, partition_spec
+from jaxllm.parallel import Axes, partition_spec, share_over
 from pallas_kernels.paged_attention import Backend, RaggedBatch, paged_attention
 
 
@@ -143,12 +143,10 @@ def sharded_latent_attention(
     def attend(q: Array, kept: Array, pool: Array, rows: RaggedBatch) -> tuple[Array, Array]:
         return paged_attention(q, kept, kept[..., :latent], pool, rows, scale=scale, backend=backend)
 
-    return jax.jit(
-        jax.shard_map(
-            attend,
-            mesh=mesh,
-            in_specs=(heads, whole, pages, whole),
-            out_specs=(heads, pages),
-            check_vma=False,  # kernels say nothing about how their results vary over the mesh
-        )
+    return share_over(
+        mesh,
+        attend,
+        in_specs=(heads, whole, pages, whole),
+        out_specs=(heads, pages),
+        check_vma=False,  # kernels say nothing about how their results vary over the mesh
     )

@@ -10,6 +10,7 @@ from jaxllm.parallel.axes import (
 )
 from jaxllm.parallel.mesh import adopt_mesh, make_mesh, stage_meshes
 from jaxllm.parallel.replicas import replica_meshes
+from jaxllm.parallel.sharing import share_over
 
 __all__ = [
     "DATA_GROUPS",
@@ -20,6 +21,7 @@ __all__ = [
     "over_groups",
     "partition_spec",
     "replica_meshes",
+    "share_over",
     "stage_meshes",
     "within_group",
 ]

@@ -20,6 +20,7 @@ def make_plan(
     target: str,
     *,
     data_parallel_size: int | None = None,
+    data_parallel_experts: bool = False,
     input_len: int = 1024,
     output_len: int = 256,
     concurrency: int | None = None,
@@ -35,7 +36,8 @@ def make_plan(
     Args:
         model: a repo id, a folder, a config.json or a GGUF file; no weights are read.
         target: chips, such as "v5e:2x4", "v5p:2x2x4" or "h100:8".
-        data_parallel_size: replicas; None: as many as there are chips for.
+        data_parallel_size: replicas, or data groups; None: as many as there are chips for.
+        data_parallel_experts: data groups of one engine, which share the experts, rather than replicas.
         input_len, output_len, concurrency: see `jaxllm.plan.workload.Workload`.
         price_per_chip_hour: in dollars.
         few_layers: compile models of a few layers, and extrapolate from them.
@@ -60,5 +62,6 @@ def make_plan(
         parallel.expert_parallel_size,
         data_parallel_size,
         pipeline=parallel.pipeline_parallel_size,
+        data_parallel_experts=data_parallel_experts,
     )
     return plan_or_advise(planner, layout, price_per_chip_hour)

@@ -20,13 +20,14 @@ class Estimate:
     """Figures at best: nothing was run, and real ones are lower.
 
     Attributes:
-        requests: at a time on each replica.
+        requests: at a time on each replica, or in each data group.
         decode: a step that gives a token to each request, or to a stage's share of them; for each stage.
         prefill: a step of the largest bucket, whose tokens are all of one prompt; for each stage.
-        ttft_seconds: from a prompt's arrival at an idle engine to its first token.
+        ttft_seconds: from a prompt's arrival at an idle engine to its first token; with data groups of as
+            many prompts, one in each.
         tpot_seconds: from a token to the next with so many requests, while no prompt comes in.
         bubble: share of that time in which stages wait for each other; 0 where there is one.
-        output_tokens_per_second: of all replicas, the time for prompts included.
+        output_tokens_per_second: of all replicas or data groups, the time for prompts included.
         tokens_per_dollar: output tokens; None where no price was given.
     """
 
@@ -48,8 +49,9 @@ class StageWork:
         kernels: what compilers cannot count.
         decode, prefill: compiled steps; others lie on the line through them.
         logits: bytes of a row of the logits; 0 in stages that make none.
-        torus: its chips along each axis of a TPU slice.
+        torus: its chips along each axis of a TPU slice; of several data groups one's.
         hops: links to the next stage's chips, see `transfer_seconds`.
+        wide_torus: chips of all data groups, where there are several.
     """
 
     kernels: Kernels
@@ -58,6 +60,7 @@ class StageWork:
     logits: int
     torus: tuple[int, ...]
     hops: int = 0
+    wide_torus: tuple[int, ...] = ()
 
     def step(self, tokens: int) -> Step:
         """That of a bucket."""
@@ -69,14 +72,14 @@ class StageWork:
 
 @dataclass(frozen=True)
 class Estimator:
-    """Times of steps on a replica."""
+    """Times of steps on a replica, all of whose data groups do alike."""
 
     layout: Layout
     buckets: Buckets
     stages: Sequence[StageWork]
 
     def times(self, rows: int, tokens: int, context: int) -> tuple[StepTime, ...]:
-        """A step of rows that are all alike, in each stage.
+        """A step of rows that are all alike, in each stage; of as many in each data group.
 
         Args:
             tokens: new ones of each row.
@@ -88,17 +91,19 @@ class Estimator:
         layout, target = self.layout, self.layout.target
         bucket = self.buckets.fit(rows * tokens)
         step = stage.step(bucket.tokens)
-        links = Links.of(target, stage.torus, layout.stage_chips, layout.expert_parallel_size)
+        groups, experts = layout.num_groups, layout.expert_parallel_size
+        links = Links.of(target, stage.torus, layout.group_chips, experts)
+        wide = Links.of(target, stage.wide_torus, groups, groups * experts)
         return StepTime(
             Work(step.flops, step.nbytes).seconds(target.chip),
             stage.kernels.work(rows, tokens, context).seconds(target.chip),
-            links.seconds(step.collectives),
+            links.seconds(step.collectives) + wide.seconds(step.between_groups),
             Work(0.0, LOGITS_READ * bucket.sampled * stage.logits).seconds(target.chip),
             transfer_seconds(target, step.sent, stage.hops) if len(self.stages) > 1 else 0.0,
         )
 
     def estimate(self, workload: Workload, requests: int, price_per_chip_hour: float | None) -> Estimate:
-        """Figures for `requests` of the workload at a time on each replica."""
+        """Figures for `requests` of the workload at a time on each replica, or in each data group."""
         largest, length = self.buckets.largest.tokens, workload.input_len
         steps = min(requests, len(self.stages))  # that are under way at a time
         decode = self.times(-(-requests // steps), 1, length + workload.output_len // 2)

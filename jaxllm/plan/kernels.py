@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxllm.models.base import DecoderConfig
+from jaxllm.parallel import DATA_GROUPS
 from jaxllm.plan.roofline import Work
 from jaxllm.runner.kernels import attention_problems
 from pallas_kernels.grouped_matmul import Problem as GroupedProblem
@@ -24,20 +25,24 @@ class Kernels:
         attention: of each layer.
         model: cut for the mesh.
         grouped: products with experts' weights that are kernels, of all these layers.
+        groups: data groups, whose tokens all come to the experts.
     """
 
     attention: Sequence[Problem]
     model: DecoderConfig
     grouped: int
+    groups: int = 1
 
     @classmethod
     def of(cls, model: DecoderConfig, layers: range, mesh: Mesh, page_size: int, grouped: int) -> Self:
         """Those of a model's layers of these numbers, cut for the mesh."""
         kinds = {problem.sliding_window: problem for problem in attention_problems(model, mesh, page_size)}
-        return cls([kinds[model.layer_windows[layer]] for layer in layers], model, grouped)
+        return cls(
+            [kinds[model.layer_windows[layer]] for layer in layers], model, grouped, mesh.shape[DATA_GROUPS]
+        )
 
     def work(self, rows: int, tokens: int, context: int) -> Work:
-        """Of a step whose rows are all alike.
+        """Of a step whose rows are all alike, in every data group.
 
         Args:
             tokens: new ones of each row.
@@ -47,7 +52,7 @@ class Kernels:
             sum(attention_flops(problem, rows, tokens, context) for problem in self.attention),
             sum(attention_bytes(problem, rows, tokens, context) for problem in self.attention),
         )
-        return attention + self._experts(rows * tokens)
+        return attention + self._experts(self.groups * rows * tokens)
 
     def _experts(self, tokens: int) -> Work:
         """Half of the products lead into the experts, half out of them. Tokens are spread at random.
@@ -57,7 +62,7 @@ class Kernels:
         mixture = self.model.mixture
         if mixture is None:
             return Work()
-        routing, parts = mixture.routing, self.model.expert_parallel_size
+        routing, parts = mixture.routing, self.groups * self.model.expert_parallel_size
         used = expected_groups(mixture.slots, routing.per_token, tokens) / parts
         rows, experts = -(-tokens * routing.per_token // parts), mixture.slots // parts
         size = mixture.expert_size // self.model.tensor_parallel_size

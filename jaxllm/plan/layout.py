@@ -1,4 +1,4 @@
-"""How the chips of a target are shared out: replicas of the model, each cut over some of the chips."""
+"""How the chips of a target are shared out: replicas of the model, or data groups, each cut over some."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -20,10 +20,11 @@ class Layout:
 
     Attributes:
         target: all chips.
-        tensor_parallel_size, expert_parallel_size, pipeline_parallel_size: a replica has as many chips as
-            their product, see `jaxllm.parallel.make_mesh`.
-        data_parallel_size: replicas, which share requests and run the same programs.
+        tensor_parallel_size, expert_parallel_size, pipeline_parallel_size: a replica, or data group, has as
+            many chips as their product, see `jaxllm.parallel.make_mesh`.
+        data_parallel_size: replicas, which share requests and run the same programs; or data groups.
         replica: the slice that a replica is on, its stages' chips side by side.
+        data_parallel_experts: it is data groups; together they are one replica, on all chips.
     """
 
     target: Target
@@ -32,15 +33,25 @@ class Layout:
     pipeline_parallel_size: int
     data_parallel_size: int
     replica: Target
+    data_parallel_experts: bool = False
 
     @classmethod
     def make(
-        cls, target: Target, tensor: int, expert: int = 1, data: int | None = None, *, pipeline: int = 1
+        cls,
+        target: Target,
+        tensor: int,
+        expert: int = 1,
+        data: int | None = None,
+        *,
+        pipeline: int = 1,
+        data_parallel_experts: bool = False,
     ) -> Self:
         """A layout that uses all chips.
 
         Args:
-            tensor, expert, data, pipeline: the sizes; without `data` as many replicas as there are chips for.
+            tensor, expert, data, pipeline: the sizes; without `data` as many replicas, or data groups, as
+                there are chips for.
+            data_parallel_experts: data groups rather than replicas.
 
         Raises:
             ValueError: the sizes and the chips do not go together; the message names the one to change.
@@ -71,12 +82,30 @@ class Layout:
                 f"{sizes}: the engine has all stages in one process, and a host of {target} has "
                 f"{host} chips; leave out pipeline_parallel_size, or ask for at most {host} chips a replica"
             )
-        return cls(target, tensor, expert, pipeline, data, find_slice(target, size))
+        if data_parallel_experts:
+            _check_groups(target, data, pipeline)
+        replica = target if data_parallel_experts else find_slice(target, size)
+        return cls(target, tensor, expert, pipeline, data, replica, data_parallel_experts)
+
+    @property
+    def num_groups(self) -> int:
+        """Data groups of a replica; one is none."""
+        return self.data_parallel_size if self.data_parallel_experts else 1
+
+    @property
+    def num_replicas(self) -> int:
+        """Engines behind one queue."""
+        return 1 if self.data_parallel_experts else self.data_parallel_size
+
+    @property
+    def group_chips(self) -> int:
+        """Chips of a stage of a data group; all of a stage's where there is one group."""
+        return self.tensor_parallel_size * self.expert_parallel_size
 
     @property
     def stage_chips(self) -> int:
         """Chips of each stage of a replica; all of them where it has one stage."""
-        return self.tensor_parallel_size * self.expert_parallel_size
+        return self.group_chips * self.num_groups
 
     @property
     def replica_chips(self) -> int:
@@ -86,7 +115,7 @@ class Layout:
     @property
     def num_chips(self) -> int:
         """All of them."""
-        return self.replica_chips * self.data_parallel_size
+        return self.replica_chips * self.num_replicas
 
     def meshes(self) -> list[Mesh]:
         """Each stage's mesh, of chips that need not be there, cut as the engine cuts a replica's.
@@ -99,6 +128,7 @@ class Layout:
             self.replica.devices(),
             expert_parallel_size=self.expert_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
+            data_parallel_size=self.num_groups,
         )
         return stage_meshes(mesh)
 
@@ -106,7 +136,26 @@ class Layout:
         sizes = ("tensor", "expert", "pipeline", "data")
         named = (f"{name}_parallel_size={getattr(self, f'{name}_parallel_size')}" for name in sizes)
         left_out = ("expert_parallel_size=1", "pipeline_parallel_size=1")
-        return ", ".join([str(self.target), *(size for size in named if size not in left_out)])
+        groups = ["data_parallel_experts"] if self.data_parallel_experts else []
+        return ", ".join([str(self.target), *(size for size in named if size not in left_out), *groups])
+
+
+def _check_groups(target: Target, groups: int, stages: int) -> None:
+    """Refuses data groups that the engine refuses."""
+    if groups == 1:
+        raise ValueError(
+            f"data_parallel_experts=True: all {target.num_chips} chips of {target} make one data group; "
+            "leave it out, or lower tensor_parallel_size or expert_parallel_size"
+        )
+    if stages > 1:
+        raise ValueError(
+            f"pipeline_parallel_size={stages}: must be 1 with data_parallel_experts; use tensor_parallel_size"
+        )
+    if target.num_chips > (host := chips_per_host(target)):
+        raise ValueError(
+            f"data_parallel_size={groups}: the engine has all data groups in one process, and a host of "
+            f"{target} has {host} chips; leave out data_parallel_experts, or take at most {host} chips"
+        )
 
 
 def find_slice(target: Target, chips: int) -> Target:

@@ -25,7 +25,10 @@ def draw_plan(plan: Plan, file: Path) -> None:
 
 
 def _draw_chips(plan: Plan, axes: Any) -> None:
-    """A square for each chip, in its replica's colour, stages in shades; planes of a cube side by side."""
+    """A square for each chip, in the colour of its replica or data group, stages in shades.
+
+    Planes of a cube are side by side.
+    """
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
@@ -46,12 +49,18 @@ def _draw_chips(plan: Plan, axes: Any) -> None:
     axes.set_aspect("equal")
     axes.axis("off")
     stages = f" in {layout.pipeline_parallel_size} stages" if staged else ""
-    axes.set_title(f"{layout.data_parallel_size} replicas of {layout.replica_chips} chips{stages}")
+    if layout.data_parallel_experts:
+        axes.set_title(f"{layout.num_groups} data groups of {layout.group_chips} chips")
+    else:
+        axes.set_title(f"{layout.num_replicas} replicas of {layout.replica_chips} chips{stages}")
 
 
 def _owners(plan: Plan) -> list[tuple[int, int]]:
-    """For each chip of the target, in row-major order, the replica and the stage that it belongs to."""
+    """For each chip of the target, in row-major order, its replica or data group, and its stage."""
     layout = plan.layout
+    if layout.data_parallel_experts:
+        group_of = {place: n // layout.group_chips for n, place in enumerate(plan.stages[0].chips)}
+        return [(group_of[place], 0) for place in itertools.product(*map(range, layout.target.shape))]
     target, size, chips = layout.target.shape, layout.replica_chips, layout.num_chips
     if layout.replica.num_chips != size:  # neighbours of a slice that several replicas share
         return [(index // size, index % size // layout.stage_chips) for index in range(chips)]

@@ -36,10 +36,11 @@ class Plan:
 
     Attributes:
         model: as it was asked for.
-        weight_bytes: of a replica, all its chips together; what every chip has a copy of counts once.
+        weight_bytes: of a replica, all its chips together; what several have a copy of counts once.
         attention_backend: the kernel that "auto" took, or the one that was asked for.
         max_model_len: most tokens of a request; fewer than the model's where the pages hold no more.
-        full_requests: of `max_model_len` tokens, that each replica's pages hold at the same time.
+        full_requests: of `max_model_len` tokens, that the pages of each replica, or data group, hold at the
+            same time.
         workload_requests: the same of the workload's requests.
         stages: in order; one where the model is not cut into any.
         compiled_layers: numbers of layers of the models, or of the stages, that were compiled.
@@ -78,7 +79,10 @@ class Plan:
         return self.stages[self.fullest].memory
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in plain values, as `jaxllm plan --json` prints it."""
+        """All of it in plain values, as `jaxllm plan --json` prints it.
+
+        What is each replica's, or data group's, is given for all `together` as well.
+        """
         values = dataclasses.asdict(dataclasses.replace(self, layout=None))  # pyright: ignore[reportArgumentType]
         layout = {
             "target": str(self.layout.target),
@@ -87,9 +91,18 @@ class Plan:
             "expert_parallel_size": self.layout.expert_parallel_size,
             "pipeline_parallel_size": self.layout.pipeline_parallel_size,
             "data_parallel_size": self.layout.data_parallel_size,
+            "data_parallel_experts": self.layout.data_parallel_experts,
             "replica": str(self.layout.replica),
         }
+        each = {
+            "num_pages": self.memory.num_pages,
+            "full_requests": self.full_requests,
+            "workload_requests": self.workload_requests,
+            "requests": self.estimate.requests,
+        }
+        together = {name: self.layout.data_parallel_size * count for name, count in each.items()}
         for name in ("prefill", "decode"):
             for times, time in zip(values["estimate"][name], getattr(self.estimate, name), strict=True):
                 times["total"] = time.total
-        return {**values, "layout": layout, "fullest": self.fullest, "slowest": self.slowest}
+        found = {"layout": layout, "together": together, "fullest": self.fullest, "slowest": self.slowest}
+        return values | found

@@ -79,7 +79,7 @@ class Planner:
             )
             for index, (own, lowering) in enumerate(zip(programs.stages, lowerings, strict=True))
         )
-        works = [_work(lowering, stages) for lowering in lowerings]
+        works = [_work(lowering, stages, layout) for lowering in lowerings]
         estimator = Estimator(layout, first.buckets, works)
         max_model_len = first.sizes.max_model_len
         return Plan(
@@ -134,7 +134,7 @@ class Planner:
         return self.checkpoint.quantization if isinstance(self.checkpoint, BlankCheckpoint) else None
 
     def _requests(self, lowering: Lowering, num_pages: int) -> int:
-        """At a time on each replica."""
+        """At a time on each replica, or in each data group."""
         sizes, length = lowering.sizes, self.workload.length
         # each has a token in every step, or in one of as many as there are stages
         most = min(sizes.max_num_seqs, lowering.stage.count * sizes.max_num_batched_tokens)
@@ -157,7 +157,7 @@ class Planner:
             return programs.steps(tokens, pages)
 
 
-def _work(lowering: Lowering, stages: Sequence[StagePlan]) -> StageWork:
+def _work(lowering: Lowering, stages: Sequence[StagePlan], layout: Layout) -> StageWork:
     """What a stage has to do."""
     stage, model = lowering.stage, lowering.model
     own, following = stages[stage.index], stages[(stage.index + 1) % len(stages)]
@@ -167,8 +167,9 @@ def _work(lowering: Lowering, stages: Sequence[StagePlan]) -> StageWork:
         own.decode,
         own.prefill,
         LOGIT_BYTES * model.vocab_size if stage.is_last else 0,
-        stage_torus(own.chips),
+        stage_torus(own.chips[: layout.group_chips]),
         stage_hops(own.chips, following.chips),
+        stage_torus(own.chips) if layout.num_groups > 1 else (),
     )
 
 

@@ -41,12 +41,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Links:
-    """What connects the chips of a stage, which is all of a replica where it has one stage.
+    """What connects the chips of a stage, which is all of a replica where it has one stage and data group.
 
     Attributes:
-        size: chips.
-        expert_size: of these, those among which the experts are spread.
-        bandwidth: bytes a second that each can send to others of the stage, over all links together.
+        size: chips that speak with each other; between data groups each with one of every group.
+        expert_size: chips among which whole experts are spread.
+        bandwidth: bytes a second that each can send to others, over all links together.
         hops: from a chip to the farthest one.
         hop_seconds: latency of each.
         base_seconds: that any collective takes besides.
@@ -64,7 +64,7 @@ class Links:
         """Those of `size` chips.
 
         Args:
-            torus: how many along each axis of a TPU slice.
+            torus: how many along each axis of a TPU slice; between data groups those of all groups.
         """
         chip = target.chip
         if chip.platform == "gpu":  # NVSwitch connects each with each

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxllm.plan.layout import Layout, chips_per_host, divisors
 from jaxllm.plan.memory import TooLargeError, require_weights
@@ -45,31 +46,57 @@ def search(planner: Planner, targets: Sequence[Target], prices: Sequence[float |
     """
     plans, refusals = [], []
     for target, price in zip(targets, prices, strict=True):
-        for tensor, expert, pipeline in _sizes(planner, target):
-            layout = f"{target}, tensor {tensor}, expert {expert}, stages {pipeline}"
+        for sizes in _sizes(planner, target):
             try:
-                plans.append(planner.plan(Layout.make(target, tensor, expert, pipeline=pipeline), price))
+                layout = Layout.make(
+                    target,
+                    sizes.tensor,
+                    sizes.expert,
+                    pipeline=sizes.stages,
+                    data_parallel_experts=sizes.groups > 1,
+                )
+                plans.append(planner.plan(layout, price))
             except (NotImplementedError, ValueError) as error:
-                refusals.append(Refusal(layout, str(error)))
+                refusals.append(Refusal(f"{target}, {sizes}", str(error)))
     if not plans:
         reasons = "\n".join(f"  {one.layout}: {one.reason}" for one in refusals)
         raise ValueError(f"no layout serves {planner.config.model.model}:\n{reasons}")
     return Search(sorted(plans, key=_worth, reverse=True), refusals)
 
 
-def _sizes(planner: Planner, target: Target) -> Iterator[tuple[int, int, int]]:
-    """Tensor, expert and pipeline parallel sizes.
+class Sizes(NamedTuple):
+    """Of a layout: `groups` above 1 are data groups on all chips, else there are replicas on what is left."""
 
-    Experts are either cut or whole: what lies between is left out. Stages are tried within a host.
+    tensor: int
+    expert: int
+    stages: int
+    groups: int = 1
+
+    def __str__(self) -> str:
+        groups = f", data groups {self.groups}" if self.groups > 1 else ""
+        return f"tensor {self.tensor}, expert {self.expert}, stages {self.stages}{groups}"
+
+
+def _sizes(planner: Planner, target: Target) -> Iterator[Sizes]:
+    """All that are tried.
+
+    Experts are either cut or whole: what lies between is left out. Stages, and data groups of models with
+    experts, are tried within a host.
     """
     model = planner.uncut_model
     for chips in divisors(target.num_chips):
         within_host = chips <= chips_per_host(target)
         for stages in divisors(chips) if within_host else [1]:
             if stages <= model.num_layers:
-                yield chips // stages, 1, stages
+                yield Sizes(chips // stages, 1, stages)
                 if model.mixture is not None and chips > stages:
-                    yield 1, chips // stages, stages
+                    yield Sizes(1, chips // stages, stages)
+    if model.mixture is None or target.num_chips > chips_per_host(target):
+        return
+    for chips in divisors(target.num_chips)[:-1]:
+        yield Sizes(chips, 1, 1, target.num_chips // chips)
+        if chips > 1:
+            yield Sizes(1, chips, 1, target.num_chips // chips)
 
 
 def plan_or_advise(planner: Planner, layout: Layout, price_per_chip_hour: float | None = None) -> Plan:
@@ -106,14 +133,17 @@ def _advice(planner: Planner, layout: Layout) -> str:
 
 
 def _larger(layout: Layout) -> Iterator[Layout]:
-    """Layouts with more chips a stage, on the same target and then on larger ones."""
-    chip, experts = layout.target.chip, layout.expert_parallel_size > 1
+    """Layouts with more chips a stage, on the same target and then on larger ones; of data groups such."""
+    chip, grouped = layout.target.chip, layout.data_parallel_experts
+    experts = layout.expert_parallel_size > 1
     slices = [Target.parse(f"{chip.name}:{name}") for name in chip.slices]
     for target in (layout.target, *(one for one in slices if one.num_chips > layout.target.num_chips)):
         for size in divisors(target.num_chips):
-            if layout.stage_chips < size <= MOST_CHIPS:
+            more = layout.group_chips < size or (grouped and layout.num_chips < target.num_chips)
+            if more and size <= MOST_CHIPS:
                 try:
                     sizes = (1, size) if experts else (size, 1)
-                    yield Layout.make(target, *sizes, pipeline=layout.pipeline_parallel_size)
+                    pipeline = layout.pipeline_parallel_size
+                    yield Layout.make(target, *sizes, pipeline=pipeline, data_parallel_experts=grouped)
                 except ValueError:
                     continue

@@ -3,14 +3,15 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.lowering import Lowering
-from pallas_kernels.targets.compiled import CompiledText, Traffic
+from pallas_kernels.targets.compiled import CompiledText, Instruction, Traffic
 from pallas_kernels.targets.work import grouped_kernels, memory_bytes, product_flops, ragged_flops
 
 
@@ -23,12 +24,13 @@ class Step:
         flops: of its products.
         nbytes: that it reads from and writes to the chip's memory.
         grouped_kernels: products with experts' weights that are kernels.
-        collectives: what it sends to other chips, by kind.
+        collectives: what it sends to other chips, of its data group where there are several, by kind.
         temporaries: bytes of the chip's memory beside arguments and results.
         outputs: bytes of results that are no arguments updated in place.
         code: bytes of the program; 0 where the compiler does not tell.
         compile_seconds: that tracing and compiling took.
         sent: bytes that each chip sends to the next stage, or from the last to the first; 0 without stages.
+        between_groups: collectives of chips of several data groups, by kind.
     """
 
     tokens: int
@@ -41,6 +43,7 @@ class Step:
     code: int
     compile_seconds: float
     sent: int = 0
+    between_groups: Mapping[str, Traffic] = field(default_factory=dict)
 
 
 def compile_step(lowering: Lowering, bucket: Bucket, num_pages: int) -> Step:
@@ -52,17 +55,26 @@ def compile_step(lowering: Lowering, bucket: Bucket, num_pages: int) -> Step:
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None, "the compiler tells no sizes"
     text = CompiledText.parse(compiled.as_text() or "")
+    chips, group = lowering.mesh.size, lowering.mesh.size // lowering.num_groups
+
+    def passes(one: Instruction, *, between_groups: bool) -> bool:
+        """Devices are numbered in the mesh's order, so those of a data group follow one another."""
+        pieces = one.device_groups or [list(range(chips))]
+        crosses = any(len({device // group for device in piece}) > 1 for piece in pieces)
+        return crosses if between_groups else not crosses and len(pieces[0]) > 1
+
     return Step(
         bucket.tokens,
         costs["flops"] - ragged_flops(text) if costs else product_flops(text),
         memory_bytes(text),
         grouped_kernels(text),
-        text.collectives(),
+        text.collectives(partial(passes, between_groups=False)),
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.generated_code_size_in_bytes,
         seconds,
         _sent(lowering, bucket),
+        text.collectives(partial(passes, between_groups=True)),
     )
 
 
@@ -83,26 +95,29 @@ def on_line(first: Step, second: Step, share: float) -> Step:
         start, end = getattr(first, name), getattr(second, name)
         return max(0.0, start + share * (end - start))
 
-    none = Traffic(0, 0)
-    kinds = sorted({*first.collectives, *second.collectives})
-    pairs = {kind: (first.collectives.get(kind, none), second.collectives.get(kind, none)) for kind in kinds}
-    return Step(
-        round(along("tokens")),
-        along("flops"),
-        along("nbytes"),
-        round(along("grouped_kernels")),
-        {
+    def traffic(name: str) -> dict[str, Traffic]:
+        start, end, none = getattr(first, name), getattr(second, name), Traffic(0, 0)
+        pairs = {kind: (start.get(kind, none), end.get(kind, none)) for kind in sorted({*start, *end})}
+        return {
             kind: Traffic(
                 round(one.count + share * (other.count - one.count)),
                 round(one.nbytes + share * (other.nbytes - one.nbytes)),
             )
             for kind, (one, other) in pairs.items()
-        },
+        }
+
+    return Step(
+        round(along("tokens")),
+        along("flops"),
+        along("nbytes"),
+        round(along("grouped_kernels")),
+        traffic("collectives"),
         round(along("temporaries")),
         round(along("outputs")),
         round(along("code")),
         first.compile_seconds + second.compile_seconds,
         round(along("sent")),
+        traffic("between_groups"),
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.search import Search
-from jaxllm.plan.step import Step
+from pallas_kernels.targets.compiled import Traffic
 
 NOTE = (
     "At best, by the rates that vendors state (roofline): nothing was run, and real figures are lower.\n"
@@ -44,7 +44,7 @@ def _search_row(plan: Plan) -> list[str]:
         str(layout.tensor_parallel_size),
         str(layout.expert_parallel_size),
         str(layout.pipeline_parallel_size),
-        str(layout.data_parallel_size),
+        f"{layout.data_parallel_size}{' groups' if layout.data_parallel_experts else ''}",
         _size(plan.memory.weights),
         str(found.requests * layout.data_parallel_size),
         _time(found.ttft_seconds),
@@ -55,9 +55,10 @@ def _search_row(plan: Plan) -> list[str]:
 
 
 def _title(plan: Plan) -> str:
+    each = "" if plan.layout.data_parallel_experts else " a replica"
     return (
         f"{plan.model} on {plan.layout}\n"
-        f"{plan.dtype}, {plan.num_layers} layers, {_size(plan.weight_bytes)} of weights a replica, attention "
+        f"{plan.dtype}, {plan.num_layers} layers, {_size(plan.weight_bytes)} of weights{each}, attention "
         f"backend {plan.attention_backend!r}, max_model_len={plan.max_model_len}"
     )
 
@@ -84,7 +85,10 @@ def _stages(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     memory = plan.memory
+    groups = plan.layout.num_groups
     pages = f"{memory.num_pages:,} of {memory.page_size} tokens"
+    if groups > 1:
+        pages += f" in each group, {groups * memory.num_pages:,} in all"
     code = f"code of all programs takes {_size(memory.code)} of it" if memory.code else "code is not told"
     if not memory.code_fits:
         code = f"code of all programs needs {_size(memory.code)}: lower memory_utilization"
@@ -97,8 +101,13 @@ def _memory(plan: Plan) -> str:
     ]
     lengths = (
         f"pages hold {plan.full_requests:,} requests of {plan.max_model_len:,} tokens, or "
-        f"{plan.workload_requests:,} of {plan.workload.length:,}, on each replica"
+        f"{plan.workload_requests:,} of {plan.workload.length:,}, {_on_each(plan)}"
     )
+    if groups > 1:
+        lengths += (
+            f"; those of all {groups} hold {groups * plan.full_requests:,}, or "
+            f"{groups * plan.workload_requests:,}"
+        )
     where = f"of stage {plan.fullest}, the fullest" if len(plan.stages) > 1 else ""
     head = f"a chip's memory{where and ' '}{where}, {_size(memory.usable)}"
     return f"{head}\n{_indented(_aligned(rows, words=(0, 2)))}\n{lengths}"
@@ -115,8 +124,12 @@ def _steps(plan: Plan) -> str:
         ["products", *(_flops(step.flops) for step in steps)],
         ["memory traffic", *(_size(step.nbytes) for step in steps)],
     ]
-    for kind in sorted({kind for step in steps for kind in step.collectives}):
-        rows.append([kind, *(_collective(step, kind) for step in steps)])
+    for name, sent in (
+        ("", [step.collectives for step in steps]),
+        (" between groups", [step.between_groups for step in steps]),
+    ):
+        for kind in sorted({kind for own in sent for kind in own}):
+            rows.append([kind + name, *(_traffic(own.get(kind)) for own in sent)])
     times = (plan.estimate.prefill[plan.slowest], plan.estimate.decode[plan.slowest])
     for name in ("products", "kernels", "collectives", "sampling"):
         rows.append([f"time: {name}", *(_time(getattr(time, name)) for time in times)])
@@ -126,10 +139,14 @@ def _steps(plan: Plan) -> str:
 
 def _estimate(plan: Plan) -> str:
     found, workload = plan.estimate, plan.workload
+    alone, requests, all_of_them = "of an idle replica", f"{found.requests} requests", "of all replicas"
+    if (groups := plan.layout.num_groups) > 1:
+        alone, all_of_them = "of idle groups, a prompt in each", "of all groups"
+        requests = f"{groups * found.requests} requests, {found.requests}"
     rows = [
-        ["time to first token", _time(found.ttft_seconds), "of an idle replica"],
-        ["time per output token", _time(found.tpot_seconds), f"{found.requests} requests on each replica"],
-        ["output tokens/s", f"{found.output_tokens_per_second:,.0f}", "of all replicas, prompts included"],
+        ["time to first token", _time(found.ttft_seconds), alone],
+        ["time per output token", _time(found.tpot_seconds), f"{requests} {_on_each(plan)}"],
+        ["output tokens/s", f"{found.output_tokens_per_second:,.0f}", f"{all_of_them}, prompts included"],
     ]
     if len(plan.stages) > 1:
         rows.insert(2, ["bubble", f"{found.bubble:.0%}", "of it the stages wait for each other"])
@@ -137,6 +154,10 @@ def _estimate(plan: Plan) -> str:
         rows.append(["output tokens per dollar", f"{found.tokens_per_dollar:,.0f}", ""])
     head = f"estimate for prompts of {workload.input_len} and outputs of {workload.output_len} tokens"
     return f"{head}\n{_indented(_aligned(rows, words=(0, 2)))}"
+
+
+def _on_each(plan: Plan) -> str:
+    return "in each data group" if plan.layout.data_parallel_experts else "on each replica"
 
 
 def _extrapolated(plan: Plan) -> str | None:
@@ -147,8 +168,7 @@ def _extrapolated(plan: Plan) -> str | None:
     return f"Steps are extrapolated from {what} of {counts} of the {plan.num_layers} layers (--few-layers)."
 
 
-def _collective(step: Step, kind: str) -> str:
-    traffic = step.collectives.get(kind)
+def _traffic(traffic: Traffic | None) -> str:
     return "-" if traffic is None else f"{traffic.count} of {_size(traffic.nbytes / max(1, traffic.count))}"
 
 

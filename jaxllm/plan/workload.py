@@ -10,7 +10,8 @@ class Workload:
     Attributes:
         input_len: tokens of each prompt.
         output_len: tokens generated for each request.
-        concurrency: requests at a time on each replica; None: as many as a step and the pages hold.
+        concurrency: requests at a time on each replica, or in each data group; None: as many as a step and
+            the pages hold.
     """
 
     input_len: int = 1024

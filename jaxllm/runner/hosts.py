@@ -70,11 +70,12 @@ class LeadingRunner(Runner):
         stages: Sequence[StageRunner],
         num_pages: int,
         programs: Programs,
+        load: LoadWeights,
         hosts: HostGroup,
         *,
         exact: bool = False,
     ) -> None:
-        super().__init__(stages, num_pages, programs, exact=exact)
+        super().__init__(stages, num_pages, programs, load, exact=exact)
         self.hosts = hosts
 
     def dispatch(
@@ -120,9 +121,9 @@ class LeadingRunner(Runner):
         """As `Runner.reset`, on all hosts."""
         self._on_all(Message("reset"), super().reset)
 
-    def wake(self, load: LoadWeights) -> None:
+    def wake(self) -> None:
         """As `Runner.wake`, on all hosts: each loads its own part."""
-        self._on_all(Message("wake"), lambda: super(LeadingRunner, self).wake(load))
+        self._on_all(Message("wake"), super().wake)
 
     def close(self) -> None:
         """Frees all device memory, and lets the other hosts go; what a lost host holds up stays as it is."""
@@ -163,11 +164,8 @@ class WatchedStep(DispatchedStep):
             raise HostLostError(str(self.hosts.lost)) from error
 
 
-def follow(runner: Runner, hosts: HostGroup, load: LoadWeights) -> None:
+def follow(runner: Runner, hosts: HostGroup) -> None:
     """Does what host 0 does, until that closes.
-
-    Args:
-        load: loads this host's part of the weights, after a sleep that dropped them.
 
     Raises:
         HostLostError: a host is gone or has failed, this one included.
@@ -196,7 +194,7 @@ def follow(runner: Runner, hosts: HostGroup, load: LoadWeights) -> None:
                 case "sleep", _, _:
                     runner.sleep(keep_weights=message.fields["keep_weights"])
                 case "wake", _, _:
-                    runner.wake(load)
+                    runner.wake()
                 case kind, _, _:
                     raise ValueError(f"host 0 asks for {kind!r}, which this host does not know")
         except Exception as error:

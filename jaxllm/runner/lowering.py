@@ -297,7 +297,8 @@ class Lowering:
         sharding = like.sharding
         assert isinstance(sharding, NamedSharding)
         source = self._on_all(jax.ShapeDtypeStruct(like.shape[:1], jnp.int32))
-        return self._lower(partial(gather_slots, sharding=sharding), (0,), sharding, like, source)
+        gather = partial(gather_slots, sharding=sharding)  # over all data groups as they are
+        return jax.jit(gather, donate_argnums=0, out_shardings=sharding).lower(like, source)
 
     @property
     def gather_programs(self) -> list[Hashable]:

@@ -1,5 +1,6 @@
 """Runs the scheduler's plans on the devices, through all stages of the model."""
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ from jaxllm.runner.stage import RowMasks, StageRunner
 from jaxllm.runner.step import Forward, Logprobs
 from jaxllm.sampling.state import RowSettings
 from jaxllm.scheduler.plan import PageUpdate, StepPlan
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Returning:
 
 
 LoadWeights = Callable[[], Sequence[tuple[Array, ...]]]
-"""Gives each stage's weights, in their shardings."""
+"""Loads each stage's weights once more, in their shardings."""
 
 
 class Runner:
@@ -54,22 +57,31 @@ class Runner:
         stages: in order, each with programs of the same sizes; where the model is not cut, one.
         num_pages: of the pool, the null page included.
         programs: those of all stages; the first of them have been made, others may be made meanwhile.
+        load: for when the weights have been dropped: by a sleep, or because a move of experts has failed.
         exact: take the bucket that fits a step best, and compile it where nobody has; otherwise the best of
             those that are there.
     """
 
     def __init__(
-        self, stages: Sequence[StageRunner], num_pages: int, programs: Programs, *, exact: bool = False
+        self,
+        stages: Sequence[StageRunner],
+        num_pages: int,
+        programs: Programs,
+        load: LoadWeights,
+        *,
+        exact: bool = False,
     ) -> None:
         self.stages = tuple(stages)
         self.num_pages = num_pages
         self.programs = programs
         self.bucket_steps: Counter[int] = Counter()
         """Steps so far, by the tokens that their programs are made for."""
+        self._load = load
         self._exact = exact
         self._returning: deque[Returning] = deque()
+        self._is_asleep = False
         self._kept: list[list[HostCopy]] | None = None
-        """Each stage's weights, while it sleeps."""
+        """Each stage's weights, while it sleeps with them in the host's memory."""
 
     @property
     def lowering(self) -> Lowering:
@@ -197,28 +209,47 @@ class Runner:
         """Frees the devices: pages and rows are dropped, weights go to the host's memory or are dropped."""
         if keep_weights:
             self._kept = [[HostCopy.of(array) for array in part] for part in self.params]
+        self._is_asleep = True
         self._free()
+
+    def has_weights(self) -> bool:
+        """Whether all weights are there and whole, so that `reset` need not load them; waits for moves."""
+        return all(stage.has_weights() for stage in self.stages)
 
     def reset(self) -> None:
         """Starts over with empty pages and rows, after a step has failed that may have taken the old ones.
 
-        What is left of those goes first: the device has no room for both. Does nothing while it sleeps.
-        """
-        self._returning.clear()
-        for stage in self.stages:
-            stage.reset()
+        What is left of those goes first: the device has no room for both. Weights are loaded again where a
+        move of experts has left them incomplete. Does nothing while it sleeps.
 
-    def wake(self, load: LoadWeights) -> None:
-        """Takes the weights again, with empty pages and rows.
-
-        Args:
-            load: called where `sleep` has dropped them.
+        Raises:
+            Exception: there is no room, or the weights cannot be loaded. It may be tried again.
         """
+        if self._is_asleep:
+            return
+        if self.has_weights():
+            self._returning.clear()
+            for stage in self.stages:
+                stage.reset()
+        else:
+            logger.warning("weights are gone, as after a failed move of experts; all are loaded again")
+            self._free()
+            self._take(self._load())
+
+    def wake(self) -> None:
+        """Takes the weights again, from where `sleep` has left them, with empty pages and rows.
+
+        Does nothing while it does not sleep.
+        """
+        if not self._is_asleep:
+            return
         kept = self._kept
-        weights = load() if kept is None else [tuple(copy.upload() for copy in part) for part in kept]
+        self._take(self._load() if kept is None else [tuple(copy.upload() for copy in part) for part in kept])
+        self._kept, self._is_asleep = None, False
+
+    def _take(self, weights: Sequence[tuple[Array, ...]]) -> None:
         for stage, part in zip(self.stages, weights, strict=True):
             stage.wake(part)
-        self._kept = None
 
     def close(self) -> None:
         """Frees all device memory. The runner is of no use afterwards."""

@@ -57,6 +57,14 @@ class StageRunner:
         """The weights; none once they have been freed."""
         return self._params or ()
 
+    def has_weights(self) -> bool:
+        """Whether the weights are there and whole: a move that fails on the device does so after it began."""
+        try:
+            jax.block_until_ready(self._params)
+        except RuntimeError:
+            return False
+        return self._params is not None
+
     @property
     def arrays(self) -> tuple[tuple[Array, ...], tuple[Array, ...], DeviceRows]:
         """Weights, pages and rows, as they are between two steps.
@@ -142,7 +150,8 @@ class StageRunner:
     def move_experts(self, layer: int, experts: Int[np.ndarray, " slots"]) -> None:
         """Moves the experts of one layer to other slots, between two steps.
 
-        If that fails, the weights are dropped: some may have moved, and others not.
+        If that fails, the weights are dropped: some may have moved, and others not. On the device it may fail
+        later, which `has_weights` tells.
 
         Args:
             layer: number of it among the stage's layers with experts.
@@ -160,6 +169,7 @@ class StageRunner:
             sharding = shapes[own.table].sharding
             params[own.table] = jax.make_array_from_callback(table.shape, sharding, table.__getitem__)
         except Exception:
+            self._params = tuple(params)  # what has moved goes, too, whoever keeps the error
             self.free()
             raise
         self._params, self.placement = tuple(params), after

@@ -3,9 +3,12 @@
 import math
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
+
+import numpy as np
 
 COLLECTIVES = (
     "all-reduce",
@@ -21,6 +24,8 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\(
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
+_COUNTED_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 
 
@@ -48,6 +53,19 @@ class Instruction:
         """The computation that a fusion stands for."""
         match = _CALLS.search(self.line) if self.opcode == "fusion" else None
         return match[1] if match else None
+
+    @property
+    def device_groups(self) -> list[list[int]]:
+        """Of a collective the devices that speak with each other, by their numbers; empty: all do."""
+        if listed := _LISTED_GROUPS.search(self.line):
+            return [_integers(one) for one in re.findall(r"\{([\d,]+)\}", listed[1])]
+        if counted := _COUNTED_GROUPS.search(self.line):
+            groups, sizes, order = (_integers(part) if part else None for part in counted.groups())
+            assert groups is not None
+            assert sizes is not None
+            devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order or range(len(sizes)))
+            return devices.reshape(groups).tolist()
+        return []
 
     @property
     def target(self) -> str | None:
@@ -126,12 +144,16 @@ class CompiledText:
             and self.by_name[one.operands[0]].nbytes >= of_at_least
         ]
 
-    def collectives(self) -> dict[str, Traffic]:
-        """What is sent between devices, by kind; a loop's once."""
+    def collectives(self, wanted: Callable[[Instruction], bool] = lambda _: True) -> dict[str, Traffic]:
+        """What is sent between devices, by kind; a loop's once.
+
+        Args:
+            wanted: which collectives count; by default all.
+        """
         found: dict[str, list[int]] = defaultdict(list)
         for one in self.instructions:
             kind = one.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and wanted(one):
                 found[kind].append(one.nbytes)
         return {kind: Traffic(len(sizes), sum(sizes)) for kind, sizes in sorted(found.items())}
 
@@ -156,6 +178,10 @@ class CompiledText:
         return any(map(self._moves_only, inside)) and all(
             self._moves_only(part) or part.opcode in ("parameter", "bitcast", "reshape") for part in inside
         )
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def array_bytes(result: str) -> int:

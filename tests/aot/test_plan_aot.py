@@ -134,6 +134,28 @@ def test_stages_on_tpu(small: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert first["prefill"]["sent"] == 2 * 8 * 256
 
 
+def test_data_groups_on_tpu(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two groups of two chips: within one it is as in an engine alone, between them go tokens and counts."""
+    config = json.loads(Path(small).read_text())
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    Path(small).write_text(json.dumps(config | experts | {"architectures": ["MixtralForCausalLM"]}))
+    sizes = ["--tensor-parallel-size", "2", "--data-parallel-experts"]
+    sizes += ["--enable-eplb", "--num-redundant-experts", "4"]
+    assert main(["plan", small, "--target", "v5e:2x2", *sizes, *FLAGS, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["layout"]["data_parallel_size"], found["attention_backend"]) == (2, "tpu")
+    [stage] = found["stages"]
+    for name in ("prefill", "decode"):
+        within = {kind: one["count"] for kind, one in stage[name]["collectives"].items()}
+        assert within == {"all-reduce": 1 + 2 * 3, "all-gather": 1}
+        between = {kind: one["count"] for kind, one in stage[name]["between_groups"].items()}
+        assert between == {"ragged-all-to-all": 2 * 3, "all-reduce": 3}
+    # heads and vocabulary are a group's own, of 12 slots each chip has half of 6; norms, routers and tables
+    # are whole
+    layer = 2 * (4 * 256 * 256) // 2 + 6 * 2 * (3 * 256 * 512) // 2 + 2 * (2 * 256 + 8 * 256) + 4 * 8 * 2
+    assert stage["memory"]["weights"] == 3 * layer + 2 * (2 * 1024 * 256) // 2 + 2 * 256
+
+
 def test_programs_are_saved(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "programs"
     assert main(["plan", small, "--target", "v5e", *FLAGS, "--num-pages", "100", "--save", str(folder)]) == 0

@@ -1,7 +1,6 @@
 """One engine with data groups: attention and pages are a group's own, experts lie over all devices."""
 
 import functools
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +10,13 @@ import numpy as np
 import pytest
 from small import golden, greedy, small_engine
 from small_text import text_checkpoint
+from test_expert_balancer import placed, weights_of_experts
 from test_tensor_parallel_engine import SIZES, run
 
 from jaxllm import Engine, SamplingParams, StructuredOutputsParams
 from jaxllm.config import ParallelConfig
 from jaxllm.parallel import make_mesh
+from pallas_kernels.targets.compiled import COLLECTIVES, CompiledText
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -44,7 +45,7 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "qwen3-moe": [Layout(2, 2), Layout(2, 2, 2)],
+    "qwen3-moe": [Layout(2, 2)],
     "deepseek-v2": [Layout(4)],
     "gpt-oss": [Layout(4, 1, 2)],
 }
@@ -75,10 +76,53 @@ def test_same_tokens_as_one_device(model: str, layout: Layout) -> None:
     assert found == on_one_device(model)
 
 
+@pytest.mark.parametrize(
+    ("model", "layout", "redundant"),
+    [("deepseek-v2", Layout(4), 4), ("qwen3-moe", Layout(2, 2, 2), 8)],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else str(value),
+)
+def test_experts_move_between_groups(model: str, layout: Layout, redundant: int) -> None:
+    """Copies lie on devices of all groups; tokens stay while experts move."""
+    options = SIZES | {"enable_eplb": True, "num_redundant_experts": redundant, "eplb_step_interval": 10**6}
+    with small_engine(model, **layout.options, **options) as engine:
+        mixture = engine._parts.model.mixture
+        assert mixture is not None
+        share = mixture.slots // (layout.data * layout.expert)
+        places, weights = placed(engine), weights_of_experts(engine, share)
+        assert run(engine, model) == on_one_device(model)
+        assert placed(engine) == places
+        engine._core.balancer._interval = 3  # pyright: ignore[reportAttributeAccessIssue]
+        for _ in range(2):
+            assert run(engine, model) == on_one_device(model)
+            assert placed(engine) != places
+            places = placed(engine)
+        assert engine.get_metrics()["expert_rebalances_total"] > 1
+        moved = weights_of_experts(engine, share)
+        assert moved.keys() == weights.keys()
+        for path, experts in weights.items():
+            np.testing.assert_array_equal(moved[path], experts)
+        check_collectives(engine, layout)
+        check_moves(engine, layout)
+
+
+def check_moves(engine: Engine, layout: Layout) -> None:
+    """Experts go from device to device of all groups, among those that have the same part of each."""
+    runner = engine._core.runner  # pyright: ignore[reportAttributeAccessIssue]
+    for key in runner.lowering.gather_programs:
+        text = runner.programs[key].as_text()
+        assert text is not None
+        found = [one for one in CompiledText.parse(text).instructions if one.opcode in COLLECTIVES]
+        assert found
+        for one in found:
+            assert one.opcode == "all-reduce"
+            same_part = np.arange(layout.data * layout.group).reshape(-1, layout.tensor).T
+            assert one.device_groups == same_part.tolist()
+
+
 def check_weights(engine: Engine, layout: Layout) -> None:
     """No device has more of the experts than its share of all devices; the rest is cut within a group."""
     share = {"experts": layout.data * layout.expert, "expert_mlp": layout.tensor}
-    parameters = engine._parts.load_weights[0].parameters
+    parameters = engine._parts.weight_sources[0].parameters
     experts = 0
     for path, array in engine.get_weights()[0].items():
         axes = [axis for axis in parameters[path].axes if axis not in (None, "embed", "positions")]
@@ -109,20 +153,6 @@ def check_requests_parts(engine: Engine, layout: Layout) -> None:
         }
 
 
-def device_groups(line: str) -> list[list[int]]:
-    """Which devices a collective of a program's text speaks between."""
-    listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line)
-    if listed:
-        return [[int(n) for n in one.split(",")] for one in re.findall(r"\{([\d,]+)\}", listed[1])]
-    found = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    assert found is not None, line
-    shape, sizes, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
-    assert shape is not None
-    assert sizes is not None
-    devices = np.arange(np.prod(sizes)).reshape(sizes).transpose(order or range(len(sizes)))
-    return devices.reshape(shape).tolist()
-
-
 def check_collectives(engine: Engine, layout: Layout) -> None:
     """Between data groups tokens go to experts and come back; within one it is as in an engine alone."""
     runner = engine._core.runner  # pyright: ignore[reportAttributeAccessIssue]
@@ -133,16 +163,15 @@ def check_collectives(engine: Engine, layout: Layout) -> None:
     assert model.mixture is not None
     between: Counter[tuple[str, str]] = Counter()
     within: Counter[str] = Counter()
-    kinds = r"= (\(.+?\)|[^\s{]+)\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
-    for line in text.splitlines():
-        if (collective := re.search(kinds, line)) is None:
+    for one in CompiledText.parse(text).instructions:
+        if one.opcode not in COLLECTIVES:
             continue
-        crossing = {len({device // layout.group for device in group}) for group in device_groups(line)}
+        crossing = {len({device // layout.group for device in group}) for group in one.device_groups}
         if crossing != {1}:
             assert crossing == {layout.data}
-            between[collective[2], collective[1]] += 1
-        elif len(device_groups(line)[0]) > 1:
-            within[collective[2]] += 1
+            between[one.opcode, one.result.partition("{")[0]] += 1
+        elif len(one.device_groups[0]) > 1:
+            within[one.opcode] += 1
     mixtures = model.num_layers - len(model.dense_layers)
     everywhere, chosen = layout.data * largest.tokens, model.mixture.routing.per_token
     assert between == {
@@ -151,7 +180,8 @@ def check_collectives(engine: Engine, layout: Layout) -> None:
         ("all-gather", f"f32[{everywhere},{chosen}]"): mixtures,
         ("reduce-scatter", f"f32[{largest.tokens},{model.hidden_size}]"): mixtures,
     }
-    alone = {"all-reduce": 1 + 2 * model.num_layers, "all-gather": 1}
+    counts = bool(lowering.experts) and layout.expert > 1
+    alone = {"all-reduce": 1 + 2 * model.num_layers, "all-gather": 1 + counts}
     assert within == ({} if layout.group == 1 else alone)
 
 

@@ -106,7 +106,7 @@ def check_shards(engine: Engine, stage: StageRunner, layout: Layout) -> None:
     share = {"experts": layout.expert, "expert_mlp": layout.tensor, "embed": 1, "positions": 1, None: 1}
     model, lowering = engine._parts.model, stage.lowering
     weights, pages = engine.get_weights()[lowering.stage.index], engine.get_pages()[lowering.stage.index]
-    parameters = engine._parts.load_weights[0].parameters
+    parameters = engine._parts.weight_sources[0].parameters
     layers = lowering.stage.layers(model.num_layers)
     found = {int(path.split(".")[1]) for path in weights if path.startswith("layers.")}
     assert found == set(layers)

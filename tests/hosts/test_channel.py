@@ -193,10 +193,10 @@ def test_experts_move_on_all_hosts(pair: tuple[Channel, Channel]) -> None:
             pass
 
     (leading, following), first, second, programs = groups(pair), Stage(), Stage(), Programs({})
-    leader = LeadingRunner([cast(Any, first)], 2, programs, leading)
+    leader = LeadingRunner([cast(Any, first)], 2, programs, cast(Any, None), leading)
     leader.move_experts(0, 1, np.array([2, 0, 1, 0]))
     leader.close()
-    follow(Runner([cast(Any, second)], 2, programs), following, cast(Any, None))
+    follow(Runner([cast(Any, second)], 2, programs, cast(Any, None)), following)
     assert first.moved == second.moved == [(1, [2, 0, 1, 0])]
 
 

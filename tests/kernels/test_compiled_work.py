@@ -109,3 +109,21 @@ def test_ragged_flops() -> None:
         f"%attend.1 = f32[64,64]{{1,0}} {call}",
     )
     assert ragged_flops(parse(*lines)) == 2 * 64 * 32 * 128
+
+
+@pytest.mark.parametrize(
+    ("attribute", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, use_global_device_ids=true", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,2]<=[2,1,2]T(0,2,1)", [[0, 1], [2, 3]]),
+        ("source_target_pairs={{0,2},{2,0}}", [[0, 2], [2, 0]]),
+        ("replica_groups={}", []),
+    ],
+)
+def test_who_speaks_with_whom(attribute: str, groups: list[list[int]]) -> None:
+    text = CompiledText.parse(f"{HEAD}  %s = f32[4]{{0}} all-reduce(%a), channel_id=1, {attribute}\n}}\n")
+    [one] = text.instructions
+    assert one.device_groups == groups
+    assert len(text.collectives(lambda one: bool(one.device_groups))) == bool(groups)

@@ -37,20 +37,24 @@ def copied(experts: Experts, placement: Placement, copies: Copies, exchange: Exc
 
 
 @pytest.mark.parametrize(
-    ("sizes", "redundant", "exchange"),
-    [((2, 3), 3, None), ((1, 6), 12, exchange_padded)],
+    ("sizes", "redundant", "exchange", "groups"),
+    [
+        ((2, 3), 3, None, 1),
+        ((1, 6), 12, exchange_padded, 1),
+        ((1, 3), 6, exchange_padded, 2),
+    ],
 )
 def test_sums_are_those_of_experts_without_copies(
-    sizes: Sizes, redundant: int, exchange: Exchange | None
+    sizes: Sizes, redundant: int, exchange: Exchange | None, groups: int
 ) -> None:
     """`run` holds the load to the routing's; 7 of the tokens are not there."""
     gating = Gating(limit=0.8, alpha=1.7)
     experts, x = make(bias=True, gating=gating), tokens()
-    copies = Copies(EXPERTS, redundant, sizes[1])
+    copies = Copies(EXPERTS, redundant, groups * sizes[1])
     placed = copied(experts, copies.even(1).rebalanced(0, HOT), copies, exchange)
     one = Routing(jnp.full((len(x), 1), 3, jnp.int32), jnp.ones((len(x), 1), jnp.float32))
     for routing in (choose(), one):
-        out = run(placed, x.at[33:].set(jnp.nan), routing, used=33, sizes=sizes)
+        out = run(placed, x.at[33:].set(jnp.nan), routing, used=33, sizes=sizes, groups=groups)
         np.testing.assert_allclose(out[:33], expect(experts, x, routing, gating)[:33], atol=1e-5)
         np.testing.assert_array_equal(out[33:], 0.0)
 
@@ -72,20 +76,20 @@ def test_tokens_take_turns() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("tensor", "expert"), [(1, 8), (4, 2)])
-def test_weights_move_whole(tensor: int, expert: int, dtype: str) -> None:
+@pytest.mark.parametrize(("tensor", "expert", "data"), [(1, 8, 1), (4, 2, 1), (2, 2, 2)])
+def test_weights_move_whole(tensor: int, expert: int, data: int, dtype: str) -> None:
     """From the checkpoint's order into slots, and on; with room for one array's part, and an expert more."""
-    mesh = make_mesh(tensor, expert_parallel_size=expert)
+    mesh, devices = make_mesh(tensor, expert_parallel_size=expert, data_parallel_size=data), data * expert
     sharding = NamedSharding(mesh, partition_spec(GATE_UP))
     weight = np.random.default_rng(0).normal(size=(8, 64, 2, 32)).astype(dtype)
-    copies = Copies(8, 8, expert)
-    places = [Placement.plain(1, 8, expert), copies.even(1)]
+    copies = Copies(8, 8, devices)
+    places = [Placement.plain(1, 8, devices), copies.even(1)]
     places.append(places[-1].rebalanced(0, np.array([9.0, 1, 1, 1, 7, 1, 1, 1])))
     gather = jax.jit(lambda weight, source: gather_slots(weight, source, sharding=sharding))
     held = jax.device_put(weight, sharding)
     for before, after in itertools.pairwise(places):
         source = after.sources(before, 0)
-        part = after.experts.shape[1] // expert * weight[0].nbytes // tensor
+        part = after.experts.shape[1] // devices * weight[0].nbytes // tensor
         if dtype == "float32":  # XLA on CPU adds in no other
             analysis = gather.lower(held, source).compile().memory_analysis()
             assert analysis is not None

@@ -83,16 +83,16 @@ def run(
         out, load = jax.jit(call)(state, x, routing, jnp.arange(TOKENS) < used)
     expected = np.bincount(np.asarray(routing.experts)[:used].ravel(), minlength=EXPERTS)
     if experts.copies is not None:
-        load = of_experts(experts, load)
+        load = of_experts(experts, load, groups)
     np.testing.assert_array_equal(load, expected)
     return out
 
 
-def of_experts(experts: Experts, load: Array) -> np.ndarray:
-    """Tokens of each expert, whose copies have nearly equal shares of them."""
+def of_experts(experts: Experts, load: Array, groups: int) -> np.ndarray:
+    """Tokens of each expert, whose copies have nearly equal shares of those of each data group."""
     assert experts.copies is not None
     tokens = [np.asarray(load)[own[own >= 0]] for own in np.asarray(experts.copies.table[...])]
-    assert all(np.ptp(own) <= 1 for own in tokens)
+    assert all(np.ptp(own) <= groups for own in tokens)
     return np.array([own.sum() for own in tokens])
 
 

@@ -46,6 +46,21 @@ def test_stages_share_a_replica() -> None:
         Layout.make(Target.parse("v5e:2x2"), 1, pipeline=3)
 
 
+def test_data_groups_share_a_replica() -> None:
+    layout = Layout.make(Target.parse("v5e:2x4"), 2, data_parallel_experts=True)
+    assert (layout.num_groups, layout.group_chips, layout.stage_chips) == (4, 2, 8)
+    assert (layout.num_replicas, layout.num_chips, str(layout.replica)) == (1, 8, "v5e:2x4")
+    assert str(layout).endswith("tensor_parallel_size=2, data_parallel_size=4, data_parallel_experts")
+    for target, sizes, message in (
+        ("v5e:2x4", {"tensor": 8}, "data_parallel_experts=True: all 8 chips of v5e:2x4 make one data group"),
+        ("v5e:2x4", {"tensor": 2, "pipeline": 2}, "pipeline_parallel_size=2: must be 1 with data_parallel"),
+        ("v5e:4x4", {"tensor": 1}, "data_parallel_size=16: .* a host of v5e:4x4 has 4 chips"),
+        ("h100:16", {"tensor": 1}, "data_parallel_size=16: .* a host of h100:16 has 8 chips"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Layout.make(Target.parse(target), **sizes, data_parallel_experts=True)
+
+
 def test_places_of_stages() -> None:
     """Four stages of two chips, which are columns of a slice of 2 by 4."""
     devices = [SimpleNamespace(id=10 + 4 * x + y, coords=(x, y, 0)) for y in range(4) for x in range(2)]

@@ -167,6 +167,53 @@ def test_stages_of_few_layers(model: Callable[..., str], capsys: pytest.CaptureF
     assert [stage["decode"]["flops"] for stage in found["stages"]] == [12 * 2e12, 10 * 2e12]
 
 
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "num_key_value_heads": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.mark.usefixtures("cpus")
+def test_data_groups(model: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiled: layers without experts are a group's own, and tokens pass between groups."""
+    arguments = ["plan", model(**MIXTRAL), "--target", "v5e:2x2", "--tensor-parallel-size", "2", *SMALL]
+    arguments += ["--data-parallel-size", "2", "--data-parallel-experts"]
+    arguments += ["--enable-eplb", "--num-redundant-experts", "2"]
+    assert main([*arguments, "--num-pages", "50", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    layout = found["layout"]
+    assert (layout["chips"], layout["data_parallel_size"], layout["data_parallel_experts"]) == (4, 2, True)
+    assert layout["replica"] == "v5e:2x2"
+    [stage] = found["stages"]
+    # matrices of 32 by 32 for queries, keys, values and outputs; of three slots of experts halves; norms,
+    # routers and tables are whole
+    layers = 4 * 32 * 32 * 2 // 2 + 3 * (3 * 32 * 64 * 2) // 2 + (2 * 32 + 4 * 32) * 2 + 4 * 2 * 4
+    assert stage["memory"]["weights"] == 2 * layers + (2 * 64 * 32 * 2) // 2 + 32 * 2
+    assert (stage["memory"]["num_pages"], found["together"]["num_pages"]) == (50, 100)
+    assert found["estimate"]["requests"] == 4
+    assert (found["workload_requests"], found["together"]["workload_requests"]) == (16, 32)  # of three pages
+    for name in ("prefill", "decode"):
+        # as in an engine alone: a sum for the embedding and two a layer, a gather of logits
+        within = {kind: one["count"] for kind, one in stage[name]["collectives"].items()}
+        assert within == {"all-reduce": 1 + 2 * 2, "all-gather": 1}
+        between = {kind: one["count"] for kind, one in stage[name]["between_groups"].items()}
+        assert between == {"all-gather": 3 * 2, "reduce-scatter": 2}
+    picture = tmp_path / "plan.png"
+    assert main([*arguments, "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "on v5e:2x2, tensor_parallel_size=2, data_parallel_size=2, data_parallel_experts",
+        "in each group",
+        "in each data group; those of all 2 hold",
+        "reduce-scatter between groups",
+        "8 requests, 4 in each data group",
+    ):
+        assert words in printed
+    assert picture.stat().st_size > 10_000
+
+
 @pytest.mark.usefixtures("steps")
 def test_search(model: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     targets = ("--target", "v5e:2x2", "--target", "v6e:1x1")
@@ -229,10 +276,17 @@ def test_weights_beside_pages_that_were_counted(
 def test_experts_are_tried_whole_where_the_config_leaves_their_number_out(
     model: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """So are data groups: those of one chip, and of two that cut experts or do not."""
     mixtral = model(architectures=["MixtralForCausalLM"], num_key_value_heads=4)
+    assert main(["plan", mixtral, "--target", "v5e:2x2", "--search", *SMALL]) == 0
+    assert len(re.findall(r"\d groups", capsys.readouterr().out)) == 3
     assert main(["plan", mixtral, "--target", "v5e:2x2", "--search", "--json", *SMALL]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert 4 in [plan["layout"]["expert_parallel_size"] for plan in found["plans"]]
+    layouts = [plan["layout"] for plan in found["plans"]]
+    assert 4 in [layout["expert_parallel_size"] for layout in layouts]
+    sizes = ("data_parallel_size", "expert_parallel_size", "tensor_parallel_size")
+    grouped = [tuple(map(layout.get, sizes)) for layout in layouts if layout["data_parallel_experts"]]
+    assert sorted(grouped) == [(2, 1, 2), (2, 2, 1), (4, 1, 1)]
 
 
 @pytest.mark.usefixtures("steps")
@@ -252,6 +306,10 @@ def test_experts_are_tried_whole_where_the_config_leaves_their_number_out(
         (
             ["--target", "v5e", "--concurrency", "4", "--max-num-batched-tokens", "2"],
             "max_num_batched_tokens=2 hold 2 requests of 40 tokens",
+        ),
+        (
+            ["--target", "v5e:2x2", "--data-parallel-experts"],
+            "data_parallel_experts=True: the model has no experts",
         ),
         (["--target", "h100", "--save", "x"], "--save: programs for h100 are not kept"),
         (
@@ -275,6 +333,7 @@ def test_what_cannot_be_planned(
         ([], "--target"),
         (["--target", "v5e", "--target", "v6e"], "several of them need --search"),
         (["--target", "v5e", "--search", "--tensor-parallel-size", "2"], "--search tries all"),
+        (["--target", "v5e", "--search", "--data-parallel-experts"], "--search tries both"),
         (["--target", "v5e", "--price-per-chip-hour", "1", "--price-per-chip-hour", "2"], "give it once"),
         (["--target", "v5e", "--search", "--save", "x"], "keeps one layout's programs"),
     ],
