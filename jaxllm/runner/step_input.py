@@ -1,6 +1,7 @@
 """A step's integers, packed into one array so that a step is one upload."""
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,16 +71,15 @@ class StepLayout:
         _, device_rows, columns = self.table_shape
         packed = self._empty.copy()
         num_rows, query_start, kv_lens, row_ids, samples, table_index, table_page = self._split(packed)
-        used = len(plan.rows)
-        num_rows[:] = plan.num_decode_rows, used
-        fields = np.array([(r.num_tokens, r.start, r.row, r.samples) for r in plan.rows], np.int32)
-        fields = fields.reshape(used, 4)  # a data group may have no rows
-        counts, starts, ids, sampling = fields.T
-        np.cumsum(counts, out=query_start[1 : used + 1])
-        query_start[used + 1 :] = query_start[used]
-        kv_lens[:used] = counts + starts
-        row_ids[:used] = ids
-        samples[:used] = sampling
+        if plan.rows:  # a data group may have none
+            used = len(plan.rows)
+            _, ids, starts, counts, sampling = zip(*plan.rows, strict=True)
+            num_rows[:] = plan.num_decode_rows, used
+            query_start[: used + 1] = list(itertools.accumulate(counts, initial=0))
+            query_start[used + 1 :] = plan.num_tokens
+            kv_lens[:used] = list(map(operator.add, starts, counts))
+            row_ids[:used] = ids
+            samples[:used] = sampling
         end = 0
         for update in updates:
             first = (update.group * device_rows + update.row) * columns + update.index
