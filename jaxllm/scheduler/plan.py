@@ -103,7 +103,7 @@ class StepPlan:
         """Requests that have a row in the step."""
         return frozenset(row.request_id for row in self.rows)
 
-    @cached_property
+    @property
     def num_decode_rows(self) -> int:
         """Leading rows that compute a single token."""
         return bisect_left(self.rows, True, key=lambda row: row.num_tokens > 1)
