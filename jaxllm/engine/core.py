@@ -261,7 +261,7 @@ class EngineCore:
             scores = self.runner.score(step, targets) if targets else None
             for array in (*(logprobs or ()), *(scores or ())):
                 array.copy_to_host_async()
-            self._in_flight.append(InFlight(step, logprobs, scores, scored))
+            self._in_flight.append(InFlight(step.sampled(), logprobs, scores, scored))
         finally:
             for done in before:
                 self._give_out(*done, outputs)
