@@ -226,14 +226,14 @@ class _Sample:
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None, *, stop_token: bool
     ) -> str | None:
         """Adds tokens up to the first that completes a stop string, and returns that string."""
-        if self.input.num_logprobs is not None and (logprobs is None or len(logprobs) != len(token_ids)):
+        count = self.input.num_logprobs
+        if count is not None and (logprobs is None or len(logprobs) != len(token_ids)):
             raise ValueError(f"sample {self.index}: {len(token_ids)} tokens came without as many logprobs")
         for i, token_id in enumerate(token_ids):
             self.changed = True
             self.token_ids.append(token_id)
-            if self.input.num_logprobs is not None and logprobs is not None:
+            if count is not None and logprobs is not None:
                 unfinished = b"" if self.detokenizer is None else self.detokenizer.unfinished
-                count = self.input.num_logprobs
                 self.logprobs.append(_named(logprobs[i], token_id, count, self.vocabulary, unfinished))
                 self.cumulative_logprob += logprobs[i].logprob
             if self.detokenizer is not None:

@@ -258,11 +258,12 @@ class EngineCore:
         before = [self._read(self._in_flight.popleft()) for _ in range(num_needed(self._in_flight, held))]
         try:
             step = self.runner.sample(begun, self._compute_masks(held))
-            logprobs = self.runner.logprobs(step) if any(map(self._wants_logprobs, plan.rows)) else None
+            wanted = self.unfinished.any_logprobs and any(map(self._wants_logprobs, plan.rows))
+            logprobs = self.runner.logprobs(step) if wanted else None
             scores = self.runner.score(step, targets) if targets else None
             for array in (*(logprobs or ()), *(scores or ())):
                 array.copy_to_host_async()
-            self._in_flight.append(InFlight(step, logprobs, scores, scored))
+            self._in_flight.append(InFlight(step.sampled(), logprobs, scores, scored))
         finally:
             for done in before:
                 self._give_out(*done, outputs)

@@ -45,7 +45,7 @@ class Detokenizer:
         self._vocabulary = vocabulary
         self._skipped = vocabulary.special_ids if skip_special_tokens else frozenset()
         self._spaced = skip_special_tokens or spaces_between_special_tokens
-        self._stops = StopMatcher(stop)
+        self._stops = StopMatcher(stop) if stop else None
         self._include_stop = include_stop_str_in_output
         self._min_tokens = min_tokens
         # Characters have at most 4 bytes and tokens at least one, so the last 4 tokens tell what is
@@ -141,6 +141,9 @@ class Detokenizer:
 
     def _append(self, text: str) -> str | None:
         """Adds text, holds back what may begin a stop string, and cuts it off at one that is complete."""
+        if self._stops is None:
+            self._show(text)
+            return None
         match = self._stops.feed(text, ignore=self.num_tokens <= self._min_tokens)
         text = self._held + (text if match is None else text[: match.end])
         held = 0 if self._include_stop else self._stops.partial if match is None else len(match.stop)

@@ -94,7 +94,10 @@ class Histogram:
         """Adds a value, `times` times."""
         self.counts[bisect.bisect_left(self.bounds, value)] += times
         self.sum += value * times
-        self._least, self._most = min(self._least, value), max(self._most, value)
+        if value < self._least:
+            self._least = value
+        if value > self._most:
+            self._most = value
 
     def add(self, other: "Histogram") -> None:
         """Adds what another one of the same buckets has seen."""

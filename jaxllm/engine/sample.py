@@ -22,6 +22,9 @@ class End(NamedTuple):
     """Whether the last token is a part of the text, and not what ended it."""
 
 
+_GOES_ON = End()
+
+
 @dataclass(slots=True, eq=False)
 class Sample:
     """One of a request's outputs: `n` of them share an assembler."""
@@ -46,7 +49,7 @@ class Sample:
                 return End("stop", token, is_text=False)
         if self.constraint is not None and self.constraint.is_complete:
             return End("stop", is_text=not self.constraint.ends_with(token))
-        return End("length") if length >= input.max_tokens else End()
+        return End("length") if length >= input.max_tokens else _GOES_ON
 
 
 def make_samples(assembler: OutputAssembler, seed: int, vocab_size: int) -> list[Sample]:

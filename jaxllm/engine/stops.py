@@ -38,8 +38,6 @@ class StopMatcher:
             text: what follows the text fed before.
             ignore: whether stop strings that end in `text` do not count.
         """
-        if not self._stops:
-            return None
         for position, character in enumerate(text):
             met = self._step(character)
             if met is not None and not ignore:

@@ -17,6 +17,7 @@ class Unfinished:
         self._requests: dict[str, list[Sample]] = {}
         self._scored: set[str] = set()
         self._constrained: set[str] = set()
+        self._with_logprobs: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -37,6 +38,11 @@ class Unfinished:
         """Whether a request is held to a grammar."""
         return bool(self._constrained)
 
+    @property
+    def any_logprobs(self) -> bool:
+        """Whether a request wants logprobs of what is sampled for it."""
+        return bool(self._with_logprobs)
+
     def add(self, samples: Sequence[Sample]) -> None:
         """Takes a request, all of its samples.
 
@@ -53,6 +59,8 @@ class Unfinished:
             self._scored.add(assembler.request_id)
         if assembler.input.grammar is not None:
             self._constrained.add(assembler.request_id)
+        if assembler.input.num_logprobs is not None:
+            self._with_logprobs.add(assembler.request_id)
 
     def get(self, request_id: str) -> Sequence[Sample]:
         """A request's samples; none if there is no such request."""
@@ -69,9 +77,10 @@ class Unfinished:
             del self.samples[sample.request.request_id]
         self._scored.discard(request_id)
         self._constrained.discard(request_id)
+        self._with_logprobs.discard(request_id)
         return samples
 
     def clear(self) -> None:
         """Forgets all."""
-        for kept in (self.samples, self._requests, self._scored, self._constrained):
+        for kept in (self.samples, self._requests, self._scored, self._constrained, self._with_logprobs):
             kept.clear()

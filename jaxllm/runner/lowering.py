@@ -104,19 +104,24 @@ class Lowering:
         """Whole on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    @property
+    @cached_property
     def num_groups(self) -> int:
         """Data groups: each has rows, pages and steps of its own, of the sizes that are given here."""
         return self.mesh.shape[DATA_GROUPS]
 
-    @property
+    @cached_property
     def table_shape(self) -> tuple[int, int, int]:
         """Page tables of a data group: cache groups, rows and a spare one, pages of the longest request."""
         return (len(self.layout.groups), self.sizes.max_num_seqs + 1, self.sizes.table_width)
 
     def step_layout(self, bucket: Bucket) -> StepLayout:
         """How a step of this bucket is uploaded."""
-        return StepLayout(bucket, self.table_shape, self.sizes.page_size)
+        return self._step_layouts[bucket]
+
+    @cached_property
+    def _step_layouts(self) -> dict[Bucket, StepLayout]:
+        size = self.sizes.page_size
+        return {bucket: StepLayout(bucket, self.table_shape, size) for bucket in self.buckets.sizes}
 
     def cache_shapes(self, num_pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The pools of pages, the null page included."""

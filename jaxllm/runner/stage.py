@@ -49,6 +49,7 @@ class StageRunner:
         self._cache: tuple[Array, ...] | None
         self._rows: DeviceRows | None
         self._cache, self._rows = state
+        self._ready: set[Bucket] = set()
         self.placement = self._read_placement(params)
         """Of its experts; None where they have no slots to move between."""
 
@@ -77,8 +78,12 @@ class StageRunner:
         return self._params, self._cache, self._rows
 
     def is_ready(self, bucket: Bucket) -> bool:
-        """Whether all programs for such a step are there."""
-        return all(self._key(key) in self._programs for key in self.lowering.step_programs(bucket))
+        """Whether all programs for such a step are there. Once they are, they stay."""
+        if bucket not in self._ready:
+            if not all(self._key(key) in self._programs for key in self.lowering.step_programs(bucket)):
+                return False
+            self._ready.add(bucket)
+        return True
 
     def forward(self, bucket: Bucket, hidden: Array | None, packed: Int32[np.ndarray, " size"]) -> Forward:
         """Runs a step.

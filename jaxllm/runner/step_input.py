@@ -1,7 +1,10 @@
 """A step's integers, packed into one array so that a step is one upload."""
 
+import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,30 +48,38 @@ class StepLayout:
     @property
     def size(self) -> int:
         """Integers in the packed array."""
-        return sum(self._sizes)
+        return self._ends[-1]
 
-    @property
-    def _sizes(self) -> tuple[int, ...]:
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
         rows = self.bucket.rows
-        return (2, rows + 1, rows, rows, rows, self.num_updates, self.num_updates)
+        sizes = (2, rows + 1, rows, rows, rows, self.num_updates, self.num_updates)
+        return tuple(itertools.accumulate(sizes))
+
+    @cached_property
+    def _empty(self) -> Int32[np.ndarray, " size"]:
+        """A step without rows."""
+        groups, device_rows, columns = self.table_shape
+        packed = np.zeros(self.size, np.int32)
+        _, _, _, row_ids, _, table_index, _ = self._split(packed)
+        row_ids[:] = device_rows - 1
+        table_index[:] = groups * device_rows * columns
+        return packed
 
     def pack(self, plan: StepPlan, updates: Sequence[PageUpdate]) -> Int32[np.ndarray, " size"]:
         """The plan as integers; `updates` are the new pages of rows that were running already."""
-        groups, device_rows, columns = self.table_shape
-        packed = np.zeros(self.size, np.int32)
+        _, device_rows, columns = self.table_shape
+        packed = self._empty.copy()
         num_rows, query_start, kv_lens, row_ids, samples, table_index, table_page = self._split(packed)
-        used = len(plan.rows)
-        num_rows[:] = plan.num_decode_rows, used
-        fields = np.array([(r.num_tokens, r.start, r.row, r.samples) for r in plan.rows], np.int32)
-        fields = fields.reshape(used, 4)  # a data group may have no rows
-        counts, starts, ids, sampling = fields.T
-        np.cumsum(counts, out=query_start[1 : used + 1])
-        query_start[used + 1 :] = query_start[used]
-        kv_lens[:used] = counts + starts
-        row_ids[:] = device_rows - 1
-        row_ids[:used] = ids
-        samples[:used] = sampling
-        table_index[:] = groups * device_rows * columns
+        if plan.rows:  # a data group may have none
+            used = len(plan.rows)
+            _, ids, starts, counts, sampling = zip(*plan.rows, strict=True)
+            num_rows[:] = plan.num_decode_rows, used
+            query_start[: used + 1] = list(itertools.accumulate(counts, initial=0))
+            query_start[used + 1 :] = plan.num_tokens
+            kv_lens[:used] = list(map(operator.add, starts, counts))
+            row_ids[:used] = ids
+            samples[:used] = sampling
         end = 0
         for update in updates:
             first = (update.group * device_rows + update.row) * columns + update.index
@@ -85,5 +96,4 @@ class StepLayout:
 
     def _split(self, packed: Any) -> list[Any]:
         """Views of a numpy array on the host, slices of a traced one in the program."""
-        ends = np.cumsum(self._sizes)
-        return [packed[end - size : end] for size, end in zip(self._sizes, ends, strict=True)]
+        return [packed[begin:end] for begin, end in itertools.pairwise((0, *self._ends))]

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ class PageUpdate:
     pages: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepPlan:
     """One step: rows that compute a single token first, then the others; or the steps of several data groups,
     which run as one.
@@ -83,7 +84,7 @@ class StepPlan:
         """Where each row's entry is in an array with `size` entries, one for each row, of each data group."""
         return [group * size + i for group, plan in enumerate(self.parts) for i in range(len(plan.rows))]
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows)
 

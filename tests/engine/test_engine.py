@@ -10,6 +10,7 @@ from small import golden, greedy, small_engine
 from small_text import BOS, USER, text_checkpoint
 
 from jaxllm import Engine, RequestOutput, RequestOutputKind, SamplingParams
+from jaxllm.engine.core import EngineCore
 
 SIZES: dict[str, Any] = {"max_model_len": 96, "num_pages": 60}
 """As in the other tests, so that their compiled programs serve here."""
@@ -385,3 +386,12 @@ def test_sleep_refusals(engine: Engine) -> None:
         engine.sleep()
     engine.abort_request("a")
     assert tokens(engine.generate([PROMPT], GREEDY)) == [EXPECTED[:12]]
+
+
+def test_a_step_in_flight_keeps_no_logits(engine: Engine) -> None:
+    engine.add_request("one", "what is it", GREEDY)
+    engine.step()
+    core = engine._core
+    assert isinstance(core, EngineCore)
+    assert [step.step.forward for step in core._in_flight] == [None]
+    finish(engine)
