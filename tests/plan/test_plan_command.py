@@ -37,16 +37,9 @@ CONFIG = {
     "max_position_embeddings": 128,
 }
 SMALL = (
-    "--input-len",
-    "32",
-    "--output-len",
-    "8",
-    "--max-num-seqs",
-    "4",
-    "--max-num-batched-tokens",
-    "16",
+    "--input-len", "32", "--output-len", "8", "--max-num-seqs", "4", "--max-num-batched-tokens", "16",
     "--no-progress",
-)
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
