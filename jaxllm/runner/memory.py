@@ -48,8 +48,8 @@ class MemoryUse:
 
 
 def device_memory(mesh: Mesh) -> int:
-    """Bytes that each device of the mesh has; on CPU those of the machine."""
-    device = mesh.devices.flat[0]
+    """Bytes that each device of the mesh has, by one on this host; on CPU those of the machine."""
+    device = mesh.local_devices[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

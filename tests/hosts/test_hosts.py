@@ -199,3 +199,20 @@ def test_generate_on_two_hosts(model: Path) -> None:
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Engine.from_pretrained("x", **options)
+
+
+@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 2)], ids=["", "tensors"])
+def test_xx(model: Path, engine: Engine, layout) -> None:
+    stages, tensor, devices = layout
+    with hosts(
+        serve(model, pipeline_parallel_size=stages, tensor_parallel_size=tensor), 2, devices=devices
+    ) as (leader, follower):
+        url = url_of(leader)
+        assert texts(url, SAMPLED) == expected(engine, SAMPLED)
+        assert texts(url, HELD) == expected(engine, HELD)
+        for level in (1, 2):
+            assert httpx2.post(f"{url}/sleep?level={level}", timeout=30).is_success
+            assert httpx2.post(f"{url}/wake_up", timeout=60).is_success
+        assert texts(url, SAMPLED) == expected(engine, SAMPLED)
+        leader.process.send_signal(signal.SIGTERM)
+        assert [leader.wait(30), follower.wait(30)] == [0, 0]
