@@ -142,7 +142,9 @@ class ParallelConfig:
     eplb_step_interval: int = option(
         3000, "steps after which enable_eplb places experts anew; 0: they stay spread as without load"
     )
-    pipeline_parallel_size: int = option(1, "groups of those, each with a run of the layers and its pages")
+    pipeline_parallel_size: int = option(
+        1, "groups of those, each with a run of the layers and its pages; on several hosts, best one for each"
+    )
     data_parallel_size: int = option(
         1, "replicas of the model, each on devices of its own, that share the requests"
     )
