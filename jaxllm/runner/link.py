@@ -118,6 +118,7 @@ class Link:
         return jax.make_array_from_single_device_arrays(own.shape, lowering.own.in_parts, parts)
 
     def _make_nothing(self, tokens: int) -> Array:
-        model, sharding = self._lowering.own.model, self._lowering.own.in_parts
-        part = np.zeros(sharding.shard_shape((tokens, model.hidden_size)), model.dtype)
-        return jax.make_array_from_callback((tokens, model.hidden_size), sharding, lambda _: part)
+        whole = self._lowering.own.hidden_in_parts(tokens)
+        assert whole.sharding is not None
+        part = np.zeros(whole.sharding.shard_shape(whole.shape), whole.dtype)
+        return jax.make_array_from_callback(whole.shape, whole.sharding, lambda _: part)

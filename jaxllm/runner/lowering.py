@@ -336,6 +336,10 @@ class Lowering:
         part = jax.ShapeDtypeStruct((tokens, self.model.hidden_size), self.model.dtype, sharding=sharding)
         return self._by_request(part) if sharding is None else part
 
+    def hidden_in_parts(self, tokens: int) -> jax.ShapeDtypeStruct:
+        """What goes to another host, or comes from one, with a step of so many tokens."""
+        return self._hidden(tokens, self.in_parts)
+
     def _logits(self, sampled: int) -> jax.ShapeDtypeStruct:
         return self._by_request(jax.ShapeDtypeStruct((sampled, self.model.vocab_size), jnp.float32))
 

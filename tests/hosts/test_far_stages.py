@@ -1,5 +1,6 @@
 """Stages on other hosts: who has which, and how results come to host 0, or why they do not."""
 
+import os
 import socket
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.config import ParallelConfig
 from jaxllm.parallel import stage_hosts
 from jaxllm.parallel.channel import Channel
 from jaxllm.parallel.hosts import HostGroup, HostLostError
+from jaxllm.parallel.meeting import TUNE_ALONE, find_rank
 from jaxllm.parallel.stage_hosts import StageHosts, spread_mesh
 from jaxllm.runner import far_stages
 from jaxllm.runner.far_stages import FarStages
@@ -100,6 +103,17 @@ def test_hosts_have_whole_stages_or_stages_whole_hosts(
 def test_stages_that_cut_hosts_are_refused(stages: list[list[int]]) -> None:
     with pytest.raises(ValueError, match=r"pipeline_parallel_size=\d: stages would be on hosts"):
         StageHosts.of(meshes(*stages))
+
+
+@pytest.mark.parametrize(("stages", "flags"), [(1, "--before=1"), (2, f"--before=1 {TUNE_ALONE}")])
+def test_hosts_with_stages_of_their_own_tune_programs_alone(
+    stages: int, flags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--before=1")
+    address = {"num_hosts": 2, "coordinator_address": "a", "host_rank": 1}
+    config = ParallelConfig(pipeline_parallel_size=stages, **address)
+    assert [find_rank(config), find_rank(config)] == [1, 1]
+    assert os.environ["XLA_FLAGS"] == flags
 
 
 def test_one_stage_is_on_all_hosts() -> None:
