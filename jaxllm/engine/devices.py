@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
 from jax.sharding import Mesh
 
 from converters.checkpoint import Checkpoint, ShardedCheckpoint
@@ -59,25 +58,35 @@ def choose_devices(config: EngineConfig, mesh: Mesh | None, hosts: HostGroup | N
         NotImplementedError: something is asked for that stages, or stages on several hosts, cannot do.
         ValueError: there are too few devices, the mesh is another one, or hosts have no part in it.
     """
-    mesh = _choose_mesh(config.parallel, mesh)
+    mesh = _choose_mesh(config.parallel, mesh, spread=hosts is not None)
     stages = stage_meshes(mesh)
-    where, rank = StageHosts.of(stages), stages[0].devices.flat[0].process_index
+    where = StageHosts.of(stages)
     if hosts is not None:
         check_hosts(mesh)
-        rank = hosts.rank
-    _check_far_stages(config, where)
-    return Devices(mesh, stages, where, where.own(rank))
+    elif where.are_several:
+        raise ValueError(
+            f"pipeline_parallel_size={len(stages)}: stages would be in several processes; set num_hosts"
+        )
+    if where.are_several and config.compile.expert_metrics:
+        raise NotImplementedError(
+            "expert_metrics=True: with stages on several hosts nobody counts tokens of experts; leave it out"
+        )
+    return Devices(mesh, stages, where, slice(0, len(stages)) if hosts is None else where.own(hosts.rank))
 
 
-def _choose_mesh(parallel: ParallelConfig, mesh: Mesh | None) -> Mesh:
-    """The mesh of the config, or somebody's own, which is to agree with it."""
+def _choose_mesh(parallel: ParallelConfig, mesh: Mesh | None, *, spread: bool) -> Mesh:
+    """The mesh of the config, or somebody's own, which is to agree with it.
+
+    Args:
+        spread: lay stages over all hosts.
+    """
     sizes = {
         "stage": ("pipeline_parallel_size", parallel.pipeline_parallel_size),
         "expert": ("expert_parallel_size", parallel.expert_parallel_size),
         "tensor": ("tensor_parallel_size", parallel.tensor_parallel_size),
     }
     groups = parallel.data_parallel_size if parallel.data_parallel_experts else 1
-    if mesh is None and parallel.pipeline_parallel_size > 1 and jax.process_count() > 1:
+    if mesh is None and spread and parallel.pipeline_parallel_size > 1:
         mesh = spread_mesh(
             pipeline=parallel.pipeline_parallel_size,
             expert=parallel.expert_parallel_size,
@@ -102,17 +111,3 @@ def _choose_mesh(parallel: ParallelConfig, mesh: Mesh | None) -> Mesh:
             f"data_parallel_experts=True: the mesh has {mesh.shape['stage']} stages; give it one"
         )
     return mesh
-
-
-def _check_far_stages(config: EngineConfig, where: StageHosts) -> None:
-    """Refuses what cannot be done with stages on several hosts."""
-    if not where.are_several:
-        return
-    for name, given in (
-        ("enable_eplb", config.parallel.enable_eplb),
-        ("expert_metrics", config.compile.expert_metrics),
-    ):
-        if given:
-            raise NotImplementedError(
-                f"{name}=True: with stages on several hosts tokens of experts are not counted; leave it out"
-            )

@@ -1,7 +1,6 @@
 """A pipeline's stages on other hosts: how hidden states come and go, and how results get to host 0."""
 
 import contextlib
-import logging
 import queue
 import threading
 from collections import deque
@@ -15,8 +14,6 @@ from jaxtyping import Array
 from jaxllm.parallel.channel import Message
 from jaxllm.parallel.hosts import HostGroup, HostLostError
 from jaxllm.runner.link import Link
-
-logger = logging.getLogger(__name__)
 
 REASON_SECONDS = 1.0
 """A step fails a moment before a connection says which host is gone, and less clearly."""
