@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.config import ParallelConfig
+from converters.checkpoint import ShardedCheckpoint
+from jaxllm.config import EngineConfig, ParallelConfig
+from jaxllm.engine import devices as devices_module
+from jaxllm.engine.devices import choose_devices
 from jaxllm.parallel import stage_hosts
 from jaxllm.parallel.channel import Channel
 from jaxllm.parallel.hosts import HostGroup, HostLostError
@@ -134,3 +138,30 @@ def test_hosts_that_cannot_share_evenly_are_refused(
     monkeypatch.setattr(stage_hosts.jax, "devices", lambda: list(two.devices))
     with pytest.raises(ValueError, match=message):
         spread_mesh(pipeline=sizes[0], expert=1, tensor=sizes[1])
+
+
+@pytest.fixture
+def two_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake devices of two hosts in place of those that there are."""
+    monkeypatch.setattr(devices_module, "_choose_mesh", lambda *_, **__: None)
+    monkeypatch.setattr(devices_module, "stage_meshes", lambda _: meshes([0], [1]))
+    monkeypatch.setattr(devices_module, "check_hosts", lambda _: None)
+
+
+@pytest.mark.usefixtures("two_stages")
+def test_what_stages_on_several_hosts_cannot_do_is_named(groups: tuple[HostGroup, HostGroup]) -> None:
+    config = EngineConfig.create("m", pipeline_parallel_size=2)
+    with pytest.raises(ValueError, match=r"pipeline_parallel_size=2: .* set num_hosts"):
+        choose_devices(config, None, None)
+    counting = EngineConfig.create("m", pipeline_parallel_size=2, expert_metrics=True)
+    with pytest.raises(NotImplementedError, match=r"expert_metrics=True: .* leave it out"):
+        choose_devices(counting, None, groups[0])
+
+    class Sharded(ShardedCheckpoint):
+        def __init__(self) -> None:
+            self.path = Path("folder")
+
+    found = choose_devices(config, None, groups[1])
+    assert (found.own, found.num_stages) == (slice(1, 2), 2)
+    with pytest.raises(NotImplementedError, match=r"model='folder': .* use the safetensors"):
+        found.check_checkpoint(Sharded())  # pyright: ignore[reportAbstractUsage]
