@@ -22,9 +22,13 @@ REASON_SECONDS = 1.0
 class FarArray:
     """What another host computes, on its way to this one's memory."""
 
-    def __init__(self, far: "FarStages") -> None:
+    def __init__(self, far: "FarStages", length: int) -> None:
         self._far = far
+        self._length = length
         self.value: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self._length
 
     def copy_to_host_async(self) -> None:
         """It comes by itself."""
@@ -65,9 +69,9 @@ class FarStages:
         """Those that there are."""
         return [link for link in (self.entry, self.exit) if link is not None]
 
-    def expect(self, count: int) -> tuple[Array, ...]:
-        """The next arrays that another host reports, to be read as jax's are. Only host 0 gets them."""
-        arrays = tuple(FarArray(self) for _ in range(count))
+    def expect(self, count: int, length: int) -> tuple[Array, ...]:
+        """The next arrays of a length another host reports, to be read like jax's; only host 0 gets them."""
+        arrays = tuple(FarArray(self, length) for _ in range(count))
         if self._hosts.leads:
             self._expected.append(arrays)
         return cast(tuple[Array, ...], arrays)

@@ -147,7 +147,7 @@ class Runner:
                 last.load_masks(masks, outputs[-1])
             return (last.sample(outputs[-1]),)
 
-        [sampled] = self._at_end(choose, 1)
+        [sampled] = self._at_end(choose, 1, len(outputs[-1].rows))
         first = self.stages[0].lowering.stage
         if first.is_first and first.count > 1:
             self._send(step.plan, outputs[0], sampled)
@@ -158,13 +158,15 @@ class Runner:
             step.plan, outputs[-1], sampled, step.packed_at, expert_load, tuple(self.placements.values())
         )
 
-    def _at_end(self, do: Callable[[StageRunner], tuple[Array, ...]], count: int) -> tuple[Array, ...]:
-        """Has the last stage compute so many arrays, which its host reports where that is another."""
+    def _at_end(
+        self, do: Callable[[StageRunner], tuple[Array, ...]], count: int, length: int
+    ) -> tuple[Array, ...]:
+        """Has the last stage compute so many arrays of a length; if it is far, its host reports them."""
         last = self.stages[-1]
         if self._far is None:
             return do(last)
         if not last.lowering.stage.is_last:
-            return self._far.expect(count)
+            return self._far.expect(count, length)
         found = do(last)
         self._far.report(found)
         return found
@@ -236,14 +238,16 @@ class Runner:
 
     def logprobs(self, step: "DispatchedStep") -> Logprobs:
         """Logprobs of the step's sampled tokens, of the model's own distribution."""
-        found = self._at_end(lambda last: last.logprobs(step.forward, step.tokens), NUM_LOGPROBS)
+        tokens = step.tokens
+        found = self._at_end(lambda last: last.logprobs(step.forward, tokens), NUM_LOGPROBS, len(tokens))
         return cast(Logprobs, found)
 
     def score(self, step: "DispatchedStep", targets: Mapping[int, int]) -> Logprobs:
         """Logprobs of given tokens: `targets` maps a token's index in the flat batch to the one after it."""
         ids = np.zeros(len(step.forward.hidden), np.int32)
         ids[list(targets)] = list(targets.values())
-        return cast(Logprobs, self._at_end(lambda last: last.score(step.forward, ids), NUM_LOGPROBS))
+        found = self._at_end(lambda last: last.score(step.forward, ids), NUM_LOGPROBS, len(ids))
+        return cast(Logprobs, found)
 
     def sleep(self, *, keep_weights: bool) -> None:
         """Frees the devices: pages and rows are dropped, weights go to the host's memory or are dropped."""
@@ -318,7 +322,7 @@ class DispatchedStep:
     @property
     def places(self) -> list[int]:
         """Index of each of the plan's rows in `tokens`, and in what is computed from the same logits."""
-        return self.plan.places(len(self.forward.rows) // len(self.plan.parts))
+        return self.plan.places(len(self.tokens) // len(self.plan.parts))
 
     def read(self) -> list[list[int]]:
         """For each row of the plan the tokens it sampled: one or none. Waits for the device."""

@@ -38,12 +38,13 @@ def far(hosts: HostGroup) -> FarStages:
 
 def test_results_come_in_the_order_in_which_they_were_begun(groups: tuple[HostGroup, HostGroup]) -> None:
     leader, follower = map(far, groups)
-    [tokens] = leader.expect(1)
-    logprobs = leader.expect(2)
+    [tokens] = leader.expect(1, 3)
+    logprobs = leader.expect(2, 2)
     assert not cast(Any, tokens).is_ready()
+    assert len(tokens) == 3
     follower.report((jnp.arange(3),))
-    follower.report((jnp.ones(2), jnp.zeros(1, jnp.int32)))
-    assert [np.asarray(array).tolist() for array in logprobs] == [[1, 1], [0]]
+    follower.report((jnp.ones(2), jnp.zeros(2, jnp.int32)))
+    assert [np.asarray(array).tolist() for array in logprobs] == [[1, 1], [0, 0]]
     assert cast(Any, tokens).is_ready()
     assert np.asarray(tokens).tolist() == [0, 1, 2]
     for one in (leader, follower):
@@ -51,7 +52,7 @@ def test_results_come_in_the_order_in_which_they_were_begun(groups: tuple[HostGr
 
 
 def test_who_waits_hears_of_a_lost_host(groups: tuple[HostGroup, HostGroup]) -> None:
-    [tokens] = far(groups[0]).expect(1)
+    [tokens] = far(groups[0]).expect(1, 3)
     groups[1].lose("it is gone")
     assert groups[0].wait_lost(5)
     assert cast(Any, tokens).is_ready()  # reading does not wait
