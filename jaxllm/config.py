@@ -142,7 +142,9 @@ class ParallelConfig:
     eplb_step_interval: int = option(
         3000, "steps after which enable_eplb places experts anew; 0: they stay spread as without load"
     )
-    pipeline_parallel_size: int = option(1, "groups of those, each with a run of the layers and its pages")
+    pipeline_parallel_size: int = option(
+        1, "groups of those, each with a run of the layers and its pages; on several hosts, best one for each"
+    )
     data_parallel_size: int = option(
         1, "replicas of the model, each on devices of its own, that share the requests"
     )
@@ -201,12 +203,24 @@ class ParallelConfig:
             pipeline,
             "1 with data_parallel_experts; use tensor_parallel_size",
         )
-        _require(alone or data == 1, "data_parallel_size", data, "1 with several hosts; serve replicas apart")
         _require(
-            alone or pipeline == 1,
+            alone or data == 1,
+            "data_parallel_size",
+            data,
+            "1 with several hosts; run an engine for each replica, behind Ray Serve or a proxy",
+        )
+        even = self.num_hosts == 0 or pipeline % self.num_hosts == 0 or self.num_hosts % pipeline == 0
+        _require(
+            alone or pipeline == 1 or even,
             "pipeline_parallel_size",
             pipeline,
-            "1 with several hosts; use tensor_parallel_size",
+            f"a multiple of num_hosts={self.num_hosts} or divide it, so that no stage has a part of a host",
+        )
+        _require(
+            alone or pipeline == 1 or not self.enable_eplb,
+            "enable_eplb",
+            True,
+            "left out with stages on several hosts; experts stay there",
         )
 
     def _check_balancing(self) -> None:

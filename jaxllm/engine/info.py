@@ -135,7 +135,8 @@ class EngineInfo:
     def get_weights(self) -> list[dict[str, jax.Array]]:
         """For each stage of the model, mostly one, its weights by name as they lie on its devices.
 
-        The stages of several replicas follow one another, here and in `get_pages`.
+        The stages of several replicas follow one another, here and in `get_pages`. Of stages on several hosts
+        those on host 0 are given.
 
         Raises:
             RuntimeError: the engine sleeps.

@@ -18,6 +18,7 @@ from converters.checkpoint import Checkpoint
 from converters.tokenizer import TextTokenizer, open_tokenizer
 from jaxllm.config import EngineConfig, ParallelConfig
 from jaxllm.engine.core import EngineCore
+from jaxllm.engine.devices import choose_devices
 from jaxllm.engine.expert_balancer import ExpertBalancer
 from jaxllm.engine.inputs import InputProcessor, default_sampling_params, find_eos_token_ids
 from jaxllm.engine.laps import Laps
@@ -32,9 +33,8 @@ from jaxllm.models import abstract
 from jaxllm.models.base import CausalLM, DecoderConfig
 from jaxllm.models.registry import ModelRegistry
 from jaxllm.models.stages import StageWeights, cut_parameters
-from jaxllm.parallel import adopt_mesh, make_mesh, stage_meshes
 from jaxllm.parallel.hosts import HostGroup
-from jaxllm.runner.hosts import LeadingRunner, agree_on_pages, check_hosts
+from jaxllm.runner.hosts import LeadingRunner, agree_on_pages, find_far_stages, find_links
 from jaxllm.runner.identity import CannotIdentifyError, identify
 from jaxllm.runner.kept import KeptPrograms
 from jaxllm.runner.kernels import check_kernel, choose_attention, prepare_attention
@@ -105,12 +105,10 @@ def load_parts(
     check_kernel(kernel)
     check_products(config.compile.matmul_backend)
     laps = Laps() if laps is None else laps
-    mesh = _choose_mesh(config.parallel, mesh)
-    meshes = stage_meshes(mesh)
-    if hosts is not None:
-        check_hosts(mesh)
+    devices = choose_devices(config, mesh, hosts)
+    meshes = devices.own_meshes
     laps.end("devices")
-    prepare_attention(kernel, mesh)
+    prepare_attention(kernel, meshes[0])
     prepare_products(config.compile.matmul_backend, meshes[0])
     with (
         ThreadPoolExecutor(thread_name_prefix="load") as threads,
@@ -119,8 +117,9 @@ def load_parts(
         ExitStack() as failed,
     ):
         _compare_options(threads)
+        devices.check_checkpoint(checkpoint)
         architecture = ModelRegistry.resolve(checkpoint.config)
-        model = read_model(config, checkpoint, architecture, mesh)
+        model = read_model(config, checkpoint, architecture, devices.mesh)
         choose = partial(choose_attention, kernel, model, meshes[0], config.cache.page_size)
         # what is wrong with somebody's own kernel shows before the weights are loaded
         attention = None if isinstance(kernel, str) else choose()
@@ -129,7 +128,7 @@ def load_parts(
             products = choose_products(config.compile.matmul_backend, model, meshes[0])
         with jax.set_mesh(meshes[0]):
             structure, parameters = abstract.split(architecture, model, products.backend)
-        parts = cut_parameters(architecture, model, parameters, len(meshes))
+        parts = cut_parameters(architecture, model, parameters, devices.num_stages)[devices.own]
         laps.end("structure")
         source = WeightSource(config, architecture, model, parameters, parts, meshes)
         if weights is None:
@@ -142,7 +141,16 @@ def load_parts(
                 attention = choose()
         laps.end("kernels")
         lowerings = make_stages(
-            config, model, structure, parameters, parts, meshes, attention.backend, products.backend
+            config,
+            model,
+            structure,
+            parameters,
+            parts,
+            meshes,
+            attention.backend,
+            products.backend,
+            first=devices.own.start,
+            count=devices.num_stages,
         )
 
         def kept(lowering: Lowering, num_pages: int) -> KeptPrograms | None:
@@ -152,12 +160,13 @@ def load_parts(
             config,
             lowerings,
             lambda lowering: measure(lowering, kept(lowering, PROBE_PAGES)),
-            agree=None if hosts is None else partial(agree_on_pages, hosts, lowerings[0]),
+            agree=None if hosts is None else partial(agree_on_pages, hosts, lowerings[0], parameters),
         )
+        links = find_links(lowerings, devices.stages)
         keeping = [kept(lowering, num_pages) for lowering in lowerings]
-        programs = make_programs(lowerings, num_pages, keeping)
+        programs = make_programs(lowerings, num_pages, keeping, links)
         failed.callback(programs.close)
-        first = first_programs(lowerings) if config.compile.compile_in_background else list(programs)
+        first = first_programs(lowerings, links) if config.compile.compile_in_background else list(programs)
         laps.programs = lambda: (sum(key in programs for key in first), len(first))
         if not config.compile.enforce_eager:
             programs.begin()
@@ -173,10 +182,11 @@ def load_parts(
             for lowering, part, state in zip(lowerings, params, states, strict=True)
         ]
         exact = config.compile.enforce_eager
+        far = None if hosts is None else find_far_stages(hosts, devices.where, links, programs)
         if hosts is None or not hosts.leads:
-            runner = Runner(stage_runners, num_pages, programs, source, exact=exact)
+            runner = Runner(stage_runners, num_pages, programs, source, exact=exact, far=far)
         else:
-            runner = LeadingRunner(stage_runners, num_pages, programs, source, hosts, exact=exact)
+            runner = LeadingRunner(stage_runners, num_pages, programs, source, hosts, exact=exact, far=far)
         laps.end("pages")
         programs.wait(first, progress=progress)
         programs.serve_beside()
@@ -190,7 +200,7 @@ def load_parts(
         ExpertBalancer(
             runner, interval=config.parallel.eplb_step_interval, report=config.compile.expert_metrics
         ),
-        depth=len(meshes) - 1 + int(config.scheduler.async_scheduling),
+        depth=devices.num_stages - 1 + int(config.scheduler.async_scheduling),
         seed=config.model.seed,
     )
     eos_token_ids = find_eos_token_ids(tokenizer, generation, eos_config)
@@ -211,7 +221,7 @@ def load_parts(
     return EngineParts(
         config,
         model,
-        mesh,
+        devices.mesh,
         attention,
         products,
         core,
@@ -234,40 +244,6 @@ def _token_table(
         eos_ids=[token for token in eos_token_ids if token < vocab_size],
         encode=partial(tokenizer.encode, add_special_tokens=False),
     )
-
-
-def _choose_mesh(parallel: ParallelConfig, mesh: Mesh | None) -> Mesh:
-    """The mesh of the config, or somebody's own, which is to agree with it."""
-    sizes = {
-        "stage": ("pipeline_parallel_size", parallel.pipeline_parallel_size),
-        "expert": ("expert_parallel_size", parallel.expert_parallel_size),
-        "tensor": ("tensor_parallel_size", parallel.tensor_parallel_size),
-    }
-    groups = parallel.data_parallel_size if parallel.data_parallel_experts else 1
-    if mesh is None:
-        mesh = make_mesh(
-            parallel.tensor_parallel_size,
-            expert_parallel_size=parallel.expert_parallel_size,
-            pipeline_parallel_size=parallel.pipeline_parallel_size,
-            data_parallel_size=groups,
-        )
-    else:
-        mesh = adopt_mesh(mesh, groups)
-        for axis, (name, size) in sizes.items():
-            if size not in (1, mesh.shape[axis]):
-                raise ValueError(
-                    f"{name}={size}: the mesh has {mesh.shape[axis]} in its axis {axis!r}; leave it out"
-                )
-    if mesh.shape["stage"] > 1 and groups > 1:
-        raise NotImplementedError(
-            f"data_parallel_experts=True: the mesh has {mesh.shape['stage']} stages; give it one"
-        )
-    if mesh.shape["stage"] > 1 and len({device.process_index for device in mesh.devices.flat}) > 1:
-        raise NotImplementedError(
-            f"pipeline_parallel_size={mesh.shape['stage']}: stages are not spread over several processes; "
-            "use tensor_parallel_size"
-        )
-    return mesh
 
 
 def _compare_options(threads: ThreadPoolExecutor) -> None:

@@ -39,11 +39,15 @@ def make_lowering(
     backend: Backend,
     products: ProductsBackend | None,
     stage: Stage,
+    *,
+    comes_from_host: bool = False,
+    goes_to_host: bool = False,
 ) -> Lowering:
     """The programs, of the sizes that the config asks for.
 
     Args:
         merge, parameters, mesh: of the stage.
+        comes_from_host, goes_to_host: see `Lowering`.
 
     Raises:
         ValueError: experts are to be counted of a model that has none.
@@ -73,6 +77,8 @@ def make_lowering(
         products,
         stage,
         expert_layers(parameters),
+        comes_from_host,
+        goes_to_host,
     )
 
 
@@ -85,15 +91,21 @@ def make_stages(
     meshes: Sequence[Mesh],
     backend: Backend,
     products: ProductsBackend | None,
+    *,
+    first: int = 0,
+    count: int | None = None,
 ) -> list[Lowering]:
-    """The programs of all stages, as `make_lowering` makes those of one.
+    """The programs of all stages, or of those of one host, as `make_lowering` makes those of one.
 
     Args:
         structure, parameters: of the whole model.
-        parts: what `cut_parameters` gives.
-        meshes: of the stages.
+        parts: what `cut_parameters` gives for these stages.
+        meshes: of these stages.
+        first: number of the first of them.
+        count: of stages, on all hosts; by default there are no others.
     """
-    stages = [Stage(index, len(meshes)) for index in range(len(meshes))]
+    last, count = first + len(meshes) - 1, len(meshes) if count is None else count
+    stages = [Stage(index, count) for index in range(first, last + 1)]
     return [
         make_lowering(
             config,
@@ -104,6 +116,8 @@ def make_stages(
             backend,
             products,
             stage,
+            comes_from_host=stage.index == first > 0,
+            goes_to_host=stage.index == last < count - 1,
         )
         for stage, part, mesh in zip(stages, parts, meshes, strict=True)
     ]

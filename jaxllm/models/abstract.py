@@ -137,13 +137,17 @@ def materialize(
     """Random weights, each made on the devices that hold it, in the order that `merge` takes them.
 
     Args:
-        mesh: of all or of each parameter by its path.
+        mesh: of all or of each parameter by its path; those without are left out.
     """
     meshes = dict.fromkeys(parameters, mesh) if isinstance(mesh, Mesh) else mesh
     keys = jax.random.split(jax.random.key(seed), len(parameters))
-    kinds = [(parameter, meshes[path]) for path, parameter in parameters.items()]
-    make = {kind: _maker(*kind) for kind in dict.fromkeys(kinds)}
-    return tuple(make[kind](key) for kind, key in zip(kinds, keys, strict=True))
+    kinds = [
+        (key, (parameter, meshes[path]))
+        for key, (path, parameter) in zip(keys, parameters.items(), strict=True)
+        if path in meshes
+    ]
+    make = {kind: _maker(*kind) for kind in dict.fromkeys(kind for _, kind in kinds)}
+    return tuple(make[kind](key) for key, kind in kinds)
 
 
 def _maker(parameter: Parameter, mesh: Mesh) -> Callable[[Array], Array]:

@@ -40,11 +40,12 @@ def load_weights(
         rules: the family's table, which says what becomes what.
         parameters: the model's, by path (see `jaxllm.models.split`).
         geometry: sizes that the rules' transforms need.
-        mesh: the devices, of all or of each parameter by its path.
+        mesh: the devices, of all or of each parameter by its path. Those without are left out: other hosts
+            have them.
         progress: show a progress bar on stderr.
 
     Returns:
-        The arrays in the order of `parameters`.
+        The arrays in the order of `parameters`, of those that have a mesh.
 
     Raises:
         CheckpointError: tensors that are missing, left over or of the wrong shape: all in one message.
@@ -53,7 +54,7 @@ def load_weights(
     if isinstance(checkpoint, ShardedCheckpoint):
         return restore_weights(checkpoint, parameters, geometry, meshes, progress=progress)
     origins = _assign(checkpoint, rules, parameters, geometry)
-    total = sum(parameter.nbytes for parameter in parameters.values())
+    total = sum(parameters[path].nbytes for path in meshes)
     # Preparing a parameter takes up to twice its size: its sources in the new dtype, and what they make.
     budget = max(parameter.nbytes for parameter in parameters.values())
     arrays: list[Array] = []
@@ -63,7 +64,7 @@ def load_weights(
         ThreadPoolExecutor(WORKERS, thread_name_prefix="load") as pool,
         tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar,
     ):
-        todo = deque(parameters)
+        todo = deque(path for path in parameters if path in meshes)
         while todo or waiting:
             fits = todo and in_flight + parameters[todo[0]].nbytes <= budget
             if fits and len(waiting) < WORKERS:

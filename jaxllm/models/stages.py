@@ -106,14 +106,14 @@ def load_stages(
     """Every stage's weights, each made or read on the devices of the first stage that needs it.
 
     Args:
-        load: gives all parameters, in order, each on the mesh that it is told.
-        parts: what `stage_parameters` gives for each stage.
-        meshes: of the stages.
+        load: gives the parameters that it is told a mesh of, in order, each on its mesh.
+        parts: what `stage_parameters` gives for each stage that is this host's.
+        meshes: of these stages.
     """
     home: dict[str, Mesh] = {}
     for part, mesh in zip(parts, meshes, strict=True):
         home |= dict.fromkeys(part.keys() - home.keys(), mesh)
-    arrays = dict(zip(parameters, load(home), strict=True))
+    arrays = dict(zip((path for path in parameters if path in home), load(home), strict=True))
     return tuple(
         tuple(jax.device_put(arrays[path], parameter.kept(mesh).sharding) for path, parameter in part.items())
         for part, mesh in zip(parts, meshes, strict=True)

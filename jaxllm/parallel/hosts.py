@@ -105,6 +105,10 @@ class HostGroup:
             self.check()
         return message
 
+    def has_arrived(self, peer: int) -> bool:
+        """Whether `receive` would not wait."""
+        return not self._arrived[peer].empty()
+
     def agree(self, facts: Mapping[str, Any], least: Mapping[str, int]) -> dict[str, int]:
         """Compares what must be the same on all hosts, and takes the least of some numbers.
 

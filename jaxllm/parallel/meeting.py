@@ -1,6 +1,7 @@
 """Where the hosts of an engine meet first: who comes with other versions or options is refused."""
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +26,9 @@ RETRY_SECONDS, ASK_SECONDS = 0.2, 0.5
 SHUTDOWN_SECONDS = 20
 """How long a host that ends waits for the others to do so."""
 NAME_BYTES = 256
+TUNE_ALONE = "--xla_gpu_shard_autotuning=false"
+"""XLA on GPUs has all hosts tune a part of each program, and would wait for those that have other stages and
+do not compile it (https://github.com/openxla/xla/pull/13108)."""
 
 
 class MeetingError(RuntimeError):
@@ -32,7 +36,12 @@ class MeetingError(RuntimeError):
 
 
 def find_rank(config: ParallelConfig) -> int:
-    """This host's number; where jax finds the hosts by itself, it does so now."""
+    """This host's number; where jax finds the hosts by itself, it does so now.
+
+    This comes before XLA is first used: it is told here if hosts are to have programs of their own.
+    """
+    if config.pipeline_parallel_size > 1:
+        _set_xla_flag(TUNE_ALONE)
     if config.num_hosts:
         return config.host_rank
     if not jax.distributed.is_initialized():
@@ -202,6 +211,13 @@ def _initialize(host: str, port: int, num_hosts: int, rank: int) -> None:
     if not jax.distributed.is_initialized():
         name = f"[{host}]" if ":" in host else host
         _start_jax(coordinator_address=f"{name}:{port}", num_processes=num_hosts, process_id=rank)
+
+
+def _set_xla_flag(flag: str) -> None:
+    """Gives XLA a flag, which it reads when it is first used."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if flag not in flags:
+        os.environ["XLA_FLAGS"] = " ".join([*flags, flag])
 
 
 def _start_jax(**where: Any) -> None:

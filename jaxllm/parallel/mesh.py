@@ -68,14 +68,14 @@ def adopt_mesh(mesh: Mesh, data_parallel_size: int = 1) -> Mesh:
         )
     order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
     shape = [mesh.shape.get(axis, 1) for axis in AXES]
-    return _auto(mesh.devices.transpose(order).reshape(shape))
+    return auto_mesh(mesh.devices.transpose(order).reshape(shape))
 
 
 def stage_meshes(mesh: Mesh) -> list[Mesh]:
     """The devices of each stage, as meshes of one stage."""
-    return [_auto(stage[None]) for stage in mesh.devices]
+    return [auto_mesh(stage[None]) for stage in mesh.devices]
 
 
-def _auto(devices: np.ndarray) -> Mesh:
+def auto_mesh(devices: np.ndarray) -> Mesh:
     """Auto axes: shardings of activations are found by the compiler from those of the weights."""
     return Mesh(devices, AXES, (AxisType.Auto,) * len(AXES))

@@ -79,7 +79,7 @@ class Layout:
             )
         if pipeline > 1 and size > (host := chips_per_host(target)):
             raise ValueError(
-                f"{sizes}: the engine has all stages in one process, and a host of {target} has "
+                f"{sizes}: stages are planned for the chips of one host, and a host of {target} has "
                 f"{host} chips; leave out pipeline_parallel_size, or ask for at most {host} chips a replica"
             )
         if data_parallel_experts:

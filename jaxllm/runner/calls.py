@@ -1,10 +1,11 @@
 """A runner's `dispatch` and `sample` as messages to hosts that do the same."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
 from jaxllm.parallel.channel import Message
 from jaxllm.runner.runner import Admission
@@ -16,27 +17,35 @@ NUM_SCALARS = len(dataclasses.fields(RowScalars))
 NUM_TABLES = len(dataclasses.fields(RowTables))
 
 
-def dispatch_message(plan: StepPlan, admissions: Mapping[int, Admission], bucket: int) -> Message:
+def dispatch_message(
+    plan: StepPlan,
+    admissions: Mapping[int, Admission],
+    bucket: int,
+    returned: Sequence[Int32[np.ndarray, " sampled"]] = (),
+) -> Message:
     """A step as a message. Requests' names are left out: devices know rows alone.
 
     Args:
         bucket: index of the one that the step is to run in.
+        returned: the tokens of earlier steps that the first stage takes before it.
     """
     rows = [(row.row, row.start, row.num_tokens, row.samples) for row in plan.rows]
     updates = [(update.row, update.group, update.index, len(update.pages)) for update in plan.page_updates]
     pages = [page for update in plan.page_updates for page in update.pages]
-    arrays = [_integers(rows, 4), _integers(updates, 4), np.array(pages, np.int32)]
+    arrays = [_integers(rows, 4), _integers(updates, 4), np.array(pages, np.int32), *returned]
     admits = []
     for row, admission in admissions.items():
         arrays.append(np.array(admission.token_ids, np.int32))
         arrays += [np.asarray(leaf) for leaf in _leaves(admission.settings)]
         admits.append([row, admission.settings.tables is not None])
-    return Message("dispatch", {"bucket": bucket, "admits": admits}, arrays)
+    fields = {"bucket": bucket, "admits": admits, "returned": len(returned)}
+    return Message("dispatch", fields, arrays)
 
 
-def read_dispatch(message: Message) -> tuple[StepPlan, dict[int, Admission], int]:
+def read_dispatch(message: Message) -> tuple[StepPlan, dict[int, Admission], int, list[np.ndarray]]:
     """The inverse of `dispatch_message`."""
     rows, heads, pages, *arrays = message.arrays
+    returned = [arrays.pop(0) for _ in range(message.fields["returned"])]
     updates, begin = [], 0
     for row, group, index, count in heads.tolist():
         updates.append(PageUpdate(row, group, index, tuple(pages[begin : begin + count].tolist())))
@@ -46,7 +55,8 @@ def read_dispatch(message: Message) -> tuple[StepPlan, dict[int, Admission], int
     for row, with_tables in message.fields["admits"]:
         token_ids = next(rest).tolist()
         admissions[row] = Admission(token_ids, _settings(rest, with_tables))
-    return StepPlan(tuple(planned), page_updates=tuple(updates)), admissions, message.fields["bucket"]
+    plan = StepPlan(tuple(planned), page_updates=tuple(updates))
+    return plan, admissions, message.fields["bucket"], returned
 
 
 def sample_message(masks: RowMasks | None) -> Message:

@@ -1,6 +1,7 @@
 """A runner on several hosts: host 0 tells the others what it does, before it does it, and they do the same.
 
-The programs run on all hosts' devices at once, so every host has to start the same ones in the same order.
+The programs run on all hosts' devices at once, or on those of a stage's hosts, so every host has to start its
+own ones in the same order.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,13 +17,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from jaxllm.models.abstract import Parameter
 from jaxllm.parallel.channel import Message
 from jaxllm.parallel.hosts import HostGroup, HostLostError
+from jaxllm.parallel.stage_hosts import StageHosts
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.calls import dispatch_message, read_dispatch, read_sample, sample_message
+from jaxllm.runner.far_stages import REASON_SECONDS, FarStages
+from jaxllm.runner.link import Link, LinkLowering
 from jaxllm.runner.lowering import Lowering
 from jaxllm.runner.programs import Programs
-from jaxllm.runner.runner import Admission, BegunStep, DispatchedStep, LoadWeights, Runner
+from jaxllm.runner.runner import Admission, BegunStep, DispatchedStep, LoadWeights, Runner, Tokens
 from jaxllm.runner.stage import RowMasks, StageRunner
 from jaxllm.runner.step import Logprobs
 from jaxllm.scheduler.plan import StepPlan
@@ -30,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.0002
 """How often it is looked whether a step is done, so that one that a lost host holds up can be given up."""
-REASON_SECONDS = 1.0
 
 
 def check_hosts(mesh: Mesh) -> None:
@@ -44,16 +49,51 @@ def check_hosts(mesh: Mesh) -> None:
         )
 
 
-def agree_on_pages(hosts: HostGroup, lowering: Lowering, num_pages: int) -> int:
+def find_far_stages(
+    hosts: HostGroup, where: StageHosts, links: Sequence[LinkLowering], programs: Programs
+) -> FarStages | None:
+    """What this host has to do with stages on others; None where all hosts have a part of each.
+
+    Args:
+        links: what `find_links` gives.
+    """
+    if not where.are_several:
+        return None
+    made = {link.receives: Link(link, programs) for link in links}
+    return FarStages(hosts, where.reporter, entry=made.get(True), exit=made.get(False))
+
+
+def find_links(stages: Sequence[Lowering], meshes: Sequence[Mesh]) -> list[LinkLowering]:
+    """Those between this host's stages and others'.
+
+    Args:
+        stages: on this host.
+        meshes: of all stages.
+    """
+    first, last, found = stages[0], stages[-1], []
+    if first.comes_from_host:
+        found.append(LinkLowering(first, meshes[first.stage.index - 1], receives=True))
+    if last.goes_to_host:
+        found.append(LinkLowering(last, meshes[last.stage.index + 1], receives=False))
+    return found
+
+
+def agree_on_pages(
+    hosts: HostGroup, lowering: Lowering, weights: Mapping[str, Parameter], num_pages: int
+) -> int:
     """How many pages all hosts have room for.
+
+    Args:
+        lowering: of some stage on this host.
+        weights: of the whole model.
 
     Raises:
         ValueError: the hosts would run different programs; it says what differs.
     """
-    weights = [(shape.shape, str(shape.dtype)) for shape in lowering.params]
+    shapes = [(path, weight.shape, str(weight.dtype)) for path, weight in weights.items()]
     facts = {
         "the model": str(lowering.model),
-        "the weights' shapes": hashlib.sha256(repr(weights).encode()).hexdigest(),
+        "the weights' shapes": hashlib.sha256(repr(shapes).encode()).hexdigest(),
         "the programs' sizes": str(lowering.sizes),
         "attention_backend": lowering.backend.name,
         "matmul_backend": "xla" if lowering.products is None else lowering.products.name,
@@ -74,8 +114,9 @@ class LeadingRunner(Runner):
         hosts: HostGroup,
         *,
         exact: bool = False,
+        far: FarStages | None = None,
     ) -> None:
-        super().__init__(stages, num_pages, programs, load, exact=exact)
+        super().__init__(stages, num_pages, programs, load, exact=exact, far=far)
         self.hosts = hosts
 
     def dispatch(
@@ -85,12 +126,19 @@ class LeadingRunner(Runner):
         *,
         scores: bool = False,
         bucket: Bucket | None = None,
+        returned: Sequence[Tokens] | None = None,
     ) -> BegunStep:
-        """As `Runner.dispatch`, on all hosts."""
+        """As `Runner.dispatch`, on all hosts; waits for tokens that the plan needs, if they are far.
+
+        Raises:
+            HostLostError: a host is lost.
+        """
         found = bucket or self._choose_bucket(plan, scores=scores)
-        told = dispatch_message(plan, admissions, self.lowering.buckets.sizes.index(found))
-        dispatch = super().dispatch
-        return self._on_all(told, lambda: dispatch(plan, admissions, scores=scores, bucket=found))
+        due = self.due(plan) if returned is None else returned
+        sent = [] if self._far is None else [np.asarray(tokens) for tokens in due]
+        told = dispatch_message(plan, admissions, self.lowering.buckets.sizes.index(found), sent)
+        dispatch = partial(super().dispatch, scores=scores, bucket=found, returned=due)
+        return self._on_all(told, lambda: dispatch(plan, admissions))
 
     def sample(self, step: BegunStep, masks: RowMasks | None = None) -> DispatchedStep:
         """As `Runner.sample`, on all hosts; reading the step raises HostLostError once one is lost."""
@@ -176,9 +224,9 @@ def follow(runner: Runner, hosts: HostGroup) -> None:
         try:
             match message.kind, begun, step:
                 case "dispatch", _, _:
-                    plan, admissions, bucket = read_dispatch(message)
+                    plan, admissions, bucket, returned = read_dispatch(message)
                     found = runner.lowering.buckets.sizes[bucket]
-                    begun = runner.dispatch(plan, admissions, bucket=found)
+                    begun = runner.dispatch(plan, admissions, bucket=found, returned=returned)
                 case "sample", BegunStep(), _:
                     step = runner.sample(begun, read_sample(message))
                 case "logprobs", _, DispatchedStep():

@@ -19,7 +19,7 @@ from jaxllm.layers.expert_copies import gather_slots
 from jaxllm.models.base import DecoderConfig
 from jaxllm.models.expert_slots import ExpertLayer
 from jaxllm.models.stages import WHOLE, Stage
-from jaxllm.parallel import DATA_GROUPS, over_groups, partition_spec
+from jaxllm.parallel import DATA_GROUPS, EVERY_DEVICE, over_groups, partition_spec
 from jaxllm.runner.buckets import Bucket, Buckets
 from jaxllm.runner.step import (
     DeviceRows,
@@ -29,6 +29,7 @@ from jaxllm.runner.step import (
     load_masks,
     receive_tokens,
     run_forward,
+    run_gathered,
     run_sampler,
     score_tokens,
 )
@@ -73,6 +74,8 @@ class Lowering:
         products: what multiplies with weights, packed for it; None: XLA, with weights as they are.
         stage: what of the model it is; by default all.
         experts: where the weights of experts are that have slots to move between.
+        comes_from_host, goes_to_host: whether hidden states come from another host, or go to one. Each device
+            then has a part of them, so that a network carries each part once.
     """
 
     model: DecoderConfig
@@ -86,6 +89,8 @@ class Lowering:
     products: ProductsBackend | None = None
     stage: Stage = WHOLE
     experts: tuple[ExpertLayer, ...] = ()
+    comes_from_host: bool = False
+    goes_to_host: bool = False
 
     def with_max_model_len(self, max_model_len: int) -> "Lowering":
         """The same for requests of another greatest length."""
@@ -103,6 +108,17 @@ class Lowering:
     def replicated(self) -> NamedSharding:
         """Whole on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def entering(self) -> NamedSharding:
+        """Of hidden states from the stage before."""
+        return self.in_parts if self.comes_from_host else self.replicated
+
+    @cached_property
+    def in_parts(self) -> NamedSharding:
+        """Of hidden states between hosts; whole on each device where their width cannot be shared evenly."""
+        even = self.model.hidden_size % self.mesh.size == 0
+        return NamedSharding(self.mesh, PartitionSpec(None, EVERY_DEVICE)) if even else self.replicated
 
     @cached_property
     def num_groups(self) -> int:
@@ -192,7 +208,7 @@ class Lowering:
     @property
     def first_programs(self) -> list[Hashable]:
         """The fewest that run every request well: of the largest step, and of the smallest, which decodes."""
-        keys = [key for bucket in self._first_buckets for key in self.step_programs(bucket)]
+        keys = [key for bucket in self.first_buckets for key in self.step_programs(bucket)]
         scores = ["score"] if self.stage.is_last else []
         return list(dict.fromkeys(["empty", *keys, ("admit", False), ("admit", True), *scores]))
 
@@ -209,7 +225,8 @@ class Lowering:
         return {"receive": self.receive} if self.stage.is_first else {}
 
     @property
-    def _first_buckets(self) -> tuple[Bucket, Bucket]:
+    def first_buckets(self) -> tuple[Bucket, Bucket]:
+        """Those of `first_programs`."""
         return self.buckets.largest, self.buckets.sizes[0]
 
     def empty(self, num_pages: int) -> Lowered:
@@ -237,11 +254,14 @@ class Lowering:
             count_experts=self.sizes.count_experts,
         )
         cache = self.cache_shapes(num_pages)
-        outputs: list[Any] = [self._by_row] * 4 + [self._sharding(None, "requests")]
+        leaving = self.in_parts if self.goes_to_host else self._by_row
+        outputs: list[Any] = [self._by_row] * 3 + [leaving, self._sharding(None, "requests")]
         pools = tuple(pool.sharding for pool in cache)
         shardings = (pools, self._rows_shardings.tables, Forward(*outputs))
         rows = self.rows_shapes
-        entering = rows.tokens if self.stage.is_first else self._hidden(bucket.tokens)
+        entering = rows.tokens if self.stage.is_first else self._hidden(bucket.tokens, self.entering)
+        if self.comes_from_host:
+            function = partial(run_gathered, forward=function, whole=self.replicated)
         packed = self._ids(layout.size)
         return self._lower(function, (1, 2), shardings, self.params, cache, rows.tables, entering, packed)
 
@@ -318,8 +338,13 @@ class Lowering:
     def _ids(self, count: int) -> jax.ShapeDtypeStruct:
         return self._by_request(jax.ShapeDtypeStruct((count,), jnp.int32))
 
-    def _hidden(self, tokens: int) -> jax.ShapeDtypeStruct:
-        return self._by_request(jax.ShapeDtypeStruct((tokens, self.model.hidden_size), self.model.dtype))
+    def _hidden(self, tokens: int, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
+        part = jax.ShapeDtypeStruct((tokens, self.model.hidden_size), self.model.dtype, sharding=sharding)
+        return self._by_request(part) if sharding is None else part
+
+    def hidden_in_parts(self, tokens: int) -> jax.ShapeDtypeStruct:
+        """What goes to another host, or comes from one, with a step of so many tokens."""
+        return self._hidden(tokens, self.in_parts)
 
     def _logits(self, sampled: int) -> jax.ShapeDtypeStruct:
         return self._by_request(jax.ShapeDtypeStruct((sampled, self.model.vocab_size), jnp.float32))

@@ -48,8 +48,8 @@ class MemoryUse:
 
 
 def device_memory(mesh: Mesh) -> int:
-    """Bytes that each device of the mesh has; on CPU those of the machine."""
-    device = mesh.devices.flat[0]
+    """Bytes that each device of the mesh has, by one on this host; on CPU those of the machine."""
+    device = mesh.local_devices[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -78,12 +78,20 @@ def memory_use(lowering: Lowering, temporaries: int, outputs: int) -> MemoryUse:
     Between two steps experts may move, which takes their weights once more.
     """
     moved = max(map(_moving_bytes, lowering.experts_like), default=0)
+    in_flight = (1 + lowering.stage.count) * outputs + _link_bytes(lowering)
     return MemoryUse(
         weights=bytes_per_device(lowering.params),
         state=bytes_per_device(lowering.rows_shapes),
-        temporaries=max(temporaries, moved) + (1 + lowering.stage.count) * outputs,
+        temporaries=max(temporaries, moved) + in_flight,
         process=PROCESS_BYTES if lowering.mesh.devices.flat[0].platform == "cpu" else 0,
     )
+
+
+def _link_bytes(lowering: Lowering) -> int:
+    """What links to other hosts take: what each gives with every step in flight, and what receivers send."""
+    part = bytes_per_device(lowering.hidden_in_parts(lowering.buckets.largest.tokens))
+    steps, entry, exit = 1 + lowering.stage.count, lowering.comes_from_host, lowering.goes_to_host
+    return part * (steps * (entry + exit) + 2 * entry)
 
 
 def _moving_bytes(weights: jax.ShapeDtypeStruct) -> int:

@@ -1,10 +1,12 @@
 """Runs the scheduler's plans on the devices, through all stages of the model."""
 
+import itertools
 import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import jax
 import numpy as np
@@ -12,11 +14,12 @@ from jaxtyping import Array, Int, Int32
 
 from jaxllm.parallel.placement import Placement
 from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.far_stages import FarStages
 from jaxllm.runner.host_copy import HostCopy
 from jaxllm.runner.lowering import Lowering
 from jaxllm.runner.programs import Programs
 from jaxllm.runner.stage import RowMasks, StageRunner
-from jaxllm.runner.step import Forward, Logprobs
+from jaxllm.runner.step import NUM_LOGPROBS, Forward, Logprobs
 from jaxllm.sampling.state import RowSettings
 from jaxllm.scheduler.plan import PageUpdate, StepPlan
 
@@ -41,10 +44,14 @@ class Returning:
     ids: Array
     lengths: Array
     tokens: Array
+    """On the first stage's devices, or on their way to the host."""
 
 
 LoadWeights = Callable[[], Sequence[tuple[Array, ...]]]
-"""Loads each stage's weights once more, in their shardings."""
+"""Loads the weights of each stage here once more, in their shardings."""
+
+Tokens = Array | Int32[np.ndarray, " sampled"]
+"""What a step has sampled."""
 
 
 class Runner:
@@ -54,12 +61,14 @@ class Runner:
     different rows can be under way at a time.
 
     Args:
-        stages: in order, each with programs of the same sizes; where the model is not cut, one.
+        stages: those on this host, in order, each with programs of the same sizes; where the model is not
+            cut, one.
         num_pages: of the pool, the null page included.
-        programs: those of all stages; the first of them have been made, others may be made meanwhile.
+        programs: those of these stages; the first of them have been made, others may be made meanwhile.
         load: for when the weights have been dropped: by a sleep, or because a move of experts has failed.
         exact: take the bucket that fits a step best, and compile it where nobody has; otherwise the best of
             those that are there.
+        far: where other hosts have other stages.
     """
 
     def __init__(
@@ -70,6 +79,7 @@ class Runner:
         load: LoadWeights,
         *,
         exact: bool = False,
+        far: FarStages | None = None,
     ) -> None:
         self.stages = tuple(stages)
         self.num_pages = num_pages
@@ -78,6 +88,7 @@ class Runner:
         """Steps so far, by the tokens that their programs are made for."""
         self._load = load
         self._exact = exact
+        self._far = far
         self._returning: deque[Returning] = deque()
         self._is_asleep = False
         self._kept: list[list[HostCopy]] | None = None
@@ -85,12 +96,12 @@ class Runner:
 
     @property
     def lowering(self) -> Lowering:
-        """Of the last stage, which samples; sizes are the same in all."""
+        """Of the last stage here; sizes are the same in all."""
         return self.stages[-1].lowering
 
     @property
     def params(self) -> tuple[tuple[Array, ...], ...]:
-        """Each stage's weights; none while it sleeps."""
+        """The weights of each stage here; none while it sleeps."""
         return tuple(stage.params for stage in self.stages)
 
     def dispatch(
@@ -100,6 +111,7 @@ class Runner:
         *,
         scores: bool = False,
         bucket: Bucket | None = None,
+        returned: Sequence[Tokens] | None = None,
     ) -> "BegunStep":
         """Starts a step's forward pass. `sample` has to follow before another step begins.
 
@@ -108,9 +120,10 @@ class Runner:
             admissions: for each row that the plan gives to a request, that request.
             scores: `score` will be called with it.
             bucket: that it runs in; by default the best one.
+            returned: the tokens of the oldest steps that the first stage has not taken; by default as many as
+                `due` says.
         """
-        if self._returning:  # only where the model is cut
-            self._receive(plan)
+        self._receive(self.due(plan) if returned is None else returned)
         whole, grown = _split_updates(plan, admissions, self.lowering.sizes.max_num_seqs)
         for row, admission in admissions.items():
             self._admit(row, admission, whole[row])
@@ -119,9 +132,13 @@ class Runner:
         layout = self.lowering.step_layout(bucket)
         packed = np.concatenate([layout.pack(part, new) for part, new in zip(plan.parts, grown, strict=True)])
         packed_at = time.perf_counter()
-        outputs = [self.stages[0].forward(bucket, None, packed)]
-        for stage in self.stages[1:]:
-            outputs.append(stage.forward(bucket, outputs[-1].hidden, packed))
+        far, outputs = self._far, list[Forward]()
+        hidden = None if far is None or far.entry is None else far.entry.receive(bucket)
+        for stage in self.stages:
+            outputs.append(stage.forward(bucket, hidden, packed))
+            hidden = outputs[-1].hidden
+        if far is not None and far.exit is not None:
+            far.watch(far.exit.send(bucket, outputs[-1].hidden))
         return BegunStep(plan, tuple(outputs), packed_at)
 
     def sample(self, step: "BegunStep", masks: RowMasks | None = None) -> "DispatchedStep":
@@ -130,11 +147,16 @@ class Runner:
         Args:
             masks: for rows that are held to a grammar, what their tokens may be; the others' are not read.
         """
-        last, outputs = self.stages[-1], step.outputs
-        if masks is not None:
-            last.load_masks(masks, outputs[-1])
-        sampled = last.sample(outputs[-1])
-        if len(self.stages) > 1:
+        outputs = step.outputs
+
+        def choose(last: StageRunner) -> tuple[Array, ...]:
+            if masks is not None:
+                last.load_masks(masks, outputs[-1])
+            return (last.sample(outputs[-1]),)
+
+        [sampled] = self._at_end(choose, 1, len(outputs[-1].rows))
+        first = self.stages[0].lowering.stage
+        if first.is_first and first.count > 1:
             self._send(step.plan, outputs[0], sampled)
         expert_load = tuple(output.expert_load for output in outputs if output.expert_load is not None)
         for array in (sampled, *expert_load):
@@ -143,22 +165,47 @@ class Runner:
             step.plan, outputs[-1], sampled, step.packed_at, expert_load, tuple(self.placements.values())
         )
 
+    def _at_end(
+        self, do: Callable[[StageRunner], tuple[Array, ...]], count: int, length: int
+    ) -> tuple[Array, ...]:
+        """Has the last stage compute so many arrays of a length; if it is far, its host reports them."""
+        last = self.stages[-1]
+        if self._far is None:
+            return do(last)
+        if not last.lowering.stage.is_last:
+            return self._far.expect(count, length)
+        found = do(last)
+        self._far.report(found)
+        return found
+
     def _send(self, plan: StepPlan, entered: Forward, sampled: Array) -> None:
-        """Sends the sampled tokens to the first stage."""
+        """Sends the sampled tokens to the first stage. Between hosts they go by the hosts' memory."""
         rows = frozenset(row.row for row in plan.rows if row.samples)
-        tokens = jax.device_put(sampled, self.stages[0].lowering.replicated)
+        tokens = sampled if self._far else jax.device_put(sampled, self.stages[0].lowering.replicated)
         self._returning.append(Returning(rows, entered.rows, entered.lengths, tokens))
 
-    def _receive(self, plan: StepPlan) -> None:
-        """Has the first stage take the tokens that the plan needs, and those that should be there by now.
+    def due(self, plan: StepPlan) -> list[Tokens]:
+        """The tokens that the first stage is to take before a plan: what that needs, and what is there now.
 
         Not those of the newest steps, which other stages still work on: it would wait, and do nothing.
         """
+        if not self._returning:  # as where the model is not cut
+            return []
         rows = {row.row for row in plan.rows}
         needed = max((n for n, step in enumerate(self._returning, 1) if step.rows & rows), default=0)
-        for _ in range(max(needed, len(self._returning) - len(self.stages) + 1)):
-            step = self._returning.popleft()
-            self.stages[0].receive(step.ids, step.lengths, step.tokens)
+        if self._far is None:
+            there = len(self._returning) - self.stages[0].lowering.stage.count + 1
+        else:
+            there = sum(1 for _ in itertools.takewhile(lambda step: is_ready(step.tokens), self._returning))
+        due: list[Tokens] = [step.tokens for step in itertools.islice(self._returning, max(needed, there))]
+        return due if self._far is None else [np.asarray(tokens) for tokens in due]
+
+    def _receive(self, returned: Sequence[Tokens]) -> None:
+        """Has the first stage, if it is here, take the tokens of the oldest steps on their way to it."""
+        if self.stages[0].lowering.stage.is_first:
+            for tokens in returned:
+                step = self._returning.popleft()
+                self.stages[0].receive(step.ids, step.lengths, tokens)
 
     def _choose_bucket(self, plan: StepPlan, *, scores: bool) -> Bucket:
         """The smallest bucket whose programs are there and that holds the plan's tokens and rows."""
@@ -168,7 +215,8 @@ class Runner:
         if self._exact:
             return buckets.fit(*size)
         fitting = buckets.holding(*size)
-        there = (bucket for bucket in fitting if all(stage.is_ready(bucket) for stage in self.stages))
+        parts = [*self.stages, *(() if self._far is None else self._far.links)]
+        there = (bucket for bucket in fitting if all(part.is_ready(bucket) for part in parts))
         return next(there, buckets.largest)
 
     def _admit(self, row: int, admission: Admission, updates: Sequence[PageUpdate]) -> None:
@@ -197,15 +245,19 @@ class Runner:
 
     def logprobs(self, step: "DispatchedStep") -> Logprobs:
         """Logprobs of the step's sampled tokens, of the model's own distribution."""
-        assert step.forward is not None
-        return self.stages[-1].logprobs(step.forward, step.tokens)
+        forward, tokens = step.forward, step.tokens
+        assert forward is not None
+        found = self._at_end(lambda last: last.logprobs(forward, tokens), NUM_LOGPROBS, len(tokens))
+        return cast(Logprobs, found)
 
     def score(self, step: "DispatchedStep", targets: Mapping[int, int]) -> Logprobs:
         """Logprobs of given tokens: `targets` maps a token's index in the flat batch to the one after it."""
-        assert step.forward is not None
-        ids = np.zeros(len(step.forward.hidden), np.int32)
+        forward = step.forward
+        assert forward is not None
+        ids = np.zeros(len(forward.hidden), np.int32)
         ids[list(targets)] = list(targets.values())
-        return self.stages[-1].score(step.forward, ids)
+        found = self._at_end(lambda last: last.score(forward, ids), NUM_LOGPROBS, len(ids))
+        return cast(Logprobs, found)
 
     def sleep(self, *, keep_weights: bool) -> None:
         """Frees the devices: pages and rows are dropped, weights go to the host's memory or are dropped."""
@@ -257,11 +309,13 @@ class Runner:
         """Frees all device memory. The runner is of no use afterwards."""
         self.programs.close()
         self._free()
+        if self._far is not None:
+            self._far.close()
 
     def _free(self) -> None:
         self._returning.clear()
-        for stage in self.stages:
-            stage.free()
+        for part in (*self.stages, *(() if self._far is None else self._far.links)):
+            part.free()
 
 
 @dataclass(frozen=True)
@@ -300,7 +354,7 @@ class DispatchedStep:
 
     def is_done(self) -> bool:
         """Whether `read` would not wait."""
-        return self.tokens.is_ready()  # pyright: ignore[reportAttributeAccessIssue]  # jax's stubs leave it out
+        return is_ready(self.tokens)
 
     @property
     def places(self) -> list[int]:
@@ -314,6 +368,11 @@ class DispatchedStep:
             [tokens[place]] if row.samples else []
             for row, place in zip(self.plan.rows, self.places, strict=True)
         ]
+
+
+def is_ready(array: Array) -> bool:
+    """Whether the host can read an array without waiting."""
+    return array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]  # jax's stubs leave it out
 
 
 def _split_updates(

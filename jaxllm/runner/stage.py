@@ -89,11 +89,11 @@ class StageRunner:
         """Runs a step.
 
         Args:
-            hidden: what left the stage before, on that one's devices; None for the first.
+            hidden: what left the stage before, on its devices or brought by a `Link`; None for the first.
             packed: what `StepLayout.pack` makes.
         """
         params, cache, rows = self.arrays
-        entering = rows.tokens if hidden is None else jax.device_put(hidden, self.lowering.replicated)
+        entering = rows.tokens if hidden is None else jax.device_put(hidden, self.lowering.entering)
         program = self._programs[self._key(("forward", bucket.tokens, bucket.rows))]
         self._cache, tables, output = program(params, cache, rows.tables, entering, packed)
         self._rows = rows._replace(tables=tables)
@@ -126,7 +126,7 @@ class StageRunner:
         state = replace(state, tables=replace(state.tables, allowed=allowed))
         self._rows = rows._replace(sampler=state)
 
-    def receive(self, ids: Array, lengths: Array, tokens: Array) -> None:
+    def receive(self, ids: Array, lengths: Array, tokens: Array | Int32[np.ndarray, " sampled"]) -> None:
         """Writes tokens that another stage has chosen into the rows `ids`, which had `lengths` tokens."""
         _, _, rows = self.arrays
         program = self._programs[self._key(("receive", self._sampled(tokens)))]
@@ -140,7 +140,7 @@ class StageRunner:
         rows[group] = own
         self._rows = program(self._rows, rows, tokens, tables, settings)
 
-    def _sampled(self, rows: Array) -> int:
+    def _sampled(self, rows: Array | np.ndarray) -> int:
         """Entries of a data group in an array of all groups' sampled rows."""
         return len(rows) // self.lowering.num_groups
 

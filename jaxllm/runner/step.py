@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int32, UInt32
 
 from jaxllm.layers.batch import Batch, Cache
@@ -22,6 +23,7 @@ Merge = Callable[[tuple[Array, ...]], CausalLM | StageModel]
 
 Logprobs = tuple[Array, Array, Array, Array]
 """What `token_logprobs` returns: the tokens' own, their ranks, the likeliest ids and their logprobs."""
+NUM_LOGPROBS = 4
 
 SCORED_TOGETHER = 64
 """Tokens whose logits are held at once when a prompt is scored: 12 MB for a vocabulary of 49,152."""
@@ -101,6 +103,20 @@ def run_forward(
     rows = padded(jnp.where(step.samples, step.row_ids, spare), spare)
     logits, lengths = model.logits(hidden[last]) if stage.is_last else None, padded(step.kv_lens, 0)
     return cache, tables, Forward(logits, rows, lengths, hidden, jnp.stack(load) if load else None)
+
+
+def run_gathered(
+    params: tuple[Array, ...],
+    cache: Cache,
+    tables: Int32[Array, "groups rows pages"],
+    entering: Float[Array, "tokens embed"],
+    packed: Int32[Array, " size"],
+    *,
+    forward: Callable[..., tuple[Cache, Int32[Array, "groups rows pages"], Forward]],
+    whole: NamedSharding,
+) -> tuple[Cache, Int32[Array, "groups rows pages"], Forward]:
+    """As `run_forward`, of hidden states that come in parts: its layers want them whole."""
+    return forward(params, cache, tables, lax.with_sharding_constraint(entering, whole), packed)
 
 
 def run_sampler(

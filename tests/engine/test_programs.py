@@ -1,5 +1,6 @@
 """The closed set of programs, and what the compiler says of them."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import jax
@@ -15,6 +16,7 @@ from jaxllm.runner.memory import (
     count_pages,
     device_memory,
     measure,
+    memory_use,
     page_bytes,
 )
 from jaxllm.runner.programs import Programs
@@ -104,6 +106,16 @@ def test_memory_is_measured(engine: Engine) -> None:
     with pytest.raises(ValueError, match="kv_cache_memory=1 leaves 1 bytes"):
         count_pages(CacheConfig(kv_cache_memory=1), page, mesh, lambda: use)
     assert count_pages(CacheConfig(kv_cache_memory=10 * page), page, mesh, lambda: use) == 10
+
+
+def test_what_goes_between_hosts_takes_memory(engine: Engine) -> None:
+    lowering = engine._core.runner.lowering
+    size = lowering.buckets.largest.tokens * lowering.model.hidden_size * lowering.model.dtype.itemsize
+    alone, sender, receiver = (
+        memory_use(dataclasses.replace(lowering, comes_from_host=comes, goes_to_host=goes), 0, 0).total
+        for comes, goes in ((False, False), (False, True), (True, False))
+    )
+    assert (sender - alone, receiver - alone) == (2 * size, 4 * size)
 
 
 def test_longest_request() -> None:

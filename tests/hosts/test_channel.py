@@ -58,9 +58,11 @@ def test_steps_arrive_as_they_were_sent(params: dict[str, Any], pair: tuple[Chan
     settings = row_settings(SamplerConfig(50), SamplingParams(**params), seed=2**60, prompt_token_ids=[1, 2])
     rows = (RowPlan("a", 3, 0, 2, True), RowPlan("b", 0, 7, 1, False))
     plan = StepPlan(rows, ("a",), (PageUpdate(3, 0, 0, (4, 5)), PageUpdate(0, 1, 2, (6,))))
-    pair[0].send(dispatch_message(plan, {3: Admission((7, 8), settings)}, 16))
-    found, admissions, bucket = read_dispatch(pair[1].receive())
+    returned = [np.array([7, 8], np.int32), np.array([9], np.int32)]
+    pair[0].send(dispatch_message(plan, {3: Admission((7, 8), settings)}, 16, returned))
+    found, admissions, bucket, came = read_dispatch(pair[1].receive())
     assert bucket == 16
+    assert [tokens.tolist() for tokens in came] == [[7, 8], [9]]
     assert found.rows == tuple(row._replace(request_id="") for row in rows)
     assert found.page_updates == plan.page_updates
     [(row, admission)] = admissions.items()
@@ -74,7 +76,7 @@ def test_steps_arrive_as_they_were_sent(params: dict[str, Any], pair: tuple[Chan
 def test_a_step_without_news_arrives(pair: tuple[Channel, Channel]) -> None:
     plan = StepPlan((RowPlan("", 1, 5, 1, True),))
     pair[0].send(dispatch_message(plan, {}, 2))
-    assert read_dispatch(pair[1].receive()) == (plan, {}, 2)
+    assert read_dispatch(pair[1].receive()) == (plan, {}, 2, [])
 
 
 def test_masks_of_a_step_arrive(pair: tuple[Channel, Channel]) -> None:

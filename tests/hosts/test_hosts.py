@@ -102,10 +102,32 @@ def test_the_same_tokens_as_one_host(model: Path, engine: Engine) -> None:
         assert [leader.wait(30), follower.wait(30)] == [0, 0]
 
 
+def test_hosts_with_several_stages(tmp_path: Path) -> None:
+    """Random weights of a model with experts, the same on all hosts; also after each kind of sleep."""
+    model = text_checkpoint(tmp_path / "model", model="mixtral")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    options = ENGINE | {"load_format": "dummy"}
+    with Engine.from_pretrained(str(model), **(OPTIONS | options | {"skip_tokenizer_init": False})) as alone:
+        wanted = {id(body): expected(alone, body) for body in (SAMPLED, HELD)}
+    command = serve(model, load_format="dummy", pipeline_parallel_size=4)
+    with hosts(command, 2, devices=2) as (leader, follower):
+        url = url_of(leader)
+        assert texts(url, SAMPLED) == wanted[id(SAMPLED)]
+        assert texts(url, HELD) == wanted[id(HELD)]
+        for level in (1, 2):
+            assert httpx2.post(f"{url}/sleep?level={level}", timeout=30).is_success
+            assert httpx2.post(f"{url}/wake_up", timeout=60).is_success
+        assert texts(url, SAMPLED) == wanted[id(SAMPLED)]
+        leader.process.send_signal(signal.SIGTERM)
+        assert [leader.wait(30), follower.wait(30)] == [0, 0]
+
+
 def test_four_hosts_and_one_is_lost(model: Path, engine: Engine) -> None:
-    """Requests that run then end with an error, and so does every host, within 30 seconds."""
+    """Two stages, each on two hosts. Requests that run end with an error, and so do all hosts within 30 s."""
     body = {"prompt": "abc", "max_tokens": 80, "ignore_eos": True, "stream": True}
-    with hosts(serve(model, tensor_parallel_size=4), 4) as (leader, *followers), ExitStack() as stack:
+    command = serve(model, pipeline_parallel_size=2, tensor_parallel_size=2)
+    with hosts(command, 4) as (leader, *followers), ExitStack() as stack:
         url = url_of(leader)
         assert texts(url, PLAIN) == expected(engine, PLAIN)
         streams = [
@@ -168,9 +190,10 @@ def test_what_is_seen_late_ends_both(model: Path, tmp_path: Path) -> None:
 
 
 def test_generate_on_two_hosts(model: Path) -> None:
-    """The same command on both, which ends on both when it is done."""
+    """The same command on both, each with a stage on two devices, which ends on both when it is done."""
     argv = ["generate", str(model), "abc", "xyz", "--json", "--seed", "5", "--max-tokens", "3"]
-    with hosts([*argv, *flags(**ENGINE, tensor_parallel_size=2)], 2) as (leader, follower):
+    sizes = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}
+    with hosts([*argv, *flags(**ENGINE, **sizes)], 2, devices=2) as (leader, follower):
         assert leader.wait(150) == 0
         assert follower.wait(30) == 0
         answers = [json.loads(line) for line in leader.log if line.startswith("{")]
@@ -184,8 +207,15 @@ def test_generate_on_two_hosts(model: Path) -> None:
         ({"num_hosts": 2}, "coordinator_address=None: must be given"),
         ({"num_hosts": 2, "coordinator_address": "a", "host_rank": 2}, r"host_rank=2: must be 0 to 1"),
         ({"num_hosts": -1}, "num_hosts=-1"),
-        ({"num_hosts": 2, "coordinator_address": "a", "data_parallel_size": 2}, "data_parallel_size=2"),
-        ({"num_hosts": 0, "pipeline_parallel_size": 2}, "pipeline_parallel_size=2: must be 1 with several"),
+        ({"num_hosts": 2, "coordinator_address": "a", "data_parallel_size": 2}, "engine for each replica"),
+        (
+            {"num_hosts": 2, "coordinator_address": "a", "pipeline_parallel_size": 3},
+            "pipeline_parallel_size=3: must be a multiple of num_hosts=2 or divide it",
+        ),
+        (
+            {"num_hosts": 0, "pipeline_parallel_size": 2, "enable_eplb": True},
+            "enable_eplb=True: must be left out with stages on several hosts",
+        ),
         ({"coordinator_port": 0}, "coordinator_port=0"),
         (
             {"num_hosts": 2, "coordinator_address": "a", "host_rank": 1},
