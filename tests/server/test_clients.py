@@ -166,3 +166,21 @@ def test_bench_serve(server: Running, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "every request failed" in capsys.readouterr().err
     assert main([*argv, "--model-name", "other"]) == 1
     assert "tiny, small" in capsys.readouterr().err
+
+
+def test_bench_serve_has_proxies_from_the_environment_and_no_logins(
+    server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login in ~/.netrc takes no key's place."""
+    logins = tmp_path / "netrc"
+    logins.write_text("default login somebody password none\n")
+    monkeypatch.setenv("NETRC", str(logins))
+    argv = ["bench", "serve", "--url", server.url, "--api-key", "k", "--vocab-size", "125"]
+    argv += ["--num-prompts", "2", "--input-len", "4", "--output-len", "2", "--json"]
+    assert main(argv) == 0
+    assert '"failed": 0' in capsys.readouterr().out
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert main(argv) == 1
+    assert "127.0.0.1:9" in capsys.readouterr().err
