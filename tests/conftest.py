@@ -42,6 +42,7 @@ def quick_compile() -> Iterator[None]:
     """
     import jax
 
+    before: bool = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -195,6 +195,8 @@ class Target:
             answer.prompt_tokens = chunk["usage"]["prompt_tokens"]
         for choice in chunk["choices"]:
             if tokens := len(choice.get("token_ids") or ()):
+                if answer.arrivals and answer.arrivals[-1][0] == moment:  # several events in one piece
+                    tokens += answer.arrivals.pop()[1]
                 answer.arrivals.append((moment, tokens))
 
 
