@@ -287,8 +287,7 @@ class Runner:
                 stage.reset()
         else:
             logger.warning("weights are gone, as after a failed move of experts; all are loaded again")
-            self._free()
-            self._take(self._load())
+            self._take(self._load)
 
     def wake(self) -> None:
         """Takes the weights again, from where `sleep` has left them, with empty pages and rows.
@@ -298,11 +297,13 @@ class Runner:
         if not self._is_asleep:
             return
         kept = self._kept
-        self._take(self._load() if kept is None else [tuple(copy.upload() for copy in part) for part in kept])
+        self._take(self._load if kept is None else lambda: [tuple(c.upload() for c in part) for part in kept])
         self._kept, self._is_asleep = None, False
 
-    def _take(self, weights: Sequence[tuple[Array, ...]]) -> None:
-        for stage, part in zip(self.stages, weights, strict=True):
+    def _take(self, load: LoadWeights) -> None:
+        """Takes weights in place of what is left of others: the device has no room for both."""
+        self._free()
+        for stage, part in zip(self.stages, load(), strict=True):
             stage.wake(part)
 
     def close(self) -> None:
