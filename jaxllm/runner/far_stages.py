@@ -85,14 +85,8 @@ class FarStages:
         self._begun.put(((array,), False))
 
     def close(self) -> None:
-        """Ends the thread, when what has begun is done, and drops what links have on the devices."""
+        """Ends the thread, when what has begun is done."""
         self._begun.put(None)
-        self.free()
-
-    def free(self) -> None:
-        """Drops what links have on the devices."""
-        for link in self.links:
-            link.free()
 
     def is_there(self, array: FarArray) -> bool:
         """Whether an array has come, or never will."""
@@ -118,16 +112,19 @@ class FarStages:
             array.value = value
 
     def _look(self) -> None:
-        while (begun := self._begun.get()) is not None:
-            arrays, is_told = begun
-            try:
-                found = [np.asarray(a) for a in arrays] if is_told else jax.block_until_ready(arrays)
-            except Exception as error:
-                if not self._hosts.wait_lost(REASON_SECONDS):
-                    self._hosts.fail(f"a step failed: {error}")
-                return
+        while (begun := self._begun.get()) is not None and self._finish(*begun):
+            del begun  # so the devices have its memory back now, and not with the next step
+
+    def _finish(self, arrays: Sequence[Array], is_told: bool) -> bool:
+        """Waits for arrays, and sends them if that is to be; whether the group goes on."""
+        try:
+            found = [np.asarray(a) for a in arrays] if is_told else jax.block_until_ready(arrays)
             if is_told:
-                try:
-                    self._hosts.send(Message("result", {}, cast(Sequence[np.ndarray], found)))
-                except HostLostError:
-                    return
+                self._hosts.send(Message("result", {}, cast(Sequence[np.ndarray], found)))
+        except HostLostError:
+            return False
+        except Exception as error:
+            if not self._hosts.wait_lost(REASON_SECONDS):
+                self._hosts.fail(f"a step failed: {error}")
+            return False
+        return True
