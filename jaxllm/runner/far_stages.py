@@ -17,6 +17,8 @@ from jaxllm.runner.link import Link
 
 REASON_SECONDS = 1.0
 """A step fails a moment before a connection says which host is gone, and less clearly."""
+POLL_SECONDS = 0.05
+"""How often it is looked, while the last steps end, whether a host is lost that holds them up."""
 
 
 class FarArray:
@@ -62,7 +64,8 @@ class FarStages:
         self._reporter = reporter
         self._expected: deque[Sequence[FarArray]] = deque()
         self._begun: queue.SimpleQueue[tuple[Sequence[Array], bool] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._look, name="jaxllm-report", daemon=True).start()
+        self._thread = threading.Thread(target=self._look, name="jaxllm-report", daemon=True)
+        self._thread.start()
 
     @property
     def links(self) -> list[Link]:
@@ -85,8 +88,14 @@ class FarStages:
         self._begun.put(((array,), False))
 
     def close(self) -> None:
-        """Ends the thread, when what has begun is done."""
+        """Ends the thread when what has begun is done, and waits for that unless a host is lost.
+
+        A process that ends while one of its threads is inside of jax may abort.
+        """
         self._begun.put(None)
+        if self._thread is not threading.current_thread():  # where the garbage collector closes an engine
+            while self._thread.is_alive() and self._hosts.lost is None:
+                self._thread.join(POLL_SECONDS)
 
     def is_there(self, array: FarArray) -> bool:
         """Whether an array has come, or never will."""

@@ -69,6 +69,26 @@ def test_what_has_been_looked_at_is_forgotten(groups: tuple[HostGroup, HostGroup
     follower.close()
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_close_waits_for_what_has_begun(is_lost: bool, groups: tuple[HostGroup, HostGroup]) -> None:
+    """A process that ended meanwhile might abort; but nobody waits for what a lost host holds up."""
+    end, done = threading.Event(), list[str]()
+
+    class Slow:
+        def block_until_ready(self) -> None:
+            assert end.wait(20)
+            done.append("it")
+
+    one = far(groups[1])
+    one.watch(cast(Any, Slow()))
+    timer = threading.Timer(0.1, lambda: groups[1].lose("gone") if is_lost else end.set())
+    timer.start()
+    one.close()
+    assert done == ([] if is_lost else ["it"])
+    timer.join()
+    end.set()
+
+
 def test_who_waits_hears_of_a_lost_host(groups: tuple[HostGroup, HostGroup]) -> None:
     [tokens] = far(groups[0]).expect(1, 3)
     groups[1].lose("it is gone")
