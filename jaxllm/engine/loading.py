@@ -160,7 +160,9 @@ def load_parts(
             config,
             lowerings,
             lambda lowering: measure(lowering, kept(lowering, PROBE_PAGES)),
-            agree=None if hosts is None else partial(agree_on_pages, hosts, lowerings[0], parameters),
+            agree=None
+            if hosts is None
+            else partial(agree_on_pages, hosts, lowerings[0], parameters, devices.mesh),
         )
         links = find_links(lowerings, devices.stages)
         keeping = [kept(lowering, num_pages) for lowering in lowerings]

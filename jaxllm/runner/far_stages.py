@@ -17,6 +17,8 @@ from jaxllm.runner.link import Link
 
 REASON_SECONDS = 1.0
 """A step fails a moment before a connection says which host is gone, and less clearly."""
+POLL_SECONDS = 0.05
+"""How often it is looked, while the last steps end, whether a host is lost that holds them up."""
 
 
 class FarArray:
@@ -62,7 +64,8 @@ class FarStages:
         self._reporter = reporter
         self._expected: deque[Sequence[FarArray]] = deque()
         self._begun: queue.SimpleQueue[tuple[Sequence[Array], bool] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._look, name="jaxllm-report", daemon=True).start()
+        self._thread = threading.Thread(target=self._look, name="jaxllm-report", daemon=True)
+        self._thread.start()
 
     @property
     def links(self) -> list[Link]:
@@ -85,14 +88,14 @@ class FarStages:
         self._begun.put(((array,), False))
 
     def close(self) -> None:
-        """Ends the thread, when what has begun is done, and drops what links have on the devices."""
-        self._begun.put(None)
-        self.free()
+        """Ends the thread when what has begun is done, and waits for that unless a host is lost.
 
-    def free(self) -> None:
-        """Drops what links have on the devices."""
-        for link in self.links:
-            link.free()
+        A process that ends while one of its threads is inside of jax may abort.
+        """
+        self._begun.put(None)
+        if self._thread is not threading.current_thread():  # where the garbage collector closes an engine
+            while self._thread.is_alive() and self._hosts.lost is None:
+                self._thread.join(POLL_SECONDS)
 
     def is_there(self, array: FarArray) -> bool:
         """Whether an array has come, or never will."""
@@ -118,16 +121,19 @@ class FarStages:
             array.value = value
 
     def _look(self) -> None:
-        while (begun := self._begun.get()) is not None:
-            arrays, is_told = begun
-            try:
-                found = [np.asarray(a) for a in arrays] if is_told else jax.block_until_ready(arrays)
-            except Exception as error:
-                if not self._hosts.wait_lost(REASON_SECONDS):
-                    self._hosts.fail(f"a step failed: {error}")
-                return
+        while (begun := self._begun.get()) is not None and self._finish(*begun):
+            del begun  # so the devices have its memory back now, and not with the next step
+
+    def _finish(self, arrays: Sequence[Array], is_told: bool) -> bool:
+        """Waits for arrays, and sends them if that is to be; whether the group goes on."""
+        try:
+            found = [np.asarray(a) for a in arrays] if is_told else jax.block_until_ready(arrays)
             if is_told:
-                try:
-                    self._hosts.send(Message("result", {}, cast(Sequence[np.ndarray], found)))
-                except HostLostError:
-                    return
+                self._hosts.send(Message("result", {}, cast(Sequence[np.ndarray], found)))
+        except HostLostError:
+            return False
+        except Exception as error:
+            if not self._hosts.wait_lost(REASON_SECONDS):
+                self._hosts.fail(f"a step failed: {error}")
+            return False
+        return True

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.0002
 """How often it is looked whether a step is done, so that one that a lost host holds up can be given up."""
+OF_A_STEP = ("sample", "logprobs", "score")
+"""Messages about the step that has begun last."""
 
 
 def check_hosts(mesh: Mesh) -> None:
@@ -79,13 +81,14 @@ def find_links(stages: Sequence[Lowering], meshes: Sequence[Mesh]) -> list[LinkL
 
 
 def agree_on_pages(
-    hosts: HostGroup, lowering: Lowering, weights: Mapping[str, Parameter], num_pages: int
+    hosts: HostGroup, lowering: Lowering, weights: Mapping[str, Parameter], mesh: Mesh, num_pages: int
 ) -> int:
     """How many pages all hosts have room for.
 
     Args:
         lowering: of some stage on this host.
         weights: of the whole model.
+        mesh: of all stages.
 
     Raises:
         ValueError: the hosts would run different programs; it says what differs.
@@ -93,6 +96,7 @@ def agree_on_pages(
     shapes = [(path, weight.shape, str(weight.dtype)) for path, weight in weights.items()]
     facts = {
         "the model": str(lowering.model),
+        "the mesh": f"{dict(mesh.shape)} of devices {mesh.device_ids.ravel().tolist()}",
         "the weights' shapes": hashlib.sha256(repr(shapes).encode()).hexdigest(),
         "the programs' sizes": str(lowering.sizes),
         "attention_backend": lowering.backend.name,
@@ -135,7 +139,7 @@ class LeadingRunner(Runner):
         """
         found = bucket or self._choose_bucket(plan, scores=scores)
         due = self.due(plan) if returned is None else returned
-        sent = [] if self._far is None else [np.asarray(tokens) for tokens in due]
+        sent = [np.asarray(tokens) for tokens in due]  # is there already
         told = dispatch_message(plan, admissions, self.lowering.buckets.sizes.index(found), sent)
         dispatch = partial(super().dispatch, scores=scores, bucket=found, returned=due)
         return self._on_all(told, lambda: dispatch(plan, admissions))
@@ -221,6 +225,8 @@ def follow(runner: Runner, hosts: HostGroup) -> None:
     begun: BegunStep | None = None
     step: DispatchedStep | None = None
     while (message := hosts.receive()).kind != "bye":
+        if message.kind not in OF_A_STEP:
+            begun = step = None  # so the devices have the memory of their outputs back
         try:
             match message.kind, begun, step:
                 case "dispatch", _, _:

@@ -297,12 +297,11 @@ class Runner:
         if not self._is_asleep:
             return
         kept = self._kept
-        upload = None if kept is None else lambda: [tuple(copy.upload() for copy in part) for part in kept]
-        self._take(upload or self._load)
+        self._take(self._load if kept is None else lambda: [tuple(c.upload() for c in part) for part in kept])
         self._kept, self._is_asleep = None, False
 
     def _take(self, load: LoadWeights) -> None:
-        """Takes weights, once what is there of others, or of a try that has failed, has gone."""
+        """Takes weights in place of what is left of others: the device has no room for both."""
         self._free()
         for stage, part in zip(self.stages, load(), strict=True):
             stage.wake(part)

@@ -6,6 +6,9 @@ import jax
 import pytest
 from small import golden, greedy, small_engine
 
+from jaxllm.runner import stage
+from jaxllm.runner.host_copy import HostCopy
+
 SIZES: dict[str, Any] = {"max_model_len": 96, "num_pages": 60}
 """As in the other tests, so that their compiled programs serve here."""
 REFERENCE = golden("llama")
@@ -103,3 +106,27 @@ def test_a_closed_engine_is_of_no_use(asleep: bool) -> None:
         with pytest.raises(RuntimeError, match="the engine is closed; make another"):
             use()
     assert device_bytes() == before
+
+
+def test_a_wake_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first try has put on the device goes before the second: there is no room for both."""
+    before, found, upload = device_bytes(), list[int](), HostCopy.upload
+
+    def uploading(copy: HostCopy) -> jax.Array:
+        found.append(device_bytes())
+        return upload(copy)
+
+    def allocate(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with small_engine(enforce_eager=True, **SIZES) as engine:
+        engine.sleep(1)
+        with monkeypatch.context() as failing:
+            failing.setattr(stage, "allocate", allocate)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                engine.wake_up()
+        assert engine.is_sleeping
+        monkeypatch.setattr(HostCopy, "upload", uploading)
+        engine.wake_up()
+        assert found[0] == before
+        assert engine.generate([PROMPT], greedy(16))[0].outputs[0].token_ids == EXPECTED

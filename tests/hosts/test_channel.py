@@ -3,9 +3,12 @@
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,13 +16,14 @@ from jaxllm import EngineConfig
 from jaxllm.config import ParallelConfig
 from jaxllm.engine.hosting import host_facts
 from jaxllm.parallel import hosts as hosts_module
+from jaxllm.parallel import make_mesh
 from jaxllm.parallel.channel import Channel, ChannelClosedError, Message
 from jaxllm.parallel.hosts import HostGroup, HostLostError
 from jaxllm.parallel.meeting import MeetingError, meet
 from jaxllm.runner.calls import dispatch_message, read_dispatch, read_sample, sample_message
-from jaxllm.runner.hosts import LeadingRunner, follow
+from jaxllm.runner.hosts import LeadingRunner, agree_on_pages, follow
 from jaxllm.runner.programs import Programs
-from jaxllm.runner.runner import Admission, Runner
+from jaxllm.runner.runner import Admission, BegunStep, DispatchedStep, Runner
 from jaxllm.sampling import SamplingParams
 from jaxllm.sampling.settings import row_settings
 from jaxllm.sampling.state import SamplerConfig
@@ -200,6 +204,66 @@ def test_experts_move_on_all_hosts(pair: tuple[Channel, Channel]) -> None:
     leader.close()
     follow(Runner([cast(Any, second)], 2, programs, cast(Any, None)), following)
     assert first.moved == second.moved == [(1, [2, 0, 1, 0])]
+
+
+def test_who_follows_keeps_nothing_of_a_step_while_it_sleeps(pair: tuple[Channel, Channel]) -> None:
+    """Its logits would stay on the devices."""
+    plan, kept = StepPlan((RowPlan("", 1, 5, 1, True),)), list[bool]()
+
+    class Following:
+        lowering = SimpleNamespace(buckets=SimpleNamespace(sizes=[None]))
+
+        def dispatch(self, *_: Any, **__: Any) -> BegunStep:
+            begun = BegunStep(plan, (), 0.0)
+            self.begun = weakref.ref(begun)
+            return begun
+
+        def sample(self, *_: Any) -> DispatchedStep:
+            step = DispatchedStep(plan, None, cast(Any, None), 0.0, (), ())
+            self.step = weakref.ref(step)
+            return step
+
+        def sleep(self, *, keep_weights: bool) -> None:
+            kept.append(keep_weights)
+            kept.extend(found() is not None for found in (self.begun, self.step))
+
+        def close(self) -> None:
+            pass
+
+    leading, following = groups(pair)
+    for message in (dispatch_message(plan, {}, 0), sample_message(None)):
+        leading.send(message)
+    leading.send(Message("sleep", {"keep_weights": True}))
+    leading.close()
+    follow(cast(Any, Following()), following)
+    assert kept == [True, False, False]
+
+
+def test_hosts_with_other_meshes_are_refused(pair: tuple[Channel, Channel]) -> None:
+    """As where host 0 has been given one of somebody's own: the others go by the config."""
+    (leader, follower), found = groups(pair), list[str]()
+    lowering = cast(
+        Any,
+        SimpleNamespace(
+            model="m",
+            sizes="s",
+            backend=SimpleNamespace(name="xla"),
+            products=None,
+            sampler=SimpleNamespace(processors=()),
+        ),
+    )
+
+    def other() -> None:
+        with pytest.raises(ValueError, match="the mesh is ") as error:
+            agree_on_pages(follower, lowering, {}, make_mesh(devices=jax.devices()[:1]), 9)
+        found.append(str(error.value))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with pytest.raises(ValueError, match=r"the mesh is .* on host 1 and .* on host 0"):
+        agree_on_pages(leader, lowering, {}, make_mesh(devices=jax.devices()[1:2]), 9)
+    thread.join()
+    assert found
 
 
 def test_what_goes_to_several_hosts_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:

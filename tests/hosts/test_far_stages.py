@@ -2,6 +2,8 @@
 
 import os
 import socket
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +51,42 @@ def test_results_come_in_the_order_in_which_they_were_begun(groups: tuple[HostGr
     assert np.asarray(tokens).tolist() == [0, 1, 2]
     for one in (leader, follower):
         one.close()
+
+
+def test_what_has_been_looked_at_is_forgotten(groups: tuple[HostGroup, HostGroup]) -> None:
+    """At once, not with the next step: the engine may sleep, and the devices have memory to give back."""
+
+    class Moved:
+        def block_until_ready(self) -> None:
+            pass
+
+    follower, gone = far(groups[1]), threading.Event()
+    moved = Moved()
+    weakref.finalize(moved, gone.set)
+    follower.watch(cast(Any, moved))
+    del moved
+    assert gone.wait(5)
+    follower.close()
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_close_waits_for_what_has_begun(is_lost: bool, groups: tuple[HostGroup, HostGroup]) -> None:
+    """A process that ended meanwhile might abort; but nobody waits for what a lost host holds up."""
+    end, done = threading.Event(), list[str]()
+
+    class Slow:
+        def block_until_ready(self) -> None:
+            assert end.wait(20)
+            done.append("it")
+
+    one = far(groups[1])
+    one.watch(cast(Any, Slow()))
+    timer = threading.Timer(0.1, lambda: groups[1].lose("gone") if is_lost else end.set())
+    timer.start()
+    one.close()
+    assert done == ([] if is_lost else ["it"])
+    timer.join()
+    end.set()
 
 
 def test_who_waits_hears_of_a_lost_host(groups: tuple[HostGroup, HostGroup]) -> None:
