@@ -84,7 +84,11 @@ class HostProcess:
 @contextmanager
 def host_process(argv: Sequence[str], devices: int) -> Iterator[HostProcess]:
     """Runs `jaxllm` with `devices` virtual devices; killed if it is still there at the end."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as `quick_compile` does
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", "import sys; from jaxllm.cli.main import main; sys.exit(main())", *argv],
         stdout=subprocess.PIPE,

@@ -25,6 +25,8 @@ from jaxllm.parallel.stage_hosts import StageHosts, spread_mesh
 from jaxllm.runner import far_stages
 from jaxllm.runner.far_stages import FarStages
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture
 def groups() -> Iterator[tuple[HostGroup, HostGroup]]:

@@ -16,6 +16,8 @@ from small_text import text_checkpoint
 
 from jaxllm import Engine, SamplingParams, StructuredOutputsParams
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 PROMPTS = ["abc", "the quick brown fox", "1 2 3 4 5 6 7 8 9 10 11 12"]
 SAMPLED: dict[str, Any] = {
     "prompt": PROMPTS,
