@@ -205,10 +205,14 @@ class EngineCore:
         failed = {
             self.unfinished.samples[r.request_id].assembler.request_id for r in self.scheduler.abandon()
         }
-        outputs = [self.abort(request_id, "error") for request_id in failed]
+        outputs = list(filter(None, [self.abort(request_id, "error") for request_id in failed]))
         self.balancer.abandon_round()
-        self.runner.reset()
-        return [output for output in outputs if output is not None]
+        try:
+            self.runner.reset()
+        except Exception as again:
+            self.failure = again
+            outputs += self.abort_all("error")
+        return outputs
 
     def restart(self) -> None:
         """Starts over after a failure, with the programs that there are; requests get no last output.

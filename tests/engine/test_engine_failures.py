@@ -1,6 +1,6 @@
 """Prompts that are refused, steps that fail, and what goes on afterwards."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +22,13 @@ def engine() -> Iterator[Engine]:
         yield engine
         assert not engine.has_unfinished_requests()
         assert engine._core.scheduler.cache.stats().num_used == 0
+
+
+def failing(message: str) -> Callable[..., Any]:
+    def fail(*_arguments: Any, **_options: Any) -> Any:
+        raise RuntimeError(message)
+
+    return fail
 
 
 def tokens(engine: Engine, prompt: list[int], count: int) -> list[int]:
@@ -63,11 +70,7 @@ def test_a_failed_step_fails_its_requests_alone(engine: Engine, monkeypatch: pyt
 
 def test_an_engine_that_always_fails_says_so_and_can_start_over(monkeypatch: pytest.MonkeyPatch) -> None:
     with small_engine(enforce_eager=True, **SIZES) as engine:
-
-        def fail(*_args: Any, **_options: Any) -> Any:
-            raise RuntimeError("the device is gone")
-
-        monkeypatch.setattr(engine._core.runner, "dispatch", fail)
+        monkeypatch.setattr(engine._core.runner, "dispatch", failing("the device is gone"))
         for _ in range(3):
             with pytest.raises((RequestFailedError, EngineFailedError)):
                 engine.generate([PROMPT], greedy(4))
@@ -77,3 +80,19 @@ def test_an_engine_that_always_fails_says_so_and_can_start_over(monkeypatch: pyt
         engine.restart()
         assert tokens(engine, PROMPT, 12) == EXPECTED[:12]
         assert engine.get_metrics()["engine_restarts_total"] == 1
+
+
+def test_an_engine_that_cannot_start_over_ends_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_engine(enforce_eager=True, **(SIZES | {"max_num_seqs": 1})) as engine:
+        monkeypatch.setattr(engine._core.runner, "sample", failing("the device is gone"))
+        monkeypatch.setattr(engine._core.runner, "reset", failing("the device takes no pages"))
+        for request_id in ("runs", "waits"):
+            engine.add_request(request_id, PROMPT, greedy(4))
+        ends = {output.request_id: output.outputs[0].finish_reason for output in engine.step()}
+        assert ends == {"runs": "error", "waits": "error"}
+        with pytest.raises(EngineFailedError) as failure:
+            engine.step()
+        assert str(failure.value.__cause__) == "the device takes no pages"
+        monkeypatch.undo()
+        engine.restart()
+        assert tokens(engine, PROMPT, 12) == EXPECTED[:12]
