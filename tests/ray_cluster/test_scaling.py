@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
-from typing import Any
 
 import httpx2
 import pytest
@@ -23,9 +22,7 @@ def url(serve_app: Callable[..., str]) -> str:
     """An application with one replica or two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXLLM_API_KEY", " from-environment, another")
-        return serve_app(
-            min_replicas=1, max_replicas=2, target_ongoing_requests=2, num_pages=2000, **QUICK
-        )  # pages for all that is asked: no prefix is forgotten
+        return serve_app(min_replicas=1, max_replicas=2, target_ongoing_requests=2, **QUICK)
 
 
 def num_replicas() -> int:
@@ -47,15 +44,13 @@ def test_keys_come_from_the_environment(url: str) -> None:
 
 
 def test_replicas_come_and_go_with_the_load(url: str) -> None:
-    """Nothing fails meanwhile; and while there are two, each has its prompts' beginnings."""
+    """Nothing fails meanwhile, and both are used while there are two."""
 
-    async def ask(http: httpx2.AsyncClient, prompt: str, max_tokens: int) -> int:
+    async def ask(http: httpx2.AsyncClient, prompt: str, max_tokens: int) -> None:
         body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True}
         answer = await http.post("/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
-        usage: dict[str, Any] = answer.json()["usage"]
-        assert usage["completion_tokens"] == max_tokens
-        return usage["prompt_tokens_details"]["cached_tokens"]
+        assert answer.json()["usage"]["completion_tokens"] == max_tokens
 
     async def num_short(http: httpx2.AsyncClient) -> float:
         """Requests for 2 tokens that one of the replicas has had."""
@@ -81,12 +76,9 @@ def test_replicas_come_and_go_with_the_load(url: str) -> None:
             enough = asyncio.Event()
             load = [asyncio.create_task(keep_asking(http, enough)) for _ in range(8)]
             await wait_for(lambda: num_running() == 2)
-            for num_rounds in itertools.count(1):  # until the front has heard of the new one, and used both
-                prefixes = [f"{num_rounds:02}{letter}" * 27 for letter in "abcdefgh"]
-                await asyncio.gather(*(ask(http, prefix + "1", 2) for prefix in prefixes))
-                for prefix in prefixes:
-                    assert await ask(http, prefix + "2", 2) >= 76
-                if 0 < await num_short(http) < 2 * len(prefixes) * num_rounds:
+            for num_asked in itertools.count(8, 8):  # until the front has heard of the new one, and used both
+                await asyncio.gather(*(ask(http, f"{num_asked}{letter}" * 27, 2) for letter in "abcdefgh"))
+                if 0 < await num_short(http) < num_asked:
                     break
                 assert time.monotonic() < end
             enough.set()
