@@ -84,15 +84,17 @@ class Target:
     """The server. To be used in `async with`.
 
     Args:
-        url: where it is, with or without /v1.
+        url: where it is, without /v1.
         model: the name to ask for; None: the server's first.
-        key: an API key.
+        headers: of every request.
         timeout: most seconds without anything coming.
     """
 
-    def __init__(self, url: str, model: str | None, key: str | None, timeout: float = 600.0) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1")
-        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+    def __init__(
+        self, url: str, model: str | None, headers: Mapping[str, str], timeout: float = 600.0
+    ) -> None:
+        self._url = url
+        self._headers = headers
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
         self._model = model
         self._salt = ""

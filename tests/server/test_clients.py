@@ -63,6 +63,8 @@ def test_chat(server: Running, capsys: pytest.CaptureFixture[str], monkeypatch: 
         ["chat", "--url", "http://x", "--figures"],
         ["run-batch", "-i", "x", "-o", "y"],
         ["run-batch", "--url", "http://x", "--num-pages", "3", "-i", "x", "-o", "y"],
+        ["run-batch", "--url", "127.0.0.1:8000", "-i", "x", "-o", "y"],
+        ["bench", "serve", "--url", "127.0.0.1:8000"],
     ],
 )
 def test_errors_of_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
