@@ -84,15 +84,17 @@ class Target:
     """The server. To be used in `async with`.
 
     Args:
-        url: where it is, with or without /v1.
+        url: where it is, without /v1.
         model: the name to ask for; None: the server's first.
-        key: an API key.
+        headers: of every request.
         timeout: most seconds without anything coming.
     """
 
-    def __init__(self, url: str, model: str | None, key: str | None, timeout: float = 600.0) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1")
-        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+    def __init__(
+        self, url: str, model: str | None, headers: Mapping[str, str], timeout: float = 600.0
+    ) -> None:
+        self._url = url
+        self._headers = headers
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
         self._model = model
         self._salt = ""
@@ -121,7 +123,7 @@ class Target:
             async with self._client.get(f"{self._url}/v1/models", raise_for_status=True) as response:
                 names = [model["id"] for model in (await response.json())["data"]]
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise RuntimeError(f"{self._url}: {error or type(error).__name__}") from error
+            raise RuntimeError(f"{self._url}: {str(error) or type(error).__name__}") from error
         self._model = self._model or names[0]
         if self._model not in names:
             raise RuntimeError(f"{self._model!r} is not served there; {', '.join(names)} is")
@@ -206,8 +208,11 @@ def _find_proxy(url: str) -> str | None:
     Not aiohttp's `trust_env`: that looks at each request, in a thread, and takes a login from ~/.netrc, too,
     beside which no key can be sent.
     """
-    parts = urlsplit(url)
-    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+    parts, proxies = urlsplit(url), getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy is None or proxy_bypass(parts.hostname or ""):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
 async def measure(target: Target, items: Sequence[Item], loads: Sequence[Load]) -> dict[str, Any]:

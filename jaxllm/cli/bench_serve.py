@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxllm.bench import workload
 from jaxllm.cli.bench_options import add_length_flags, add_report_flags, at_least_one, print_report, rate
-from jaxllm.cli.remote import add_server_flags, server_key
+from jaxllm.cli.remote import add_server_flags, server_headers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     pairs = itertools.product(arguments.request_rate, arguments.max_concurrency)
     loads = [serving.Load(per_second, clients) for per_second, clients in pairs]
-    target = serving.Target(arguments.url, arguments.model_name, server_key(arguments))
+    target = serving.Target(arguments.url, arguments.model_name, server_headers(arguments))
     report = uvloop.run(serving.measure(target, items, loads))
     print_report(arguments, report)
     if arguments.plot:

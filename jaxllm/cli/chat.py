@@ -17,7 +17,7 @@ from jaxllm.cli.options import (
     request_params,
     sampling_options,
 )
-from jaxllm.cli.remote import NOT_ASKED, Remote, add_server_flags, server_key
+from jaxllm.cli.remote import NOT_ASKED, Remote, add_server_flags, server_headers
 from jaxllm.cli.speakers import EngineSpeaker, ServerSpeaker, Speaker
 from jaxllm.sampling.params import RequestOutputKind
 
@@ -65,7 +65,7 @@ def _speaker_there(arguments: argparse.Namespace) -> Iterator[Speaker]:
     if engine_options_given(arguments) or asked or arguments.figures:
         names = [*engine_options_given(arguments), *asked, *(["--figures"] if arguments.figures else [])]
         arguments.usage_error(f"with --url the engine is the server's: leave out {', '.join(names)}")
-    with Remote(arguments.url, arguments.model_name, server_key(arguments)) as server:
+    with Remote(arguments.url, arguments.model_name, server_headers(arguments)) as server:
         _say(f"{server.model}: {HINT}")
         yield ServerSpeaker(server, sampling)
 

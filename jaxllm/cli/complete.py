@@ -5,7 +5,7 @@ import sys
 
 from jaxllm.cli.constraint import for_server
 from jaxllm.cli.options import add_sampling_flags, sampling_options
-from jaxllm.cli.remote import NOT_ASKED, Remote, add_server_flags, server_key
+from jaxllm.cli.remote import NOT_ASKED, Remote, add_server_flags, server_headers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     if arguments.echo:
         print(prompt, end="")
-    with Remote(arguments.url, arguments.model_name, server_key(arguments)) as server:
+    with Remote(arguments.url, arguments.model_name, server_headers(arguments)) as server:
         for chunk in server.stream("/v1/completions", {"prompt": prompt, **for_server(sampling)}):
             for choice in chunk["choices"]:
                 print(choice["text"], end="", flush=True)

@@ -170,20 +170,13 @@ def _prices(arguments: argparse.Namespace) -> list[float | None]:
 
 
 def _plan(arguments: argparse.Namespace, planner: "Planner", target: "Target") -> int:
-    from jaxllm.plan.layout import Layout
     from jaxllm.plan.picture import draw_plan
     from jaxllm.plan.saving import check_saving
     from jaxllm.plan.search import plan_or_advise
     from jaxllm.plan.table import plan_table
 
-    sizes = planner.config.parallel
-    layout = Layout.make(
-        target,
-        sizes.tensor_parallel_size,
-        sizes.expert_parallel_size,
-        arguments.data_parallel_size,
-        pipeline=sizes.pipeline_parallel_size,
-        data_parallel_experts=arguments.data_parallel_experts,
+    layout = planner.layout(
+        target, arguments.data_parallel_size, data_parallel_experts=arguments.data_parallel_experts
     )
     if arguments.save:
         check_saving(arguments.save, layout)

@@ -20,31 +20,36 @@ def add_server_flags(parser: argparse.ArgumentParser, *, url_default: str | None
     group = parser.add_argument_group("server")
     default = "" if url_default is None else f" (default: {url_default})"
     text = f"ask the server at this address, such as http://127.0.0.1:8000{default}"
-    group.add_argument("--url", default=url_default, metavar="URL", help=text)
+    group.add_argument("--url", type=_address, default=url_default, metavar="URL", help=text)
     group.add_argument("--model-name", metavar="NAME", help="the model's name there (default: the first)")
     group.add_argument("--api-key", metavar="KEY", help=f"(default: that in {' or '.join(KEY_VARIABLES)})")
 
 
-def server_key(arguments: argparse.Namespace) -> str | None:
-    """The key to come with; the first where a variable has several."""
+def _address(text: str) -> str:
+    """Where a server is, without /v1, as argparse reads it."""
+    if not text.lower().startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text!r} has to begin with http:// or https://")
+    return text.rstrip("/").removesuffix("/v1")
+
+
+def server_headers(arguments: argparse.Namespace) -> dict[str, str]:
+    """The key to come with, if there is one; the first where a variable has several."""
     from_environment = (os.environ.get(name) for name in KEY_VARIABLES)
-    found = arguments.api_key or next(filter(None, from_environment), None)
-    return found.split(",")[0].strip() if found else None
+    key = (arguments.api_key or next(filter(None, from_environment), "")).split(",")[0].strip()
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 class Remote:
     """A server as OpenAI's clients see it. To be used in a `with` statement.
 
     Args:
-        url: where it is, with or without /v1.
+        url: where it is, without /v1.
         model: the name to ask for; None: the server's first.
-        key: an API key.
+        headers: of every request.
     """
 
-    def __init__(self, url: str, model: str | None, key: str | None) -> None:
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        base = url.rstrip("/").removesuffix("/v1")
-        self._client = httpx2.Client(base_url=base, headers=headers, timeout=600)
+    def __init__(self, url: str, model: str | None, headers: Mapping[str, str]) -> None:
+        self._client = httpx2.Client(base_url=url, headers=headers, timeout=600)
         self._model = {} if model is None else {"model": model}
 
     @property

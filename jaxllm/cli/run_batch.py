@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxllm.cli.bench_options import at_least_one
 from jaxllm.cli.options import add_engine_flags, engine_options, engine_options_given
-from jaxllm.cli.remote import add_server_flags, server_key
+from jaxllm.cli.remote import add_server_flags, server_headers
 from jaxllm.config import EngineConfig
 
 CONCURRENCY = 64
@@ -79,10 +79,8 @@ async def _client(arguments: argparse.Namespace, options: dict[str, Any]) -> Asy
     import httpx2
 
     if arguments.url is not None:
-        key = server_key(arguments)
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        base = arguments.url.rstrip("/").removesuffix("/v1")
-        async with httpx2.AsyncClient(base_url=base, headers=headers, timeout=None) as client:
+        headers = server_headers(arguments)
+        async with httpx2.AsyncClient(base_url=arguments.url, headers=headers, timeout=None) as client:
             yield client
         return
 

@@ -7,7 +7,6 @@ plan.memory.num_pages, plan.estimate.output_tokens_per_second
 import math
 from typing import Any
 
-from jaxllm.plan.layout import Layout
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.planner import planner_of
 from jaxllm.plan.search import plan_or_advise
@@ -55,13 +54,7 @@ def make_plan(
         raise ValueError(f"price_per_chip_hour={price_per_chip_hour}: must be above 0 and finite")
     workload = Workload(input_len, output_len, concurrency)
     planner = planner_of(model, workload, few_layers=few_layers, options=options)
-    parallel = planner.config.parallel
-    layout = Layout.make(
-        Target.parse(target),
-        parallel.tensor_parallel_size,
-        parallel.expert_parallel_size,
-        data_parallel_size,
-        pipeline=parallel.pipeline_parallel_size,
-        data_parallel_experts=data_parallel_experts,
+    layout = planner.layout(
+        Target.parse(target), data_parallel_size, data_parallel_experts=data_parallel_experts
     )
     return plan_or_advise(planner, layout, price_per_chip_hour)

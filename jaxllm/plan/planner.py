@@ -30,6 +30,7 @@ from jaxllm.plan.step import Step
 from jaxllm.plan.workload import Workload
 from jaxllm.runner.lowering import Lowering
 from jaxllm.runner.memory import PROBE_PAGES
+from pallas_kernels.targets import Target
 
 LOGIT_BYTES = 4
 """Logits are in float32."""
@@ -50,6 +51,18 @@ class Planner:
     workload: Workload
     few_layers: bool = False
     progress: bool = True
+
+    def layout(self, target: Target, data: int | None, *, data_parallel_experts: bool) -> Layout:
+        """Cut as the config says; see `Layout.make`."""
+        sizes = self.config.parallel
+        return Layout.make(
+            target,
+            sizes.tensor_parallel_size,
+            sizes.expert_parallel_size,
+            data,
+            pipeline=sizes.pipeline_parallel_size,
+            data_parallel_experts=data_parallel_experts,
+        )
 
     def plan(self, layout: Layout, price_per_chip_hour: float | None = None) -> Plan:
         """The plan for a layout; compiles two programs of each stage, or four with `few_layers`.

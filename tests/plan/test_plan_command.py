@@ -5,22 +5,15 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 from plan_cases import step
 
 from jaxllm import Engine
 from jaxllm.cli import plan as command
 from jaxllm.cli.main import main
-from jaxllm.config import ModelConfig
-from jaxllm.models.llama import Llama
-from jaxllm.models.registry import ModelRegistry
-from jaxllm.plan.saving import save_programs
-from jaxllm.plan.source import list_configs, open_configs
 from jaxllm.plan.step import Step
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.lowering import Lowering
@@ -348,33 +341,7 @@ def test_a_missing_compiler_is_named(
     assert "no libtpu; the compilers come with pip install 'jaxllm[plan]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", list_configs())
-def test_configs_that_come_along(name: str) -> None:
-    """Their families are served, and they are read."""
-    checkpoint = open_configs(ModelConfig(name))
-    architecture = ModelRegistry.resolve(checkpoint.config)
-    config = architecture.read_config(checkpoint.config, dtype="bfloat16", tensor_parallel_size=1)
-    assert config.num_layers >= 32
-
-
-def test_programs_that_were_not_written_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others in the folder do not stand in for them."""
-    mesh = SimpleNamespace(devices=np.array(jax.devices()[:1]))
-    stage: Any = SimpleNamespace(mesh=mesh, programs=lambda pages: {"one": lambda: None})
-    monkeypatch.setattr("jaxllm.engine.loading.identify", lambda *_: "these")
-    monkeypatch.setattr("jaxllm.runner.kept.compile_watched", lambda lowered: (object(), True))
-    folder = tmp_path / "whole"
-    folder.mkdir(mode=0o700)
-    (folder / "of-another-plan.program").touch()
-    with pytest.raises(OSError, match="only 0 of 1 programs could be written"):
-        save_programs(tmp_path, Llama, [stage], 3, progress=False)
-
-
-def test_models_that_cannot_be_had(model: Callable[..., str], tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"its config cannot be had .*give the path of a config\.json, or one of"
-    ):
-        open_configs(ModelConfig("nobody/nothing"))
+def test_what_is_refused_in_python(model: Callable[..., str]) -> None:
     with pytest.raises(ValueError, match=r"architectures=\['MambaForCausalLM'\]: none of them is supported"):
         Engine.plan(model(architectures=["MambaForCausalLM"]), "v5e", few_layers=True)
     with pytest.raises(ValueError, match="price_per_chip_hour=0: must be above 0"):

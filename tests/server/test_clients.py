@@ -63,6 +63,8 @@ def test_chat(server: Running, capsys: pytest.CaptureFixture[str], monkeypatch: 
         ["chat", "--url", "http://x", "--figures"],
         ["run-batch", "-i", "x", "-o", "y"],
         ["run-batch", "--url", "http://x", "--num-pages", "3", "-i", "x", "-o", "y"],
+        ["run-batch", "--url", "127.0.0.1:8000", "-i", "x", "-o", "y"],
+        ["bench", "serve", "--url", "127.0.0.1:8000"],
     ],
 )
 def test_errors_of_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,8 +181,9 @@ def test_bench_serve_has_proxies_from_the_environment_and_no_logins(
     argv += ["--num-prompts", "2", "--input-len", "4", "--output-len", "2", "--json"]
     assert main(argv) == 0
     assert '"failed": 0' in capsys.readouterr().out
-    for name in ("no_proxy", "NO_PROXY"):
+    for name in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert main(argv) == 1
-    assert "127.0.0.1:9" in capsys.readouterr().err
+    for name, proxy in (("all_proxy", "127.0.0.1:9"), ("http_proxy", "http://127.0.0.1:10")):
+        monkeypatch.setenv(name, proxy)
+        assert main(argv) == 1
+        assert f"connect to host {proxy.removeprefix('http://')}" in capsys.readouterr().err
