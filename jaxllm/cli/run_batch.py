@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output-file",
         **file,
-        help="answers, one on each line; requests that it has answers of already are not sent again",
+        help="answers, one on each line; requests that have one already are not sent again, others are",
     )
     parser.add_argument(
         "--max-concurrency",

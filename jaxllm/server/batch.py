@@ -15,6 +15,8 @@ from typing import Any, TextIO
 
 import httpx2
 
+NO_ROOM = (429, 503)
+"""Statuses of requests that may be sent again."""
 TRIES = 5
 """How often a request is sent that the server has no room for, or that does not reach it."""
 RETRY_SECONDS = 1.0
@@ -68,7 +70,10 @@ def _request(entry: Any) -> BatchRequest:
 
 
 def read_done(path: Path) -> set[str]:
-    """The custom_ids that an output file has answers of. A last line that was not finished is cut off.
+    """The custom_ids that an output file has answers of.
+
+    Other lines are taken out of it: those of requests that did not reach the server or that it had no room
+    for, and a last one that was not finished.
 
     Raises:
         ValueError: a line that is no answer.
@@ -76,16 +81,20 @@ def read_done(path: Path) -> set[str]:
     if not path.exists():
         return set()
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    done = set()
-    for number, line in enumerate(whole.splitlines(), start=1):
+    done, kept = set[str](), list[bytes]()
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(keepends=True), start=1):
         try:
-            done.add(json.loads(line)["custom_id"])
+            entry = json.loads(line)
+            custom_id, response = entry["custom_id"], entry["response"]
+            if response is not None and response["status_code"] not in NO_ROOM:
+                done.add(custom_id)
+                kept.append(line)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number}: not an answer of a batch; give another file") from error
+    if (answered := b"".join(kept)) != data:
+        rest = path.with_name(f"{path.name}.part")
+        rest.write_bytes(answered)
+        rest.replace(path)  # whole or not at all
     return done
 
 
@@ -141,7 +150,7 @@ async def _ask(client: httpx2.AsyncClient, request: BatchRequest) -> dict[str, A
                 line["error"] = {"code": "connection_error", "message": str(error) or type(error).__name__}
                 return line
         else:
-            if last or response.status_code not in (429, 503):
+            if last or response.status_code not in NO_ROOM:
                 line["response"] = {
                     "status_code": response.status_code,
                     "request_id": response.headers.get("x-request-id", ""),

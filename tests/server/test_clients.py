@@ -118,6 +118,24 @@ def test_a_batch_goes_on_where_it_ended(
     assert "6 requests, 6 answered before" in capsys.readouterr().err
 
 
+def test_a_batch_that_was_not_answered_is_sent_again(
+    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(batch_line("1", prompt="a") + batch_line("2", prompt="b"))
+    monkeypatch.setattr("jaxllm.server.batch.RETRY_SECONDS", 0.0)
+    argv = ["run-batch", "-i", str(source), "-o", str(target), "--url"]
+    assert main([*argv, "http://127.0.0.1:9"]) == 1
+    assert {line["error"]["code"] for line in answers(target).values()} == {"connection_error"}
+    full = {"status_code": 503, "request_id": "", "body": {}}
+    refused = {"id": "x", "custom_id": "2", "response": full, "error": None}
+    [one, _] = target.read_text().splitlines()
+    target.write_text(f"{one}\n{json.dumps(refused)}\n")
+    assert main([*argv, server.url]) == 0
+    assert {line["response"]["status_code"] for line in answers(target).values()} == {200}
+    assert set(answers(target)) == {"1", "2"}
+
+
 def test_a_batch_with_errors(server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(batch_line("good", prompt="a") + batch_line("bad", prompt="a", temperature=-1))
