@@ -260,8 +260,11 @@ class Runner:
         return cast(Logprobs, found)
 
     def sleep(self, *, keep_weights: bool) -> None:
-        """Frees the devices: pages and rows are dropped, weights go to the host's memory or are dropped."""
-        if keep_weights:
+        """Frees the devices: pages and rows are dropped, weights go to the host's memory or are dropped.
+
+        Those that are gone, as after a move of experts that has failed, are loaded again by `wake`.
+        """
+        if keep_weights and self.has_weights():
             self._kept = [[HostCopy.of(array) for array in part] for part in self.params]
         self._is_asleep = True
         self._free()

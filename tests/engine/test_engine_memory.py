@@ -130,3 +130,23 @@ def test_a_wake_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
         engine.wake_up()
         assert found[0] == before
         assert engine.generate([PROMPT], greedy(16))[0].outputs[0].token_ids == EXPECTED
+
+
+def test_weights_that_are_gone_before_a_sleep_are_loaded_again() -> None:
+    """As where experts could not be moved, and then not be loaded."""
+    with small_engine(enforce_eager=True, **SIZES) as engine:
+        runner = engine._cores[0].runner
+        runner._free()
+        engine.sleep(1)
+        engine.wake_up()
+        assert engine.generate([PROMPT], greedy(16))[0].outputs[0].token_ids == EXPECTED
+
+
+def test_a_sleep_tried_again_keeps_what_the_first_has_kept() -> None:
+    """Where another replica could not sleep."""
+    with small_engine(enforce_eager=True, **SIZES) as engine:
+        runner = engine._cores[0].runner
+        runner.sleep(keep_weights=True)
+        engine.sleep(1)
+        engine.wake_up()
+        assert engine.generate([PROMPT], greedy(16))[0].outputs[0].token_ids == EXPECTED
