@@ -38,7 +38,8 @@ def no_jax_cache() -> Iterator[None]:
 def quick_compile() -> Iterator[None]:
     """Programs compiled in two thirds of the time, which run slower: for modules that test what lies where.
 
-    What a model computes is tested elsewhere, with the programs that users get.
+    What a model computes is tested elsewhere, with the programs that users get. An interpreter of kernels is
+    none of those.
     """
     import jax
 

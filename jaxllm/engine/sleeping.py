@@ -26,6 +26,7 @@ class Sleep:
         Raises:
             ValueError: another level.
             RuntimeError: requests are unfinished, or there is nothing that has not failed.
+            Exception: the host has no room for the weights. All replicas stay awake.
         """
         if level not in (1, 2):
             raise ValueError(
@@ -38,10 +39,15 @@ class Sleep:
         if all(core.failure is not None for core in self._cores):
             raise RuntimeError("all replicas have failed, and start over; try again when one serves")
         self._core.drain()
-        for core in self._cores:
-            core.scheduler.reset_prefix_cache()
-            if core.failure is None:  # else its device may take no orders any more
-                core.runner.sleep(keep_weights=level == 1)
+        try:
+            for core in self._cores:
+                core.scheduler.reset_prefix_cache()
+                if core.failure is None:  # else its device may take no orders any more
+                    core.runner.sleep(keep_weights=level == 1)
+        except Exception:
+            for core in self._cores:
+                core.runner.wake()  # those that sleep by now
+            raise
         self.active = True
 
     def end(self) -> None:

@@ -148,6 +148,8 @@ class LeadingRunner(Runner):
         """As `Runner.sample`, on all hosts; reading the step raises HostLostError once one is lost."""
         sample = super().sample
         done = self._on_all(sample_message(masks), lambda: sample(step, masks))
+        if self._far is not None:
+            return done  # its tokens come from another host, and who waits for them hears if one is lost
         return WatchedStep(**_fields(done), hosts=self.hosts)
 
     def logprobs(self, step: DispatchedStep) -> Logprobs:

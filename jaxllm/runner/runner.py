@@ -89,6 +89,7 @@ class Runner:
         self._load = load
         self._exact = exact
         self._far = far
+        self._parts = (*self.stages, *(() if far is None else far.links))
         self._returning: deque[Returning] = deque()
         self._is_asleep = False
         self._kept: list[list[HostCopy]] | None = None
@@ -215,8 +216,7 @@ class Runner:
         if self._exact:
             return buckets.fit(*size)
         fitting = buckets.holding(*size)
-        parts = [*self.stages, *(() if self._far is None else self._far.links)]
-        there = (bucket for bucket in fitting if all(part.is_ready(bucket) for part in parts))
+        there = (bucket for bucket in fitting if all(part.is_ready(bucket) for part in self._parts))
         return next(there, buckets.largest)
 
     def _admit(self, row: int, admission: Admission, updates: Sequence[PageUpdate]) -> None:
@@ -260,8 +260,11 @@ class Runner:
         return cast(Logprobs, found)
 
     def sleep(self, *, keep_weights: bool) -> None:
-        """Frees the devices: pages and rows are dropped, weights go to the host's memory or are dropped."""
-        if keep_weights:
+        """Frees the devices: pages and rows are dropped, weights go to the host's memory or are dropped.
+
+        Those that are gone, as after a move of experts that has failed, are loaded again by `wake`.
+        """
+        if keep_weights and self.has_weights():
             self._kept = [[HostCopy.of(array) for array in part] for part in self.params]
         self._is_asleep = True
         self._free()
@@ -315,7 +318,7 @@ class Runner:
 
     def _free(self) -> None:
         self._returning.clear()
-        for part in (*self.stages, *(() if self._far is None else self._far.links)):
+        for part in self._parts:
             part.free()
 
 

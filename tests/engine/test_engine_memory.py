@@ -130,3 +130,29 @@ def test_a_wake_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
         engine.wake_up()
         assert found[0] == before
         assert engine.generate([PROMPT], greedy(16))[0].outputs[0].token_ids == EXPECTED
+
+
+def test_weights_that_are_gone_before_a_sleep_are_loaded_again() -> None:
+    """As where experts could not be moved, and then not be loaded."""
+    with small_engine(enforce_eager=True, **SIZES) as engine:
+        runner = engine._cores[0].runner
+        runner._free()
+        engine.sleep(1)
+        engine.wake_up()
+        assert engine.generate([PROMPT], greedy(16))[0].outputs[0].token_ids == EXPECTED
+
+
+def test_a_replica_that_cannot_sleep_keeps_the_others_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_engine(enforce_eager=True, data_parallel_size=2, **SIZES) as engine:
+
+        def sleep(*, keep_weights: bool) -> None:
+            raise MemoryError("no room in the host's memory")
+
+        with monkeypatch.context() as failing:
+            failing.setattr(engine._cores[1].runner, "sleep", sleep)
+            with pytest.raises(MemoryError):
+                engine.sleep(1)
+        assert not engine.is_sleeping
+        assert all(core.runner.has_weights() for core in engine._cores)
+        outputs = engine.generate([PROMPT] * 2, greedy(16))
+        assert [output.outputs[0].token_ids for output in outputs] == [EXPECTED] * 2

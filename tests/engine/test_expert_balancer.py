@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small import golden, greedy, small_engine
 from test_parallel_engine import Layout
-from test_tensor_parallel_engine import COLLECTIVES, SIZES
+from test_tensor_parallel_engine import SIZES, collectives
 
 from jaxllm import Engine
 from jaxllm.engine.core import RequestFailedError
@@ -55,7 +55,7 @@ def check_collectives(engine: Engine) -> None:
         lowering = stage.lowering
         largest = lowering.buckets.largest
         key = lowering.stage.key(("forward", largest.tokens, largest.rows))
-        found = COLLECTIVES.findall(engine._cores[0].runner.programs[key].as_text() or "")
+        found = collectives(engine._cores[0].runner.programs[key].as_text())
         kinds = [kind for _, kind in found]
         layers = len(lowering.stage.layers(lowering.model.num_layers))
         assert kinds.count("all-reduce") == lowering.stage.is_first + 2 * layers

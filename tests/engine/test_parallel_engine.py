@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from small import CHECKPOINTS, OPTIONS, golden, greedy, small_engine
-from test_tensor_parallel_engine import COLLECTIVES, SIZES, run
+from test_tensor_parallel_engine import SIZES, collectives, run
 
 from jaxllm import Engine
 from jaxllm.models import CausalLM, DecoderConfig
@@ -131,7 +131,7 @@ def check_collectives(engine: Engine, stage: StageRunner, layout: Layout) -> Non
     lowering = stage.lowering
     largest = lowering.buckets.largest
     key = lowering.stage.key(("forward", largest.tokens, largest.rows))
-    found = COLLECTIVES.findall(engine._core.runner.programs[key].as_text() or "")
+    found = collectives(engine._core.runner.programs[key].as_text())
     layers = len(lowering.stage.layers(lowering.model.num_layers))
     expected = {"all-reduce": lowering.stage.is_first + 2 * layers, "all-gather": int(lowering.stage.is_last)}
     alone = layout.tensor * layout.expert == 1

@@ -1,6 +1,5 @@
 """The engine on several devices: the same tokens, everything cut, and only sums between devices."""
 
-import re
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from small import CHECKPOINTS, golden, greedy, small_engine
 from jaxllm import Engine, SamplingParams
 from jaxllm.parallel import make_mesh
 from pallas_kernels.paged_attention import PageGeometry
+from pallas_kernels.targets.compiled import COLLECTIVES, CompiledText
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -23,9 +23,6 @@ SIZES: dict[str, Any] = {
 MODELS = ("llama", "gemma3")
 """Both have 8 heads and 2 of keys and values: fewer than the devices."""
 LAYERS = {"llama": 2, "gemma3": 3}
-COLLECTIVES = re.compile(
-    r"= (\(.+?\)|[^\s{]+)\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
-)
 
 
 def cases(model: str) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -45,6 +42,12 @@ def cases(model: str) -> tuple[list[list[int]], list[SamplingParams]]:
 
 def run(engine: Engine, model: str) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in engine.generate(*cases(model))]
+
+
+def collectives(text: str | None) -> list[tuple[str, str]]:
+    """What a program sends between devices: of each such instruction the result's shape, and the kind."""
+    found = CompiledText.parse(text or "").instructions
+    return [(one.result.partition("{")[0], one.opcode) for one in found if one.opcode in COLLECTIVES]
 
 
 def forward_text(engine: Engine) -> str:
@@ -99,7 +102,7 @@ def check_shards(engine: Engine, devices: int) -> None:
 
 def check_collectives(engine: Engine, layers: int) -> None:
     """One sum for the embedding and two for each layer; of weights and pages nothing moves."""
-    found = COLLECTIVES.findall(forward_text(engine))
+    found = collectives(forward_text(engine))
     kinds = [kind for _, kind in found]
     assert set(kinds) == {"all-reduce", "all-gather"}
     assert kinds.count("all-reduce") == 1 + 2 * layers
@@ -115,7 +118,7 @@ def test_the_search_for_collectives_finds_them() -> None:
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     matrix = jax.ShapeDtypeStruct((8, 6), "float32", sharding=cut)
     text = jax.jit(lambda x: x * 2, out_shardings=whole).lower(matrix).compile().as_text()
-    assert COLLECTIVES.findall(text or "") == [("f32[8,6]", "all-gather")]
+    assert collectives(text) == [("f32[8,6]", "all-gather")]
 
 
 def test_a_mesh_of_other_devices(on_one_device: dict[str, list[list[int]]]) -> None:

@@ -1,7 +1,6 @@
 """The same logits on any number of devices, and only sums between them."""
 
 import json
-import re
 
 import jax
 import numpy as np
@@ -11,15 +10,13 @@ from paged_harness import STEP_TOKENS, PagedRunner, continue_greedily
 from safetensors.numpy import load_file
 
 from jaxllm.models import CausalLM, DecoderConfig, ModelRegistry
+from pallas_kernels.targets.compiled import COLLECTIVES, CompiledText
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # All parts that are cut: biases, soft caps and a tied head, norms over all heads, learned positions, sinks,
 # biased and shared experts, latents.
 FAMILIES = ("llama", "gemma2", "olmo2", "gpt2", "gpt-oss", "qwen2-moe", "deepseek-v3")
-COLLECTIVES = re.compile(
-    r"= (\(.+?\)|[^\s{]+)\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
-)
 
 
 def load(name: str, devices: int) -> tuple[type[CausalLM], DecoderConfig, PagedRunner]:
@@ -58,11 +55,12 @@ def test_step_adds_up_and_gathers_only_logits(name: str) -> None:
     with jax.set_mesh(runner.mesh):
         text = runner.run.lower(runner.weights, runner.cache, tokens, batch).compile().as_text()
     assert text is not None
-    found = COLLECTIVES.findall(text)
+    found = [one for one in CompiledText.parse(text).instructions if one.opcode in COLLECTIVES]
     rows = config.geometry.padded_vocab_size
-    kinds = [kind for _, kind in found]
+    kinds = [one.opcode for one in found]
     assert set(kinds) == {"all-reduce", "all-gather"}
-    assert [shape for shape, kind in found if kind == "all-gather"] == [f"f32[{STEP_TOKENS},{rows}]"]
+    gathered = [one.result.partition("{")[0] for one in found if one.opcode == "all-gather"]
+    assert gathered == [f"f32[{STEP_TOKENS},{rows}]"]
     # One sum for the embedding, and two for each layer; OLMo 2's norms of queries and keys share a third.
     layer = 3 if name == "olmo2" else 2
     assert kinds.count("all-reduce") == 1 + layer * config.num_layers
