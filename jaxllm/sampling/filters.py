@@ -37,10 +37,10 @@ def _thresholds(weights: Float[Array, "seqs vocab"], scalars: RowScalars) -> Flo
     nothing = jnp.zeros_like(totals)
     if weights.shape[1] <= _BLOCK * _BLOCKS_FIRST:
         return _search(weights, totals, nothing, scalars)[0]
-    # Without the barrier XLA merges the slices below into the top_k and sorts all blocks: 7 times slower.
-    heaviest, blocks = lax.optimization_barrier(
-        lax.top_k(reduce_blocks(weights, _BLOCK, jnp.max), _BLOCKS_FIRST + 1)
-    )
+    # Without barriers XLA merges the slices below into the top_k and sorts all blocks: 7 times slower. With
+    # one for both of its results XLA aborts where programs are partitioned: TopkDecomposer wants them apart.
+    largest = lax.top_k(reduce_blocks(weights, _BLOCK, jnp.max), _BLOCKS_FIRST + 1)
+    heaviest, blocks = map(lax.optimization_barrier, largest)
     candidates = take_blocks(weights, blocks[:, :-1], _BLOCK, fill=0.0)
     thresholds, found = _search(candidates, totals, heaviest[:, -1], scalars)
     return lax.cond(

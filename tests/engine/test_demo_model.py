@@ -95,6 +95,14 @@ def test_golden_tokens_of_chats_and_streams() -> None:
     assert chat.outputs[0].text == streamed
 
 
+@pytest.mark.parametrize("sizes", [(3, 1), (1, 2)])
+def test_golden_tokens_on_several_devices(sizes: tuple[int, int]) -> None:
+    """Vocabularies of other tests are so small that samplers take other ways."""
+    tensor, pipeline = sizes
+    parallel = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+    check(_engine(**parallel).generate(PROMPTS, GREEDY))
+
+
 def test_the_same_tokens_whatever_happens_around_them() -> None:
     """Sampled tokens: alone and synchronous, and in a crowd in chunks of other sizes."""
     prompts = [PROMPTS[i] for i in (1, 5, 7)]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxllm.sampling import SamplerConfig, SamplingParams, filters, row_settings
 
@@ -81,3 +82,13 @@ def test_a_large_vocabulary(spread: float):
         assert np.all(kept[0][surely] > 0)
         assert np.all(kept[0][~maybe] == 0)
         assert np.all(kept[1] == weights[1])
+
+
+def test_a_large_vocabulary_on_two_devices():
+    """Compiled as a program of an engine that is cut, where XLA rewrites the top_k in another way."""
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))
+    weights = np.random.default_rng(0).uniform(size=(2, 9000)).astype(np.float32)
+    scalars = scalars_of(SamplingParams(top_k=50), SamplingParams(top_p=0.5))
+    cut = jax.device_put(weights, NamedSharding(mesh, PartitionSpec(None, "tensor")))
+    run = filter_of(32, 64)
+    assert np.array_equal(run(cut, scalars), run(weights, scalars))
