@@ -16,6 +16,7 @@ from jaxllm.cli.options import add_engine_flags, engine_options
 from jaxllm.config import EngineConfig, option_fields
 from jaxllm.engine.vllm_options import COMBINED, MEANINGLESS, REFUSED, translate
 from jaxllm.server.config import PARTS, ServerConfig
+from jaxllm.wording import how_to_install
 
 _OWN = {field.name for part in PARTS.values() for field in dataclasses.fields(part)}
 _VLLM = REFUSED.keys() | COMBINED | MEANINGLESS
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from jaxllm.server.run import run as serve
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"{error}; the server needs: pip install 'jaxllm[server]'") from error
+        raise RuntimeError(f"{error}; for the server {how_to_install('server')}") from error
 
     return serve(config, EngineConfig.create(str(model), **options))
 

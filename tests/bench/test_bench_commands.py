@@ -209,7 +209,7 @@ def test_a_picture_without_matplotlib_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["bench", "scheduler", "--plot", "x.png"]) == 1
-    assert "pip install 'jaxllm[notebook]'" in capsys.readouterr().err
+    assert "pip install -e '.[notebook]'" in capsys.readouterr().err
 
 
 def _has_matplotlib() -> bool:
