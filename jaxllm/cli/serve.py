@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag_name(name), nargs="?", const=True, type=_json_or_text, default=hidden, help=hidden
         )
-    parser.set_defaults(parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,7 +73,9 @@ def _add_from_file(arguments: argparse.Namespace) -> None:
     entries: Any = None
     try:
         entries = yaml.safe_load(arguments.config.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
+        arguments.usage_error(arguments.parser.explain(error, arguments))
+    except yaml.YAMLError as error:
         arguments.usage_error(f"--config: {error}")
     if not isinstance(entries, dict):
         arguments.usage_error(f"--config: {arguments.config}: must hold names of flags with their values")
