@@ -68,10 +68,11 @@ def locate_configs(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    from converters.hub import locate
+    from converters.hub import check_repo_id, locate
 
     if ":" in model:
         return locate(model, revision=revision, cache_dir=cache_dir, token=token)
+    check_repo_id(model)
     try:
         folder = snapshot_download(
             model, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=CONFIG_FILES
