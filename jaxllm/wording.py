@@ -13,6 +13,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def size(nbytes: float) -> str:
+    """In the unit that leaves few digits."""
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= one:
+            return f"{nbytes / one:.2f} {unit}" if nbytes < 100 * one else f"{nbytes / one:.0f} {unit}"
+    return f"{nbytes / 1e3:.0f} KB"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean NAME?` for the nearest of the `known` names; empty where none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)

@@ -7,11 +7,15 @@ import aiohttp
 import httpx2
 import pytest
 
-from jaxllm.wording import counted, did_you_mean, how_to_install, refusal, unreachable
+from jaxllm.wording import counted, did_you_mean, how_to_install, refusal, size, unreachable
 
 
 def test_one_is_not_many() -> None:
     assert [counted(n, "device") for n in (0, 1, 2)] == ["0 devices", "1 device", "2 devices"]
+
+
+def test_sizes_have_few_digits() -> None:
+    assert [size(n) for n in (999, 1.5e6, 1983676416, 2e14)] == ["1 KB", "1.50 MB", "1.98 GB", "200 TB"]
 
 
 def test_only_near_names_are_proposed() -> None:

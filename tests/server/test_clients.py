@@ -164,13 +164,21 @@ def test_a_batch_with_errors(server: Running, tmp_path: Path, capsys: pytest.Cap
         assert complaint in capsys.readouterr().err
 
 
-def test_a_batch_with_an_engine_of_its_own(server: Running, model: Path, tmp_path: Path) -> None:
+def test_a_batch_with_an_engine_of_its_own(
+    server: Running, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(batch_line("1", prompt="abc") + batch_line("2", prompt="xyz"))
     assert main(["run-batch", str(model), "-i", str(source), "-o", str(target), *ENGINE]) == 0
     found = answers(target)
     texts = [found[name]["response"]["body"]["choices"][0]["text"] for name in ("1", "2")]
     assert texts == [expected(server, prompt=prompt) for prompt in ("abc", "xyz")]
+    source.write_text(
+        batch_line("3", prompt="abc", model="other") + batch_line("4", prompt="abc", model=str(model))
+    )
+    assert main(["run-batch", str(model), "-i", str(source), "-o", str(target), *ENGINE]) == 1
+    said = f"the first: 404: model: 'other' is not served here; give {str(model)!r}, or leave it out\n"
+    assert said in capsys.readouterr().err
     assert main(["run-batch", str(tmp_path), "-i", str(source), "-o", str(tmp_path / "o"), *ENGINE]) == 1
 
 
