@@ -78,5 +78,6 @@ def locate_configs(
             model, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=CONFIG_FILES
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise CheckpointError(f"{model}: its config cannot be had ({error})") from error
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{model}: its config cannot be had ({reason[0]})") from error
     return Path(folder)

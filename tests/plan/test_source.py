@@ -41,3 +41,12 @@ def test_the_demo_model_is_planned_without_its_weights(monkeypatch: pytest.Monke
 def test_a_config_that_cannot_be_had(model: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_configs(ModelConfig(model))
+
+
+def test_what_the_hub_says_is_cut_to_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise OSError("no network\nand so on")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ValueError, match=r"cannot be had \(no network\); give"):
+        open_configs(ModelConfig("nobody/nothing"))
