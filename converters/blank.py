@@ -68,14 +68,16 @@ def locate_configs(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    from converters.hub import locate
+    from converters.hub import check_repo_id, locate
 
     if ":" in model:
         return locate(model, revision=revision, cache_dir=cache_dir, token=token)
+    check_repo_id(model)
     try:
         folder = snapshot_download(
             model, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=CONFIG_FILES
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise CheckpointError(f"{model}: its config cannot be had ({error})") from error
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{model}: its config cannot be had ({reason[0]})") from error
     return Path(folder)

@@ -1,12 +1,13 @@
 """From what the user calls a model to a path on this machine, downloading from Hugging Face where needed."""
 
+import difflib
 from pathlib import Path
 
 from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
 from converters.checkpoint import pickle_advice
 from converters.errors import CheckpointError
-from converters.on_disk import find_on_disk
+from converters.on_disk import DEMO_MODEL, find_on_disk
 
 DATA_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt"]
 """Patterns of what is downloaded: data only, no code and no pickles."""
@@ -30,8 +31,7 @@ def locate(
     if (path := find_on_disk(model)) is not None:
         return path
     repo, _, file = model.partition(":")
-    if not _is_repo_id(repo):
-        raise CheckpointError(f"{model}: no such file or folder, and not a repo id such as owner/name")
+    check_repo_id(repo)
     try:
         if file:
             return Path(
@@ -62,9 +62,15 @@ def locate(
     return folder
 
 
-def _is_repo_id(name: str) -> bool:
-    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".gguf")
-    return bool(name) and not looks_like_path and name.count("/") <= 1 and "\\" not in name
+def check_repo_id(name: str) -> None:
+    """Refuses what can only be a path, of which nothing is there.
+
+    Raises:
+        CheckpointError: it is no repo id.
+    """
+    looks_like_path = name.startswith((".", "/", "~")) or name.endswith((".gguf", ".json"))
+    if not name or looks_like_path or name.count("/") > 1 or "\\" in name:
+        raise CheckpointError(f"{name}: no such file or folder, and not a repo id such as owner/name")
 
 
 def _explain(model: str, revision: str | None, error: Exception) -> str:
@@ -73,17 +79,32 @@ def _explain(model: str, revision: str | None, error: Exception) -> str:
         case errors.GatedRepoError():
             why = "the repo is gated: accept its terms, then pass token=... or run `hf auth login`"
         case errors.RepositoryNotFoundError():
-            why = "no such file, folder or Hugging Face repo (a private repo needs token=...)"
+            why = "no such file, folder or Hugging Face repo (a private repo needs token=...)" + _nearest(
+                model
+            )
         case errors.RevisionNotFoundError():
             why = "the repo has no such revision"
         case errors.RemoteEntryNotFoundError():
             why = "the repo has no such file"
         case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() | OSError():
             why = "no such file or folder here, not in the download cache, and Hugging Face cannot be reached"
+            why += _nearest(model)
         case _:
             why = "cannot be downloaded"
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return f"{where}: {why} ({reason[0]})"
+
+
+def _nearest(name: str) -> str:
+    """The name that is known here, for one that no owner's repo has; they have a slash."""
+    if "/" in name:
+        return ""
+    near = difflib.get_close_matches(name, [DEMO_MODEL])
+    return (
+        f"; did you mean {near[0]}?"
+        if near
+        else f"; a repo id is owner/name, and the demo model {DEMO_MODEL}"
+    )
 
 
 def _what_else(repo: str, revision: str | None, token: str | None, offline: bool) -> str:

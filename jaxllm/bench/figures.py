@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxllm.wording import size
+
 PERCENTILES = (50, 90, 99)
 
 
@@ -33,18 +35,19 @@ def spread(values: Sequence[float], *, most: bool) -> dict[str, Any]:
 
 
 def table(figures: Mapping[str, Any], indent: str = "") -> str:
-    """Nested figures as lines of a name and a value, for people."""
+    """Nested figures as lines of a name and a value, for people; those of a name in `_bytes` with units."""
     width = max((len(name) for name in figures), default=0)
     lines = []
     for name, value in figures.items():
-        title = name.replace("_", " ")
+        title = name.removesuffix("_bytes").replace("_", " ")
+        shown = size if name.endswith("_bytes") else number
         if isinstance(value, Mapping) and any(isinstance(v, Mapping | list) for v in value.values()):
             lines.append(f"{indent}{title}\n{table(_without_lists(value), indent + '  ')}")
         elif isinstance(value, Mapping):
-            inner = "  ".join(f"{key} {number(v)}" for key, v in value.items())
+            inner = "  ".join(f"{key} {shown(v)}" for key, v in value.items())
             lines.append(f"{indent}{title:{width}}  {inner}")
         elif not isinstance(value, list):
-            lines.append(f"{indent}{title:{width}}  {number(value)}")
+            lines.append(f"{indent}{title:{width}}  {shown(value)}")
     return "\n".join(lines)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.wording import how_to_install
+
 if TYPE_CHECKING:
     from jaxllm.bench.session import Run
 
@@ -23,7 +25,7 @@ def check_plots(file: Path | None) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise RuntimeError("--plot needs matplotlib: pip install 'jaxllm[notebook]'") from error
+        raise RuntimeError(f"--plot needs matplotlib: {how_to_install('notebook')}") from error
 
 
 def _panels(count: int) -> tuple[Any, list[Any]]:

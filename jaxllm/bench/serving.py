@@ -18,6 +18,7 @@ import aiohttp
 
 from jaxllm.bench.figures import percentiles
 from jaxllm.bench.workload import Item, with_arrivals
+from jaxllm.wording import counted, refusal, unreachable
 
 WARM_REQUESTS, WARM_TOKENS = 2, 8
 """What runs before anything is timed."""
@@ -77,7 +78,7 @@ class Load:
 
     def __str__(self) -> str:
         rate = "at once" if self.rate is None else f"{self.rate:g}/s"
-        return rate if self.concurrency is None else f"{rate}, {self.concurrency} clients"
+        return rate if self.concurrency is None else f"{rate}, {counted(self.concurrency, 'client')}"
 
 
 class Target:
@@ -94,6 +95,7 @@ class Target:
         self, url: str, model: str | None, headers: Mapping[str, str], timeout: float = 600.0
     ) -> None:
         self._url = url
+        self._proxy = _find_proxy(url)
         self._headers = headers
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
         self._model = model
@@ -106,7 +108,7 @@ class Target:
             headers=self._headers,
             timeout=self._timeout,
             connector=aiohttp.TCPConnector(limit=0),
-            proxy=_find_proxy(self._url),
+            proxy=self._proxy,
         )
         return self
 
@@ -117,13 +119,15 @@ class Target:
         """Finds out what is served.
 
         Raises:
-            RuntimeError: the server cannot be reached, or does not serve the model.
+            RuntimeError: the server cannot be reached, refuses, or does not serve the model.
         """
         try:
-            async with self._client.get(f"{self._url}/v1/models", raise_for_status=True) as response:
+            async with self._client.get(f"{self._url}/v1/models") as response:
+                if not response.ok:
+                    raise RuntimeError(f"{self._url}: {response.status}: {refusal(await response.text())}")
                 names = [model["id"] for model in (await response.json())["data"]]
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise RuntimeError(f"{self._url}: {str(error) or type(error).__name__}") from error
+            raise RuntimeError(self._lost(error)) from error
         self._model = self._model or names[0]
         if self._model not in names:
             raise RuntimeError(f"{self._model!r} is not served there; {', '.join(names)} is")
@@ -146,7 +150,7 @@ class Target:
                 try:
                     await self._stream(item, answer)
                 except (aiohttp.ClientError, TimeoutError, RuntimeError) as error:
-                    answer.error = str(error) or type(error).__name__
+                    answer.error = self._lost(error)
                 answer.end = time.perf_counter()
             return answer
 
@@ -155,11 +159,17 @@ class Target:
             self._read(answer)
         return answers
 
+    def _lost(self, error: Exception) -> str:
+        if isinstance(error, aiohttp.ClientConnectorError):
+            through = f" through the proxy {self._proxy}" if self._proxy else ""
+            return unreachable(f"{self._url}{through}", error)
+        return str(error) or type(error).__name__
+
     async def _stream(self, item: Item, answer: Answer) -> None:
         path, body = self._request(item)
         async with self._client.post(self._url + path, json=body) as response:
             if not response.ok:
-                raise RuntimeError(f"{response.status}: {(await response.text())[:200]}")
+                raise RuntimeError(f"{response.status}: {refusal(await response.text())}")
             async for data in response.content.iter_any():
                 answer.pieces.append((time.perf_counter(), data))
 

@@ -51,7 +51,10 @@ def constraint_options(arguments: argparse.Namespace) -> dict[str, Any]:
             if field in found and not found[field].lstrip().startswith("{"):
                 found[field] = Path(found[field]).read_text(encoding="utf-8")
         return {"structured_outputs": StructuredOutputsParams(**found)}
-    except (OSError, TypeError, ValueError) as error:
+    except OSError as error:
+        arguments.usage_error(arguments.parser.explain(error, arguments))
+        raise
+    except (TypeError, ValueError) as error:
         arguments.usage_error(str(error))
         raise
 

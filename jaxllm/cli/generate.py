@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     add_engine_flags(parser)
     parser.add_argument(
-        "prompts", metavar="PROMPT", nargs="*", help="what to complete (default: all of stdin)"
+        "prompts", metavar="PROMPT", nargs="*", default=[], help="what to complete (default: all of stdin)"
     )
     parser.add_argument("--chat", action="store_true", help="answer each prompt as a message, at any length")
     parser.add_argument("--system", metavar="TEXT", help="the system message, with --chat")

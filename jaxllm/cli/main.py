@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from jaxllm.cli.parser import Parser
+
 COMMANDS = {
     "generate": "complete prompts, or answer them as a chat",
     "chat": "talk with a model in the terminal",
@@ -43,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             benches = {name.removeprefix("bench "): text for name, text in BENCH_COMMANDS.items()}
             program_parser("jaxllm bench", benches).parse_args(argv)
         command = f"bench {argv.pop(0)}"
-    arguments = command_parser(command).parse_intermixed_args(argv)
+    parser = command_parser(command)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()
@@ -57,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"jaxllm {command}: {str(error) or type(error).__name__}", file=sys.stderr)
+        message = parser.explain(error, arguments) if isinstance(error, OSError) else str(error)
+        print(f"jaxllm {command}: {message or type(error).__name__}", file=sys.stderr)
         if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
             # At its end jax would wait for other hosts, which do not come any more.
             sys.stderr.flush()
@@ -68,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 _AS_MODULE = str.maketrans(" -", "__")
 
 
-def program_parser(program: str, commands_of: Mapping[str, str]) -> argparse.ArgumentParser:
+def program_parser(program: str, commands_of: Mapping[str, str]) -> Parser:
     """A parser that ends the program: it knows the commands by name and imports none of them."""
     width = max(map(len, commands_of))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         program,
         description="LLM inference on JAX.",
         epilog="commands:\n" + "\n".join(f"    {name:{width}}  {text}" for name, text in commands_of.items()),
@@ -84,13 +88,13 @@ def program_parser(program: str, commands_of: Mapping[str, str]) -> argparse.Arg
     return parser
 
 
-def command_parser(command: str) -> argparse.ArgumentParser:
+def command_parser(command: str) -> Parser:
     """The parser of one command. It allows flags between prompts, which argparse's subcommands do not."""
     module = importlib.import_module(f"jaxllm.cli.{command.translate(_AS_MODULE)}")
     summary = (COMMANDS | BENCH_COMMANDS)[command]
     summary = summary[0].upper() + summary[1:] + "."
-    parser = argparse.ArgumentParser(f"jaxllm {command}", description=summary, allow_abbrev=False)
+    parser = Parser(f"jaxllm {command}", description=summary, allow_abbrev=False)
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-    parser.set_defaults(run=module.run, usage_error=parser.error)
+    parser.set_defaults(run=module.run, parser=parser, usage_error=parser.error)
     return parser

@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx2
 
+from jaxllm.wording import refusal, unreachable
+
 KEY_VARIABLES = ("JAXLLM_API_KEY", "OPENAI_API_KEY")
 """Environment variables with a key, in the order in which they are looked at."""
 
@@ -63,7 +65,7 @@ class Remote:
             try:
                 response = self._client.get("/v1/models")
             except httpx2.HTTPError as error:
-                raise RuntimeError(f"{self._client.base_url}: {error}") from error
+                raise self._lost(error) from error
             _check(response)
             self._model = {"model": response.json()["data"][0]["id"]}
         return self._model["model"]
@@ -88,7 +90,13 @@ class Remote:
                             raise RuntimeError(chunk["error"]["message"])
                         yield chunk
         except httpx2.HTTPError as error:
-            raise RuntimeError(f"{self._client.base_url}: {error}") from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: httpx2.HTTPError) -> RuntimeError:
+        url = str(self._client.base_url)
+        if isinstance(error, httpx2.ConnectError):
+            return RuntimeError(unreachable(url, error))
+        return RuntimeError(f"{url}: {error}")
 
     def __enter__(self) -> "Remote":
         return self
@@ -101,9 +109,5 @@ def _check(response: httpx2.Response) -> None:
     """Raises what the server says is wrong."""
     if response.is_success:
         return
-    try:
-        message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = response.text[:200]
     kind = ValueError if response.status_code == 400 else RuntimeError
-    raise kind(f"{response.status_code}: {message}")
+    raise kind(f"{response.status_code}: {refusal(response.text)}")

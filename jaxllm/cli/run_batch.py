@@ -12,6 +12,7 @@ from jaxllm.cli.bench_options import at_least_one
 from jaxllm.cli.options import add_engine_flags, engine_options, engine_options_given
 from jaxllm.cli.remote import add_server_flags, server_headers
 from jaxllm.config import EngineConfig
+from jaxllm.wording import counted
 
 CONCURRENCY = 64
 
@@ -52,14 +53,19 @@ def run(arguments: argparse.Namespace) -> int:
     requests = read_requests(arguments.input_file)
     done = read_done(arguments.output_file)
     left = [request for request in requests if request.custom_id not in done]
-    print(f"{len(requests)} requests, {len(requests) - len(left)} answered before", file=sys.stderr)
-    failed = asyncio.run(_answer(arguments, options, left)) if left else 0
-    if failed:
-        print(f"{failed} of {len(left)} got an error; see {arguments.output_file}", file=sys.stderr)
-    return 1 if failed else 0
+    before = len(requests) - len(left)
+    print(f"{counted(len(requests), 'request')}, {before} answered before", file=sys.stderr)
+    failures = asyncio.run(_answer(arguments, options, left)) if left else []
+    if failures:
+        print(
+            f"{len(failures)} of {counted(len(left), 'request')} failed; see {arguments.output_file}\n"
+            f"the first: {failures[0]}",
+            file=sys.stderr,
+        )
+    return 1 if failures else 0
 
 
-async def _answer(arguments: argparse.Namespace, options: dict[str, Any], requests: list[Any]) -> int:
+async def _answer(arguments: argparse.Namespace, options: dict[str, Any], requests: list[Any]) -> list[str]:
     from tqdm import tqdm
 
     from jaxllm.server.batch import run_batch

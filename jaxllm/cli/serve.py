@@ -16,6 +16,7 @@ from jaxllm.cli.options import add_engine_flags, engine_options
 from jaxllm.config import EngineConfig, option_fields
 from jaxllm.engine.vllm_options import COMBINED, MEANINGLESS, REFUSED, translate
 from jaxllm.server.config import PARTS, ServerConfig
+from jaxllm.wording import how_to_install
 
 _OWN = {field.name for part in PARTS.values() for field in dataclasses.fields(part)}
 _VLLM = REFUSED.keys() | COMBINED | MEANINGLESS
@@ -40,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag_name(name), nargs="?", const=True, type=_json_or_text, default=hidden, help=hidden
         )
-    parser.set_defaults(parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from jaxllm.server.run import run as serve
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"{error}; the server needs: pip install 'jaxllm[server]'") from error
+        raise RuntimeError(f"{error}; for the server {how_to_install('server')}") from error
 
     return serve(config, EngineConfig.create(str(model), **options))
 
@@ -73,7 +73,9 @@ def _add_from_file(arguments: argparse.Namespace) -> None:
     entries: Any = None
     try:
         entries = yaml.safe_load(arguments.config.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
+        arguments.usage_error(arguments.parser.explain(error, arguments))
+    except yaml.YAMLError as error:
         arguments.usage_error(f"--config: {error}")
     if not isinstance(entries, dict):
         arguments.usage_error(f"--config: {arguments.config}: must hold names of flags with their values")

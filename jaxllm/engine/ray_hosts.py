@@ -8,6 +8,7 @@ import socket
 from typing import Any
 
 from jaxllm.config import EngineConfig
+from jaxllm.wording import how_to_install
 
 logger = logging.getLogger(__name__)
 
@@ -111,4 +112,4 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"{error}; Ray needs: pip install 'jaxllm[ray]'") from error
+        raise RuntimeError(f"{error}; for Ray {how_to_install('ray')}") from error

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.replicas import Replicas
+from jaxllm.wording import counted
 
 
 class Sleep:
@@ -34,7 +35,7 @@ class Sleep:
             )
         if self._core.has_unfinished:
             raise RuntimeError(
-                f"{self._core.num_unfinished} requests are unfinished; finish or abort them first"
+                f"{counted(self._core.num_unfinished, 'unfinished request')}; finish or abort first"
             )
         if all(core.failure is not None for core in self._cores):
             raise RuntimeError("all replicas have failed, and start over; try again when one serves")

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from jaxllm.wording import counted
+
 AXES = ("stage", "data", "expert", "tensor")
 """Of every mesh, slowest first: neighbours share heads and columns, which takes a sum at each layer."""
 
@@ -43,7 +45,7 @@ def make_mesh(
         }
         asked = " * ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
         raise ValueError(
-            f"{asked}: there are only {len(devices)} devices "
+            f"{asked}: there {'is' if len(devices) == 1 else 'are'} only {counted(len(devices), 'device')} "
             f"({devices[0].platform if devices else 'none'}); ask for that many or fewer"
         )
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[: math.prod(shape)])

@@ -29,8 +29,8 @@ def make_plan(
 ) -> Plan:
     """Compiles the engine's steps for chips that need not be there, and reads what they need.
 
-    The compilers come with `pip install 'jaxllm[plan]'`. A process that has none of the chips should set
-    JAX_PLATFORMS=cpu and TPU_SKIP_MDS_QUERY=1 before it imports jax.
+    The compilers come with `pip install -e '.[plan]'` in the clone. A process that has none of the chips
+    should set JAX_PLATFORMS=cpu and TPU_SKIP_MDS_QUERY=1 before it imports jax.
 
     Args:
         model: a repo id, a folder, a config.json or a GGUF file; no weights are read.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.plan.plan import Plan
+from jaxllm.wording import counted
 
 PARTS = ("weights", "pages", "temporaries", "rows", "unused")
 LABELLED = 64
@@ -52,7 +53,9 @@ def _draw_chips(plan: Plan, axes: Any) -> None:
     if layout.data_parallel_experts:
         axes.set_title(f"{layout.num_groups} data groups of {layout.group_chips} chips")
     else:
-        axes.set_title(f"{layout.num_replicas} replicas of {layout.replica_chips} chips{stages}")
+        axes.set_title(
+            f"{counted(layout.num_replicas, 'replica')} of {counted(layout.replica_chips, 'chip')}{stages}"
+        )
 
 
 def _owners(plan: Plan) -> list[tuple[int, int]]:

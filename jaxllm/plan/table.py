@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.search import Search
+from jaxllm.wording import size
 from pallas_kernels.targets.compiled import Traffic
 
 NOTE = (
@@ -45,7 +46,7 @@ def _search_row(plan: Plan) -> list[str]:
         str(layout.expert_parallel_size),
         str(layout.pipeline_parallel_size),
         f"{layout.data_parallel_size}{' groups' if layout.data_parallel_experts else ''}",
-        _size(plan.memory.weights),
+        size(plan.memory.weights),
         str(found.requests * layout.data_parallel_size),
         _time(found.ttft_seconds),
         _time(found.tpot_seconds),
@@ -58,7 +59,7 @@ def _title(plan: Plan) -> str:
     each = "" if plan.layout.data_parallel_experts else " a replica"
     return (
         f"{plan.model} on {plan.layout}\n"
-        f"{plan.dtype}, {plan.num_layers} layers, {_size(plan.weight_bytes)} of weights{each}, attention "
+        f"{plan.dtype}, {plan.num_layers} layers, {size(plan.weight_bytes)} of weights{each}, attention "
         f"backend {plan.attention_backend!r}, max_model_len={plan.max_model_len}"
     )
 
@@ -70,12 +71,12 @@ def _stages(plan: Plan) -> str:
         [
             f"stage {index}",
             f"{stage.layers[0]} to {stage.layers[1] - 1}",
-            _size(stage.memory.weights),
-            _size(stage.memory.unused),
+            size(stage.memory.weights),
+            size(stage.memory.unused),
             _time(prefill.total),
             _time(decode.total),
-            f"{_size(stage.prefill.sent)} in {_time(prefill.transfer)}",
-            f"{_size(stage.decode.sent)} in {_time(decode.transfer)}",
+            f"{size(stage.prefill.sent)} in {_time(prefill.transfer)}",
+            f"{size(stage.decode.sent)} in {_time(decode.transfer)}",
         ]
         for index, (stage, prefill, decode) in enumerate(times)
     ]
@@ -89,15 +90,15 @@ def _memory(plan: Plan) -> str:
     pages = f"{memory.num_pages:,} of {memory.page_size} tokens"
     if groups > 1:
         pages += f" in each group, {groups * memory.num_pages:,} in all"
-    code = f"code of all programs takes {_size(memory.code)} of it" if memory.code else "code is not told"
+    code = f"code of all programs takes {size(memory.code)} of it" if memory.code else "code is not told"
     if not memory.code_fits:
-        code = f"code of all programs needs {_size(memory.code)}: lower memory_utilization"
+        code = f"code of all programs needs {size(memory.code)}: lower memory_utilization"
     rows = [
-        ["weights", _size(memory.weights), ""],
-        ["rows", _size(memory.rows), ""],
-        ["temporaries", _size(memory.temporaries), ""],
-        ["pages", _size(memory.pages), pages],
-        ["unused", _size(memory.unused), code],
+        ["weights", size(memory.weights), ""],
+        ["rows", size(memory.rows), ""],
+        ["temporaries", size(memory.temporaries), ""],
+        ["pages", size(memory.pages), pages],
+        ["unused", size(memory.unused), code],
     ]
     lengths = (
         f"pages hold {plan.full_requests:,} requests of {plan.max_model_len:,} tokens, or "
@@ -109,7 +110,7 @@ def _memory(plan: Plan) -> str:
             f"{groups * plan.workload_requests:,}"
         )
     where = f"of stage {plan.fullest}, the fullest" if len(plan.stages) > 1 else ""
-    head = f"a chip's memory{where and ' '}{where}, {_size(memory.usable)}"
+    head = f"a chip's memory{where and ' '}{where}, {size(memory.usable)}"
     return f"{head}\n{_indented(_aligned(rows, words=(0, 2)))}\n{lengths}"
 
 
@@ -122,7 +123,7 @@ def _steps(plan: Plan) -> str:
     ]
     rows = [
         ["products", *(_flops(step.flops) for step in steps)],
-        ["memory traffic", *(_size(step.nbytes) for step in steps)],
+        ["memory traffic", *(size(step.nbytes) for step in steps)],
     ]
     for name, sent in (
         ("", [step.collectives for step in steps]),
@@ -169,7 +170,7 @@ def _extrapolated(plan: Plan) -> str | None:
 
 
 def _traffic(traffic: Traffic | None) -> str:
-    return "-" if traffic is None else f"{traffic.count} of {_size(traffic.nbytes / max(1, traffic.count))}"
+    return "-" if traffic is None else f"{traffic.count} of {size(traffic.nbytes / max(1, traffic.count))}"
 
 
 def _aligned(rows: Sequence[Sequence[str]], *, words: Collection[int] = (0,)) -> str:
@@ -186,14 +187,6 @@ def _aligned(rows: Sequence[Sequence[str]], *, words: Collection[int] = (0,)) ->
 
 def _indented(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.split("\n"))
-
-
-def _size(nbytes: float) -> str:
-    """In the unit that leaves few digits."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f} {unit}" if nbytes < 100 * size else f"{nbytes / size:.0f} {unit}"
-    return f"{nbytes / 1e3:.0f} KB"
 
 
 def _flops(count: float) -> str:

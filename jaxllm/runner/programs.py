@@ -17,6 +17,9 @@ from jaxllm.runner.kept import Kept
 
 logger = logging.getLogger(__name__)
 
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} programs [{elapsed}<{remaining}]"
+"""Without a rate: programs that were kept are there at once, which makes a million a second of them."""
+
 
 def use_compilation_cache(folder: Path | None) -> None:
     """Keeps what XLA compiles on disk for later processes; None leaves jax's own setting as it is.
@@ -124,7 +127,7 @@ class Programs:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         with (
             self._changed,
-            tqdm(total=len(wanted), desc="Compiling", unit="program", disable=not progress) as bar,
+            tqdm(total=len(wanted), desc="Compiling", bar_format=BAR, disable=not progress) as bar,
         ):
             while pending := wanted & (self._running | set(self._waiting)):
                 if (left := deadline - time.monotonic()) <= 0:

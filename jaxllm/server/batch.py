@@ -15,6 +15,8 @@ from typing import Any, TextIO
 
 import httpx2
 
+from jaxllm.wording import refusal, unreachable
+
 NO_ROOM = (429, 503)
 """Statuses of requests that may be sent again."""
 TRIES = 5
@@ -105,7 +107,7 @@ async def run_batch(
     *,
     concurrency: int,
     note: Callable[[], object] = lambda: None,
-) -> int:
+) -> list[str]:
     """Sends requests, and writes each answer as soon as it is there.
 
     Args:
@@ -113,23 +115,32 @@ async def run_batch(
         note: called after each answer.
 
     Returns:
-        How many did not get an answer with status 200.
+        Why requests did not get an answer with status 200, for each of them.
     """
     waiting = iter(requests)
-    failed = 0
+    failures: list[str] = []
 
     async def work(own: Iterable[BatchRequest]) -> None:
-        nonlocal failed
         for request in own:
             answer = await _ask(client, request)
-            failed += answer["response"] is None or answer["response"]["status_code"] != 200
+            if failure := _failure(answer):
+                failures.append(failure)
             output.write(json.dumps(answer, ensure_ascii=False) + "\n")
             output.flush()
             note()
 
     # every worker takes from the same iterator
     await asyncio.gather(*(work(waiting) for _ in range(min(concurrency, len(requests)))))
-    return failed
+    return failures
+
+
+def _failure(line: dict[str, Any]) -> str | None:
+    """Why a line of output has no answer with status 200, if it has none."""
+    if (response := line["response"]) is None:
+        return line["error"]["message"]
+    if response["status_code"] == 200:
+        return None
+    return f"{response['status_code']}: {refusal(json.dumps(response['body']))}"
 
 
 async def _ask(client: httpx2.AsyncClient, request: BatchRequest) -> dict[str, Any]:
@@ -147,7 +158,7 @@ async def _ask(client: httpx2.AsyncClient, request: BatchRequest) -> dict[str, A
             response = await client.post(request.url, json=request.body)
         except httpx2.TransportError as error:
             if last:
-                line["error"] = {"code": "connection_error", "message": str(error) or type(error).__name__}
+                line["error"] = {"code": "connection_error", "message": _lost(client, error)}
                 return line
         else:
             if last or response.status_code not in NO_ROOM:
@@ -162,6 +173,12 @@ async def _ask(client: httpx2.AsyncClient, request: BatchRequest) -> dict[str, A
         await asyncio.sleep(delay)
         delay *= 2
     raise AssertionError("the last try returns")
+
+
+def _lost(client: httpx2.AsyncClient, error: httpx2.TransportError) -> str:
+    if isinstance(error, httpx2.ConnectError):
+        return unreachable(str(client.base_url), error)
+    return f"{client.base_url}: {str(error) or type(error).__name__}"
 
 
 def _body(response: httpx2.Response) -> Any:

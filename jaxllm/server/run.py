@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine.async_engine import AsyncEngine
 from jaxllm.server import logs
 from jaxllm.server.app import create_app
-from jaxllm.server.config import ServerConfig
+from jaxllm.server.config import ListenConfig, ServerConfig
 from jaxllm.server.keys import make_keys
 from jaxllm.server.service import Service
 
@@ -86,7 +87,9 @@ def run(config: ServerConfig, engine_config: EngineConfig) -> int:
 
     Raises:
         OSError, ValueError: a file of keys, a template or a certificate that cannot be read.
+        ValueError: a host without an address.
     """
+    check_listen(config.listen)
     logs.configure(config.log)
     sys.setswitchinterval(SWITCH_SECONDS)
     server, service = make_server(config, engine_config)
@@ -106,6 +109,23 @@ def run(config: ServerConfig, engine_config: EngineConfig) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def check_listen(config: ListenConfig) -> None:
+    """Names, before anything is loaded, what uvicorn would complain about without its name.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: a host without an address.
+    """
+    for file in (config.ssl_keyfile, config.ssl_certfile, config.ssl_ca_certs):
+        if file is not None:
+            open(file, "rb").close()
+    if config.uds is None:
+        try:
+            socket.getaddrinfo(config.host or None, config.port)
+        except socket.gaierror as error:
+            raise ValueError(f"host={config.host!r}: {error.strerror}") from error
 
 
 def leave_to_themselves(engine: AsyncEngine) -> None:

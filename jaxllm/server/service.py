@@ -245,7 +245,8 @@ class Service:
         if name is None:
             return self.names[0]
         if name not in self.names:
-            text = f"model: {name[:200]!r} is not served here; /v1/models lists what is"
+            names = " or ".join(map(repr, self.names))
+            text = f"model: {name[:200]!r} is not served here; give {names}, or leave it out"
             raise ApiError(404, text, param="model", code="model_not_found")
         return name
 

@@ -1,4 +1,4 @@
-"""Traces of requests, for OpenTelemetry's collectors; needs `jaxllm[otel]`.
+"""Traces of requests, for OpenTelemetry's collectors; needs the extra `otel`.
 
 Names are those of the semantic conventions, https://opentelemetry.io/docs/specs/semconv/gen-ai/, and for what
 they do not name vLLM's: https://docs.vllm.ai/en/stable/examples/online_serving/opentelemetry/
@@ -12,6 +12,7 @@ from fastapi import Request
 from jaxllm.engine.metrics import RequestMetrics
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.sampling import SamplingParams
+from jaxllm.wording import how_to_install
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
@@ -93,7 +94,7 @@ class Tracing:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ModuleNotFoundError as error:
-            raise ValueError(f"otlp_traces_endpoint: {error}; pip install 'jaxllm[otel]'") from error
+            raise ValueError(f"otlp_traces_endpoint: {error}; {how_to_install('otel')}") from error
         return cls(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
 
     def begin(

@@ -67,7 +67,8 @@ class Target:
             return self._gpu_devices()
         except (ImportError, RuntimeError) as error:
             raise RuntimeError(
-                f"cannot compile for {self}: {error}; the compilers come with pip install 'jaxllm[plan]'"
+                f"cannot compile for {self}: {error}; for the compilers in the clone of jaxllm run "
+                "pip install -e '.[plan]'"
             ) from error
 
     def mesh(self, shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:

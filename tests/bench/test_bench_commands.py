@@ -36,13 +36,21 @@ def test_percentiles_are_values_that_were_seen() -> None:
 
 
 def test_figures_for_people() -> None:
-    text = table({"output_tokens_per_second": spread([1.0, 2.0], most=True), "n": 3, "best": {"ttft": None}})
+    text = table(
+        {
+            "output_tokens_per_second": spread([1.0, 2.0], most=True),
+            "n": 3,
+            "best": {"ttft": None},
+            "memory_bytes": {"host_peak": 1983676416},
+        }
+    )
     assert [line.split() for line in text.splitlines()] == [
         ["output", "tokens", "per", "second"],
         ["best", "2"],
         ["median", "1.5"],
         ["n", "3"],
         ["best", "ttft", "-"],
+        ["memory", "host_peak", "1.98", "GB"],
     ]
 
 
@@ -209,7 +217,7 @@ def test_a_picture_without_matplotlib_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["bench", "scheduler", "--plot", "x.png"]) == 1
-    assert "pip install 'jaxllm[notebook]'" in capsys.readouterr().err
+    assert "pip install -e '.[notebook]'" in capsys.readouterr().err
 
 
 def _has_matplotlib() -> bool:

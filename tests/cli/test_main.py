@@ -1,5 +1,6 @@
 """The program around the commands: exit codes, streams, start-up."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,70 @@ def test_errors_of_usage(argv: list[str], complaint: str, engine: type, capsys: 
     assert run(*argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert complaint in err
+    assert complaint in err.splitlines()[0]
+    assert err.splitlines()[1].startswith("see jaxllm")
+    assert len(err.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["generate"], "jaxllm generate: the following arguments are required: MODEL"),
+        (
+            ["generate", "m", "hi", "--temprature", "0.5"],
+            "jaxllm generate: unrecognized arguments: --temprature 0.5; did you mean --temperature?",
+        ),
+        (
+            ["complete", "hi", "--temprature=0.5"],
+            "jaxllm complete: unrecognized arguments: --temprature=0.5; did you mean --temperature?",
+        ),
+        (["bench", "latency", "m", "--zzz"], "jaxllm bench latency: unrecognized arguments: --zzz"),
+    ],
+)
+def test_a_wrong_line_is_told_in_one(
+    argv: list[str], complaint: str, engine: type, capsys: pytest.CaptureFixture[str]
+):
+    assert run(*argv) == 2
+    assert capsys.readouterr().err.splitlines()[0] == complaint
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "complaint"),
+    [
+        (["generate", "m", "hi", "--json-schema", "none"], 2, "--json-schema: none"),
+        (["generate", "m", "hi", "--grammar-file", "."], 2, "--grammar-file: ."),
+        (["serve", "m", "--config", "none"], 2, "--config: none"),
+        (["serve", "m", "--api-key-file", "none"], 1, "--api-key-file: none"),
+        (["serve", "m", "--ssl-keyfile", "none", "--ssl-certfile", "n"], 1, "--ssl-keyfile: none"),
+        (["bench", "serve", "--dataset", "none"], 1, "--dataset: none"),
+        (["run-batch", "m", "-i", "none", "-o", "o"], 1, "-i/--input-file: none"),
+        (["run-batch", "m", "-i", "in", "-o", "none/o"], 1, "-o/--output-file: none/o"),
+    ],
+)
+def test_a_file_that_cannot_be_had_is_named_with_its_flag(
+    argv: list[str],
+    code: int,
+    complaint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    request = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {}}
+    Path("in").write_text(json.dumps(request))
+    monkeypatch.setattr("jaxllm.server.logs.configure", lambda config: None)
+    assert run(*argv) == code
+    name = " ".join(argv[: 2 if argv[0] == "bench" else 1])
+    why = "Is a directory" if complaint.endswith(".") else "No such file or directory"
+    assert f"jaxllm {name}: {complaint}: {why}\n" in capsys.readouterr().err
+
+
+def test_a_host_without_an_address_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jaxllm.server.logs.configure", lambda config: None)
+    assert run("serve", "m", "--host", "host.invalid") == 1
+    assert "host='host.invalid': " in capsys.readouterr().err
 
 
 def test_a_failure_is_one_line(

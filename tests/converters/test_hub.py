@@ -45,6 +45,19 @@ def test_a_revision_that_is_not_cached(cache: Path):
         open_checkpoint("owner/tiny", revision="v3", cache_dir=cache, local_files_only=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("smollm2-135m", r"; did you mean smollm2-135m-instruct\? \("),
+        ("nope", r"; a repo id is owner/name, and the demo model smollm2-135m-instruct \("),
+        ("owner/smollm2-135m", r"Hugging Face cannot be reached \("),
+    ],
+)
+def test_a_name_that_is_not_known(name: str, hint: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(CheckpointError, match=hint):
+        open_checkpoint(name, local_files_only=True)
+
+
 def test_offline_mode_is_hugging_faces_own(cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert set(open_checkpoint("owner/tiny", cache_dir=cache).tensors) == {"a"}

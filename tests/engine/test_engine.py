@@ -382,7 +382,7 @@ def test_sleep_refusals(engine: Engine) -> None:
     with pytest.raises(ValueError, match=r"level=3: must be 1 .* or 2"):
         engine.sleep(3)
     engine.add_request("a", PROMPT, GREEDY)
-    with pytest.raises(RuntimeError, match="1 requests are unfinished; finish or abort"):
+    with pytest.raises(RuntimeError, match="1 unfinished request; finish or abort"):
         engine.sleep()
     engine.abort_request("a")
     assert tokens(engine.generate([PROMPT], GREEDY)) == [EXPECTED[:12]]

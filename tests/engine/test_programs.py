@@ -84,6 +84,16 @@ def test_nothing_compiles_while_serving(engine: Engine) -> None:
     assert engine.get_metrics()["programs_compiled_late_total"] == 0
 
 
+def test_the_bar_of_programs_that_are_there_has_no_rate(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = engine._core.runner.programs
+    assert programs.wait(progress=True)
+    said = capsys.readouterr().err
+    assert f"{len(programs)}/{len(programs)} programs [" in said
+    assert "/s" not in said
+
+
 def test_unknown_program() -> None:
     with pytest.raises(KeyError):
         Programs({})["forward", 3]

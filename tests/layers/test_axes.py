@@ -22,6 +22,8 @@ def test_mesh_takes_the_first_devices() -> None:
     assert list(mesh.devices.flat) == jax.devices()[2:6]
     with pytest.raises(ValueError, match="tensor_parallel_size=9: there are only 8 devices"):
         make_mesh(9)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2: there is only 1 device "):
+        make_mesh(2, jax.devices()[:1])
 
 
 def test_every_axis_of_a_parameter_has_a_name() -> None:

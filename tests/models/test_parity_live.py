@@ -17,7 +17,7 @@ SEED = 1000
 
 @pytest.mark.parametrize("name", LIVE_CASES)
 def test_family_equals_transformers(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="transformers runs its models in torch: pip install jaxllm[parity]")
+    pytest.importorskip("torch", reason="transformers runs its models in torch: pip install -e '.[parity]'")
     import transformers_reference as reference
 
     case, theirs = LIVE_CASES[name], reference.make_model(LIVE_CASES[name], SEED)

@@ -338,7 +338,10 @@ def test_a_missing_compiler_is_named(
 
     monkeypatch.setattr(Target, "_tpu_devices", missing)
     assert main(["plan", model(), "--target", "v5e"]) == 1
-    assert "no libtpu; the compilers come with pip install 'jaxllm[plan]'" in capsys.readouterr().err
+    assert (
+        "no libtpu; for the compilers in the clone of jaxllm run pip install -e '.[plan]'"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_is_refused_in_python(model: Callable[..., str]) -> None:

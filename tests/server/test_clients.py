@@ -16,6 +16,9 @@ ENGINE = [
     "--max-num-batched-tokens", "32", "--no-compilation-cache",
 ]  # fmt: skip
 
+REFUSED = "cannot reach http://127.0.0.1:9: connection refused; is the server running?"
+"""What is said of a server that is not there."""
+
 
 def expected(server: Running, **body: Any) -> str:
     body = {"temperature": 0, "max_tokens": 8} | body
@@ -37,7 +40,7 @@ def test_complete(
     assert main(["complete", "a" * 500, "--url", server.url]) == 1
     assert "max_model_len" in capsys.readouterr().err
     assert main(["complete", "a", "--url", "http://127.0.0.1:9", *GREEDY]) == 1
-    assert "127.0.0.1:9" in capsys.readouterr().err
+    assert REFUSED in capsys.readouterr().err
 
 
 def test_chat(server: Running, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +55,8 @@ def test_chat(server: Running, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert [answer["content"] for answer in answers] == [one, two]
     assert {answer["finish_reason"] for answer in answers} == {"length"}
     assert "tiny" in err
+    assert main(["chat", "--url", "http://127.0.0.1:9"]) == 1
+    assert REFUSED in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -119,14 +124,17 @@ def test_a_batch_goes_on_where_it_ended(
 
 
 def test_a_batch_that_was_not_answered_is_sent_again(
-    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(batch_line("1", prompt="a") + batch_line("2", prompt="b"))
     monkeypatch.setattr("jaxllm.server.batch.RETRY_SECONDS", 0.0)
     argv = ["run-batch", "-i", str(source), "-o", str(target), "--url"]
     assert main([*argv, "http://127.0.0.1:9"]) == 1
-    assert {line["error"]["code"] for line in answers(target).values()} == {"connection_error"}
+    assert [line["error"] for line in answers(target).values()] == [
+        {"code": "connection_error", "message": REFUSED}
+    ] * 2
+    assert f"2 of 2 requests failed; see {target}\nthe first: {REFUSED}\n" in capsys.readouterr().err
     full = {"status_code": 503, "request_id": "", "body": {}}
     refused = {"id": "x", "custom_id": "2", "response": full, "error": None}
     [one, _] = target.read_text().splitlines()
@@ -156,13 +164,21 @@ def test_a_batch_with_errors(server: Running, tmp_path: Path, capsys: pytest.Cap
         assert complaint in capsys.readouterr().err
 
 
-def test_a_batch_with_an_engine_of_its_own(server: Running, model: Path, tmp_path: Path) -> None:
+def test_a_batch_with_an_engine_of_its_own(
+    server: Running, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(batch_line("1", prompt="abc") + batch_line("2", prompt="xyz"))
     assert main(["run-batch", str(model), "-i", str(source), "-o", str(target), *ENGINE]) == 0
     found = answers(target)
     texts = [found[name]["response"]["body"]["choices"][0]["text"] for name in ("1", "2")]
     assert texts == [expected(server, prompt=prompt) for prompt in ("abc", "xyz")]
+    source.write_text(
+        batch_line("3", prompt="abc", model="other") + batch_line("4", prompt="abc", model=str(model))
+    )
+    assert main(["run-batch", str(model), "-i", str(source), "-o", str(target), *ENGINE]) == 1
+    said = f"the first: 404: model: 'other' is not served here; give {str(model)!r}, or leave it out\n"
+    assert said in capsys.readouterr().err
     assert main(["run-batch", str(tmp_path), "-i", str(source), "-o", str(tmp_path / "o"), *ENGINE]) == 1
 
 
@@ -183,7 +199,11 @@ def test_bench_serve(server: Running, tmp_path: Path, capsys: pytest.CaptureFixt
         assert found["e2e_seconds"]["p50"] > found["ttft_seconds"]["p50"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main([*argv[:5], "900", "--num-prompts", "2"]) == 1  # ids that the model does not know
-    assert "every request failed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "every request failed: 400: " in said
+    assert '{"' not in said
+    assert main(["bench", "serve", "--url", "http://127.0.0.1:9"]) == 1
+    assert REFUSED in capsys.readouterr().err
     assert main([*argv, "--model-name", "other"]) == 1
     assert "tiny, small" in capsys.readouterr().err
 
@@ -204,4 +224,5 @@ def test_bench_serve_has_proxies_from_the_environment_and_no_logins(
     for name, proxy in (("all_proxy", "127.0.0.1:9"), ("http_proxy", "http://127.0.0.1:10")):
         monkeypatch.setenv(name, proxy)
         assert main(argv) == 1
-        assert f"connect to host {proxy.removeprefix('http://')}" in capsys.readouterr().err
+        through = f"{server.url} through the proxy http://{proxy.removeprefix('http://')}: connection refused"
+        assert f"cannot reach {through}" in capsys.readouterr().err
