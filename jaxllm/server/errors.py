@@ -48,6 +48,8 @@ ANTHROPIC_TYPES = {
 }
 """What Anthropic's clients find in `type`, by status."""
 
+TOO_LONG = "maximum context length is"
+"""What messages say, as OpenAI's, of prompts and outputs that together are longer than the model's length."""
 FORMS = {
     "prompt": "must be text, a list of token ids, or a list of several of these",
     "stop": "must be a string or a list of strings",
@@ -123,7 +125,9 @@ def bad_value(error: TypeError | ValueError, known: Collection[str], rename: Map
     param = rename.get(name, name)
     if param != name:
         message = param + message[len(name) :]
-    too_long = "max_model_len" in message and param in ("prompt", "messages", "input")
+    too_long = TOO_LONG in message or (
+        "max_model_len" in message and param in ("prompt", "messages", "input")
+    )
     code = "context_length_exceeded" if too_long else None
     return ApiError(400, message, param=param if param in known else None, code=code)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 
 import httpx2
 import openai
@@ -121,6 +122,46 @@ def test_a_prompt_that_is_too_long_says_so(server: Running) -> None:
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 500}]}),
     ):
         assert refusal(server.post(path, **fields))["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "place", "fields"),
+    [
+        ("/v1/completions", "max_tokens", "prompt", {"prompt": "abc"}),
+        ("/v1/completions", "max_tokens", "prompt", {"prompt": "abc", "stream": True}),
+        ("/v1/chat/completions", "max_tokens", "messages", {"messages": MESSAGES}),
+        ("/v1/chat/completions", "max_completion_tokens", "messages", {"messages": MESSAGES}),
+        ("/v1/responses", "max_output_tokens", "input", {"input": "abc"}),
+    ],
+)
+def test_an_output_that_has_no_room_says_so(
+    server: Running, path: str, name: str, place: str, fields: dict
+) -> None:
+    error = refusal(server.post(path, **fields, **{name: 100_000}))
+    assert (error["param"], error["code"]) == (name, "context_length_exceeded")
+    said = re.fullmatch(
+        rf"{name}: This model's maximum context length is 128 tokens. However, you requested (\d+) tokens "
+        rf"\((\d+) in the {place}, 100000 in the completion\). Please reduce the length of the {place} or "
+        r"completion.",
+        error["message"],
+    )
+    assert said
+    total, prompt = map(int, said.groups())
+    assert total == prompt + 100_000
+    assert refusal(server.post(path, **fields, **{name: 129 - prompt}))["param"] == name
+    assert server.post(path, **fields, **{name: 128 - prompt}, temperature=0).is_success
+
+
+def test_an_output_whose_length_is_not_asked_for_has_the_room_there_is(server: Running) -> None:
+    found = server.post("/v1/completions", prompt="a" * 120).json()
+    assert found["usage"]["total_tokens"] <= 128
+    found = server.post("/v1/chat/completions", messages=MESSAGES, ignore_eos=True).json()
+    assert found["usage"]["total_tokens"] == 128
+
+
+def test_of_several_prompts_the_one_without_room_is_named(server: Running) -> None:
+    error = refusal(server.post("/v1/completions", prompt=["a", "a" * 100], max_tokens=60))
+    assert error["message"].startswith("prompt 1: max_tokens: This model's maximum context length")
 
 
 def test_the_client_sees_its_own_exceptions(server: Running) -> None:

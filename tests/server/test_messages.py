@@ -40,6 +40,14 @@ def test_an_answer(server: Running) -> None:
     assert usage["input_tokens"] + usage["cache_read_input_tokens"] == count
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_output_is_as_long_as_there_is_room(server: Running, stream: bool) -> None:
+    turns = [{"role": "user", "content": "a" * 90}]
+    found = ask(server, messages=turns, max_tokens=64_000, stream=stream)
+    assert found.is_success
+    assert '"stop_reason":"model_context_window_exceeded"' in found.text
+
+
 def test_parts_prefill_and_stop_sequences(server: Running) -> None:
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     turns = [{"role": "user", "content": parts}]
