@@ -145,7 +145,6 @@ def _uvicorn_config(config: ServerConfig, app: object) -> uvicorn.Config:
         host=listen.host,
         port=listen.port,
         uds=listen.uds,
-        root_path=listen.root_path,
         ssl_keyfile=listen.ssl_keyfile,
         ssl_certfile=listen.ssl_certfile,
         ssl_ca_certs=listen.ssl_ca_certs,
