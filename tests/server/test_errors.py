@@ -178,11 +178,15 @@ def test_bodies_that_are_not_requests(server: Running) -> None:
         return http.post(path, content=content, headers=headers)
 
     assert refusal(send(b"{"))["code"] == "invalid_json"
-    refusal(send(b"[]"))
+    assert refusal(send(b"[]"))["message"] == "the body: must be a JSON object"
     refusal(send(b'"text"'))
     refusal(send(b"\xff\xfe"))
     refusal(send(b'{"prompt": "a", "user": ' + b"[" * 40_000 + b"]" * 40_000 + b"}"))
-    refusal(http.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"}))
+    for kind in ({}, {"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}):
+        for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize"):
+            error = refusal(http.post(path, content=b'{"prompt": "a"}', headers=kind))
+            assert error["param"] == "content-type"
+            assert "application/json" in error["message"]
     refusal(send(b'{"prompt": "' + b"a" * 100_000 + b'"}'), 413)
     refusal(http.post("/v1/completions", content=iter([b"x" * 60_000] * 2), headers=headers), 413)
     refusal(http.get("/v1/nothing"), 404)
