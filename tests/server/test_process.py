@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -175,5 +176,8 @@ def test_a_port_that_is_taken(model: Path) -> None:
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with process("--model", str(tmp_path), "--port", "0") as server:
-        lines(server, "cannot be loaded")
         assert server.wait(30) == 1
+        assert server.stderr is not None
+        said = server.stderr.read().splitlines()
+    assert re.search(f"ERROR stopped: the model cannot be loaded: .*{re.escape(str(tmp_path))}", said[-1])
+    assert sum("cannot be loaded" in line for line in said) == 2  # when it was known, and at the end
