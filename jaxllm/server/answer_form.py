@@ -14,7 +14,7 @@ from jaxllm.server.call_grammars import (
     reasoning_grammar,
     required_grammar,
 )
-from jaxllm.server.errors import ApiError
+from jaxllm.server.errors import CONSTRAINT, ApiError
 from jaxllm.server.reasoning_parsers import REASONING_PARSERS, ReasoningParser
 from jaxllm.server.service import Service
 from jaxllm.server.tool_parsers import (
@@ -26,8 +26,6 @@ from jaxllm.server.tool_parsers import (
 )
 from jaxllm.server.tools import ToolUse
 from jaxllm.structured import StructuredOutputsParams
-
-CONSTRAINT = "structured_outputs"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from jaxllm.server import (
 )
 from jaxllm.server.http_metrics import HttpMetrics
 from jaxllm.server.keys import METRICS, KeyMiddleware, Keys
-from jaxllm.server.middleware import RequestMiddleware, SizeMiddleware
+from jaxllm.server.middleware import RequestMiddleware, RootPathMiddleware, SizeMiddleware
 from jaxllm.server.rate_limits import RATE_LIMIT_HEADERS, RateLimitMiddleware
 from jaxllm.server.service import Service
 
@@ -98,4 +98,6 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
         )
     log = not config.log.disable_log_requests
     app.add_middleware(RequestMiddleware, metrics=HttpMetrics(service.registry), log=log)
+    if config.listen.root_path:
+        app.add_middleware(RootPathMiddleware, root_path=config.listen.root_path)
     return app

@@ -78,6 +78,7 @@ def _job(body: ChatCompletionRequest, form: AnswerForm, service: Service) -> Job
             "prompt": "messages",
             "prompt_token_ids": "messages",
             "logprobs": "top_logprobs",
+            "max_tokens": "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
             "structured_outputs": body.constraint_name,
         }
         | form.rename(params),

@@ -31,7 +31,9 @@ class ListenConfig:
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     port: int = option(8000, "port to listen on; 0 takes a free one")
     uds: str | None = option(None, "path of a Unix socket to listen on instead")
-    root_path: str = option("", "path under which a proxy serves this server, such as /llm")
+    root_path: str = option(
+        "", "path under which a proxy serves this server, such as /llm; the proxy may strip it or not"
+    )
     ssl_keyfile: str | None = option(None, "file with the TLS key")
     ssl_certfile: str | None = option(None, "file with the TLS certificate")
     ssl_ca_certs: str | None = option(

@@ -48,11 +48,17 @@ ANTHROPIC_TYPES = {
 }
 """What Anthropic's clients find in `type`, by status."""
 
+TOO_LONG = "maximum context length is"
+"""What messages say, as OpenAI's, of prompts and outputs that together are longer than the model's length."""
 FORMS = {
     "prompt": "must be text, a list of token ids, or a list of several of these",
     "stop": "must be a string or a list of strings",
 }
 """What is said of parameters that may be of several types."""
+CONSTRAINT = "structured_outputs"
+"""What the engine calls that which an output is held to."""
+_FIELD = re.compile(r"^\.\w+")
+"""The constraint's kind, which is a field of that parameter alone."""
 _NAMED = re.compile(r"([A-Za-z_]\w*)[\[\w\]\"'.]*\s*[:=]")
 
 
@@ -122,8 +128,11 @@ def bad_value(error: TypeError | ValueError, known: Collection[str], rename: Map
     name = found[1] if found else ""
     param = rename.get(name, name)
     if param != name:
-        message = param + message[len(name) :]
-    too_long = "max_model_len" in message and param in ("prompt", "messages", "input")
+        rest = message[len(name) :]
+        message = param + (_FIELD.sub("", rest) if name == CONSTRAINT else rest)
+    too_long = TOO_LONG in message or (
+        "max_model_len" in message and param in ("prompt", "messages", "input")
+    )
     code = "context_length_exceeded" if too_long else None
     return ApiError(400, message, param=param if param in known else None, code=code)
 
@@ -174,15 +183,21 @@ def _of_validation(error: RequestValidationError) -> ApiError:
         unknown = str(first["loc"][-1])  # which may look like anything
         text = f"{name or unknown[:200]}: this server does not know this parameter; leave it out"
         return ApiError(400, text, param=names[0] if names else unknown[:200], code="unknown_parameter")
+    if isinstance(error.body, bytes):  # it was not read as JSON
+        text = "content-type: must be application/json, as the body is; send that header"
+        return ApiError(400, text, param="content-type")
     if first["type"] == "missing":
         text = f"{name or 'the body'}: is required"
         return ApiError(400, text, param=name or None, code="missing_required_parameter")
     if first["type"] == "refused":
         return ApiError(400, first["msg"], param=first["ctx"]["param"], code="unsupported_parameter")
+    if first["type"] == "model_attributes_type":
+        text = f"{name or 'the body'}: must be a JSON object"
+        return ApiError(400, text, param=names[0] if names else None)
+    text = first["msg"].removeprefix("Value error, ")
     if not names:
-        text = first["msg"].removeprefix("Value error, ")
         found = _NAMED.match(text)
         return ApiError(400, text, param=found[1] if found else None)
     if names[0] in FORMS:
         return ApiError(400, f"{names[0]}: {FORMS[names[0]]}", param=names[0])
-    return ApiError(400, f"{name}: {first['msg']}", param=names[0])
+    return ApiError(400, f"{name}: {text}", param=names[0])

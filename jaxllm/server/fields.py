@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from jaxllm.server.errors import ApiError
+from jaxllm.server.errors import CONSTRAINT, ApiError
 from jaxllm.structured import StructuredOutputsParams
 
 NOT_THERE: tuple[Any, ...] = (None, False, [], {}, "")
@@ -154,7 +154,10 @@ def structured_outputs(name: str, constraint: Constraint) -> StructuredOutputsPa
     try:
         return StructuredOutputsParams(**constraint)
     except (TypeError, ValueError) as error:
-        raise ApiError(400, f"{name}: {error}", param=name) from error
+        # only the parameter of that name has a field for the constraint's kind, which comes first
+        said = name if name == CONSTRAINT else next(iter(constraint))
+        text = str(error).removeprefix(f"{said}: ")
+        raise ApiError(400, f"{name}: {text}", param=name) from error
 
 
 class GenerationRequest(ApiModel):

@@ -19,7 +19,7 @@ from jaxllm.engine.inputs import EngineInput, Prompt
 from jaxllm.engine.output_stream import OutputStream
 from jaxllm.engine.outputs import PromptLogprobs, RequestOutput, join
 from jaxllm.sampling import RequestOutputKind, SamplingParams
-from jaxllm.server.errors import ApiError, bad_value, unavailable
+from jaxllm.server.errors import TOO_LONG, ApiError, bad_value, unavailable
 from jaxllm.server.rate_limits import Account
 from jaxllm.server.service import Service, Ticket
 from jaxllm.server.tracing import RequestSpan
@@ -61,6 +61,8 @@ class Job:
         rename: the engine's names of parameters that the request calls otherwise.
         user: who asks, for the log.
         shape: changes the parameters of a prompt, once it is made.
+        fits_output: whether outputs are cut to what the model's length leaves of `max_tokens`; else a request
+            for more than that is refused.
     """
 
     prompts: Callable[[AsyncEngine], Awaitable[Sequence[Prompt]]]
@@ -72,6 +74,7 @@ class Job:
     rename: Mapping[str, str]
     user: str | None = None
     shape: Callable[[Prompt, SamplingParams], SamplingParams] = lambda prompt, params: params
+    fits_output: bool = False
 
 
 class Generation:
@@ -273,6 +276,19 @@ def _check_size(service: Service, params: SamplingParams, job: Job) -> None:
         raise bad_value(error, job.known, job.rename)
 
 
+def _check_room(engine: AsyncEngine, input: EngineInput, job: Job) -> None:
+    """Refuses outputs that cannot be as long as was asked, in OpenAI's words, which clients look for."""
+    prompt, asked, most = len(input.prompt_token_ids), job.params.get("max_tokens"), engine.max_model_len
+    if job.fits_output or asked is None or prompt + asked <= most:
+        return
+    place = job.rename.get("prompt", "prompt")
+    raise ValueError(
+        f"max_tokens: This model's {TOO_LONG} {most} tokens. However, you requested {prompt + asked} tokens "
+        f"({prompt} in the {place}, {asked} in the completion). Please reduce the length of the {place} or "
+        "completion."
+    )
+
+
 async def _make_inputs(
     service: Service, engine: AsyncEngine, job: Job, params: SamplingParams
 ) -> list[EngineInput]:
@@ -286,6 +302,7 @@ async def _make_inputs(
             shaped = job.shape(prompt, params)
             _check_size(service, shaped, job)
             inputs.append(await engine.make_input(prompt, shaped, **job.input_options))
+            _check_room(engine, inputs[-1], job)
         except (TypeError, ValueError) as error:
             found = bad_value(error, job.known, job.rename)
             if len(prompts) > 1:

@@ -27,13 +27,15 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(config: LogConfig) -> None:
-    """Sends the log to stderr; uvicorn's lines about requests are left out, the server writes its own."""
+    """Sends the log to stderr; uvicorn's lines about requests are left out, the server writes its own.
+
+    Other packages' warnings and errors go there in the same form, as those of the one that sends traces.
+    """
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(JsonFormatter() if config.log_format == "json" else text)
+    level = logging.getLevelNamesMapping()[config.log_level.upper()]
+    logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
     for name in ("jaxllm", "uvicorn"):
-        log = logging.getLogger(name)
-        log.handlers = [handler]
-        log.setLevel(config.log_level.upper())
-        log.propagate = False
+        logging.getLogger(name).setLevel(level)
     logging.getLogger("uvicorn.access").disabled = True

@@ -16,7 +16,8 @@ from jaxllm.server.errors import ApiError
 from jaxllm.server.event_stream import event
 from jaxllm.server.generation import Generation
 
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+StopReason = Literal["end_turn", "max_tokens", "model_context_window_exceeded", "stop_sequence", "tool_use"]
+"""https://docs.anthropic.com/en/api/handling-stop-reasons"""
 
 
 class MessageUsage(TypedDict):
@@ -114,7 +115,9 @@ class MessageWriter:
 
     def _note_end(self, sample: CompletionOutput) -> None:
         if sample.finish_reason == "length":
-            self._end = ("max_tokens", None)
+            input = self._generation.inputs[0]
+            whole = input.max_tokens == input.params.max_tokens
+            self._end = ("max_tokens" if whole else "model_context_window_exceeded", None)
         elif sample.finish_reason is not None and self._reader.called:
             self._end = ("tool_use", None)
         elif isinstance(sample.stop_reason, str):

@@ -111,4 +111,5 @@ def _job(body: MessagesRequest, form: AnswerForm, service: Service) -> Job:
         | form.rename(params),
         user=body.metadata.user_id if body.metadata else None,
         shape=form.shape,
+        fits_output=True,  # clients have to give max_tokens, and take the model's length for Claude's
     )

@@ -94,6 +94,25 @@ def _request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
+class RootPathMiddleware:
+    """Has every path begin with the root path, as ASGI wants it, whether a proxy has taken that away or not.
+
+    What the others see is one form of both: https://asgi.readthedocs.io/en/latest/specs/www.html
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app, self._root_path, self._raw = app, root_path, root_path.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An ASGI application."""
+        if scope["type"] == "http":
+            raw = scope["raw_path"]
+            if raw != self._raw and not raw.startswith(self._raw + b"/"):
+                scope["path"], scope["raw_path"] = self._root_path + scope["path"], self._raw + raw
+            scope["root_path"] = self._root_path
+        await self._app(scope, receive, send)
+
+
 class SizeMiddleware:
     """Answers 431 to headers that are too long, and 413 to a body that is, whether it says so or not."""
 

@@ -101,7 +101,10 @@ def run(config: ServerConfig, engine_config: EngineConfig) -> int:
         code = 1
     if service.failure is not None or service.host_lost:
         code = 1
-    logger.info("stopped")
+    if service.failure is None:
+        logger.info("stopped")
+    else:  # said before, but in the middle of what is logged of start and end
+        logger.error("stopped: the model cannot be loaded: %s", service.failure)
     alone = engine_config.parallel.num_hosts == 1
     if server.force_exit or service.is_loading or (code and not alone):
         # A thread may be in the middle of compiling or of a step, and has nothing to save. With several hosts
@@ -165,7 +168,6 @@ def _uvicorn_config(config: ServerConfig, app: object) -> uvicorn.Config:
         host=listen.host,
         port=listen.port,
         uds=listen.uds,
-        root_path=listen.root_path,
         ssl_keyfile=listen.ssl_keyfile,
         ssl_certfile=listen.ssl_certfile,
         ssl_ca_certs=listen.ssl_ca_certs,

@@ -4,6 +4,8 @@ Names are those of the semantic conventions, https://opentelemetry.io/docs/specs
 they do not name vLLM's: https://docs.vllm.ai/en/stable/examples/online_serving/opentelemetry/
 """
 
+import logging
+import threading
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
     from opentelemetry.trace import Span
 
+logger = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 2.0
+"""How long the end of the server waits for the last spans to be sent."""
 SPAN_NAME = "llm_request"
 OPERATIONS = {"/v1/completions": "text_completion"}
 """What requests of a path do; the others chat."""
@@ -126,8 +132,15 @@ class Tracing:
         return RequestSpan(span)
 
     def close(self) -> None:
-        """Sends what is left, for some seconds at most."""
-        self._provider.shutdown()
+        """Sends what is left, for `FLUSH_SECONDS` at most.
+
+        OpenTelemetry waits for a collector that does not answer for up to 30 s, and offers no shorter time.
+        """
+        last = threading.Thread(target=self._provider.shutdown, name="jaxllm-traces", daemon=True)
+        last.start()
+        last.join(FLUSH_SECONDS)
+        if last.is_alive():
+            logger.warning("the last traces are lost: the collector took none for %g s", FLUSH_SECONDS)
 
 
 def _latencies(requests: list[RequestMetrics]) -> dict[str, float]:

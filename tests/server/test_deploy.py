@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from running import Running
 
 from jaxllm.cli.main import command_parser
+from jaxllm.server.status import Readiness
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = sorted(path for path in (ROOT / "deploy").rglob("*") if path.is_file())
@@ -90,6 +91,19 @@ def test_probes_ask_paths_that_are_there(server: Running) -> None:
     paths = set(re.findall(r"path: (/\w+)", text)) | set(re.findall(r":8000(/\w+)", text))
     assert paths == {"/health", "/ready"}
     assert all(server.http.get(path).is_success for path in paths)
+
+
+def test_how_far_loading_is_on_the_page(server: Running) -> None:
+    [text] = re.findall(
+        r'^    (\{"status":"loading".*)$', (ROOT / "docs" / "operations.md").read_text(), re.M
+    )
+    shown = json.loads(text)
+    assert server.service._startup is not None
+    there = server.service._startup.progress()
+    assert list(shown) == ["status", *(name for name in Readiness.__annotations__ if name in there)]
+    assert (
+        list(shown["done"]) == list(there["done"])[: len(shown["done"])]
+    )  # in this order, and then the rest
 
 
 def test_the_configuration_on_the_page_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,5 +155,6 @@ def test_behind_nginx_under_a_path(proxied: tuple[httpx2.Client, Running]) -> No
     assert client.get("/ui/page.js", headers={"authorization": ""}).is_success
     assert client.get("/ui/state", headers={"authorization": ""}).status_code == 401
     assert client.get("/ui/state").json()["status"] == "ready"
+    assert client.get("/version/").headers["location"].endswith("/llm/version")
     too_long = client.post("/v1/completions", content=b"x" * (9 << 20))
     assert too_long.status_code == 413

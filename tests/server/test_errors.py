@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 
 import httpx2
 import openai
@@ -123,6 +124,46 @@ def test_a_prompt_that_is_too_long_says_so(server: Running) -> None:
         assert refusal(server.post(path, **fields))["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(
+    ("path", "name", "place", "fields"),
+    [
+        ("/v1/completions", "max_tokens", "prompt", {"prompt": "abc"}),
+        ("/v1/completions", "max_tokens", "prompt", {"prompt": "abc", "stream": True}),
+        ("/v1/chat/completions", "max_tokens", "messages", {"messages": MESSAGES}),
+        ("/v1/chat/completions", "max_completion_tokens", "messages", {"messages": MESSAGES}),
+        ("/v1/responses", "max_output_tokens", "input", {"input": "abc"}),
+    ],
+)
+def test_an_output_that_has_no_room_says_so(
+    server: Running, path: str, name: str, place: str, fields: dict
+) -> None:
+    error = refusal(server.post(path, **fields, **{name: 100_000}))
+    assert (error["param"], error["code"]) == (name, "context_length_exceeded")
+    said = re.fullmatch(
+        rf"{name}: This model's maximum context length is 128 tokens. However, you requested (\d+) tokens "
+        rf"\((\d+) in the {place}, 100000 in the completion\). Please reduce the length of the {place} or "
+        r"completion.",
+        error["message"],
+    )
+    assert said
+    total, prompt = map(int, said.groups())
+    assert total == prompt + 100_000
+    assert refusal(server.post(path, **fields, **{name: 129 - prompt}))["param"] == name
+    assert server.post(path, **fields, **{name: 128 - prompt}, temperature=0).is_success
+
+
+def test_an_output_whose_length_is_not_asked_for_has_the_room_there_is(server: Running) -> None:
+    found = server.post("/v1/completions", prompt="a" * 120).json()
+    assert found["usage"]["total_tokens"] <= 128
+    found = server.post("/v1/chat/completions", messages=MESSAGES, ignore_eos=True).json()
+    assert found["usage"]["total_tokens"] == 128
+
+
+def test_of_several_prompts_the_one_without_room_is_named(server: Running) -> None:
+    error = refusal(server.post("/v1/completions", prompt=["a", "a" * 100], max_tokens=60))
+    assert error["message"].startswith("prompt 1: max_tokens: This model's maximum context length")
+
+
 def test_the_client_sees_its_own_exceptions(server: Running) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature"):
         server.openai.completions.create(model="tiny", prompt="a", temperature=-1)
@@ -137,11 +178,15 @@ def test_bodies_that_are_not_requests(server: Running) -> None:
         return http.post(path, content=content, headers=headers)
 
     assert refusal(send(b"{"))["code"] == "invalid_json"
-    refusal(send(b"[]"))
+    assert refusal(send(b"[]"))["message"] == "the body: must be a JSON object"
     refusal(send(b'"text"'))
     refusal(send(b"\xff\xfe"))
     refusal(send(b'{"prompt": "a", "user": ' + b"[" * 40_000 + b"]" * 40_000 + b"}"))
-    refusal(http.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"}))
+    for kind in ({}, {"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}):
+        for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize"):
+            error = refusal(http.post(path, content=b'{"prompt": "a"}', headers=kind))
+            assert error["param"] == "content-type"
+            assert "application/json" in error["message"]
     refusal(send(b'{"prompt": "' + b"a" * 100_000 + b'"}'), 413)
     refusal(http.post("/v1/completions", content=iter([b"x" * 60_000] * 2), headers=headers), 413)
     refusal(http.get("/v1/nothing"), 404)

@@ -40,6 +40,14 @@ def test_an_answer(server: Running) -> None:
     assert usage["input_tokens"] + usage["cache_read_input_tokens"] == count
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_output_is_as_long_as_there_is_room(server: Running, stream: bool) -> None:
+    turns = [{"role": "user", "content": "a" * 90}]
+    found = ask(server, messages=turns, max_tokens=64_000, stream=stream)
+    assert found.is_success
+    assert '"stop_reason":"model_context_window_exceeded"' in found.text
+
+
 def test_parts_prefill_and_stop_sequences(server: Running) -> None:
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     turns = [{"role": "user", "content": parts}]
@@ -102,9 +110,9 @@ def test_an_answer_with_a_schema(server: Running, fields: dict, stream: bool) ->
         ({"output_config": {"effort": "low"}}, "effort: not supported"),
         ({"output_config": {"format": {"type": "json_object"}}}, "output_config.format.type"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema: is required"),
-        ({"output_config": {"format": schema_format({"not": {}})}}, "output_config.json: "),
+        ({"output_config": {"format": schema_format({"not": {}})}}, "output_config: "),
         ({"output_config": {"format": schema_format({"a": "x" * 70_000})}}, "at most 65536"),
-        ({"output_format": schema_format({"type": 5})}, "output_format.json: "),
+        ({"output_format": schema_format({"type": 5})}, "output_format: "),
         ({"output_format": schema_format({}), "output_config": CONFIG}, "give one of them"),
         ({"output_config": CONFIG, "messages": PREFILLED}, "output_config: the answer is held"),
         ({"output_config": CONFIG, "tools": [TOOL], "tool_choice": {"type": "any"}}, "output_config: "),

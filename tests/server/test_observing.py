@@ -1,17 +1,26 @@
 """Traces and profiles."""
 
 import asyncio
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import (
+    BatchSpanProcessor,
+    SimpleSpanProcessor,
+    SpanExporter,
+    SpanExportResult,
+)
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from running import Running, server_config
 
+from jaxllm.server import tracing
 from jaxllm.server.profiling import Profiler
 from jaxllm.server.tracing import Tracing
 
@@ -65,6 +74,33 @@ def test_a_request_is_a_span_of_its_callers_trace(
     assert span.end_time is not None
     assert (span.end_time - span.start_time) / 1e9 >= seconds["e2e"]
     assert span.resource.attributes["service.name"] == "jaxllm"
+
+
+class Unreachable(SpanExporter):
+    """A collector that takes nothing, and from which one waits for long."""
+
+    def __init__(self) -> None:
+        self.gone = threading.Event()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.gone.wait(30)
+        return SpanExportResult.FAILURE
+
+
+def test_the_end_does_not_wait_long_for_a_collector(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    exporter = Unreachable()
+    traced = Tracing(BatchSpanProcessor(exporter))
+    monkeypatch.setattr(server.service, "tracing", traced)
+    monkeypatch.setattr(tracing, "FLUSH_SECONDS", 0.1)
+    assert server.post("/v1/completions", **BODY).is_success
+    server.wait_idle()
+    begin = time.monotonic()
+    traced.close()
+    assert time.monotonic() - begin < 5
+    assert "the last traces are lost" in caplog.text
+    exporter.gone.set()
 
 
 def test_what_a_request_does_is_known_under_a_proxys_path_too(

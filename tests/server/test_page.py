@@ -104,14 +104,14 @@ def test_without_the_page() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("root_path", ["", "/llm"])
-def test_only_its_files_need_no_key(root_path: str) -> None:
+@pytest.mark.parametrize(("root_path", "sent"), [("", ""), ("/llm", "/llm"), ("/llm", "")])
+def test_only_its_files_need_no_key(root_path: str, sent: str) -> None:
     async def main() -> None:
         client, _ = not_loaded(keys=["k"], root_path=root_path)
         async with client:
 
             async def status(path: str, **headers: str) -> int:
-                url = f"http://server{root_path}{path}"
+                url = f"http://server{sent}{path}"
                 return (await client.get(url, headers=headers)).status_code
 
             for path in page_files():

@@ -192,7 +192,7 @@ def test_a_value_that_the_server_refuses(screen: Screen) -> None:
 def test_the_engine_at_work(screen: Screen, server: Running) -> None:
     panel = screen.page.locator("#engine")
     for _ in range(4):
-        screen.set(max_tokens=100).ask("the same long prompt each time, so that it is found")
+        screen.ask("the same long prompt each time, so that it is found")
     screen.page.wait_for_timeout(1200)
     text = panel.inner_text()
     assert "0 of 6" in text

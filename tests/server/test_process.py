@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -129,6 +130,24 @@ def test_a_second_signal_ends_at_once(model: Path) -> None:
             assert server.wait(5) == 0
 
 
+def test_other_packages_lines_have_the_logs_form() -> None:
+    code = """
+import logging
+from jaxllm.server import logs
+from jaxllm.server.config import LogConfig
+logs.configure(LogConfig(log_level="debug", log_format="json"))
+logging.getLogger("opentelemetry.exporter").error("Failed to export spans batch")
+logging.getLogger("opentelemetry.exporter").debug("not ours")
+logging.getLogger("jaxllm.server").debug("ours")
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = [json.loads(line) for line in found.stderr.splitlines()]
+    assert [(line["logger"], line["level"], line["message"]) for line in said] == [
+        ("opentelemetry.exporter", "error", "Failed to export spans batch"),
+        ("jaxllm.server", "debug", "ours"),
+    ]
+
+
 def test_a_signal_that_meets_a_line_of_the_log(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,5 +194,8 @@ def test_a_port_that_is_taken(model: Path) -> None:
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with process("--model", str(tmp_path), "--port", "0") as server:
-        lines(server, "cannot be loaded")
         assert server.wait(30) == 1
+        assert server.stderr is not None
+        said = server.stderr.read().splitlines()
+    assert re.search(f"ERROR stopped: the model cannot be loaded: .*{re.escape(str(tmp_path))}", said[-1])
+    assert sum("cannot be loaded" in line for line in said) == 2  # when it was known, and at the end

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import logging
 import re
 import shutil
 import subprocess
@@ -26,8 +27,7 @@ from jaxllm.server.service import Service
 def not_loaded(keys=(), **options):
     """A client of a server whose model has not been loaded."""
     service = Service(server_config(**options), EngineConfig.create("some-model"))
-    root_path = options.get("root_path", "")
-    transport = httpx2.ASGITransport(create_app(service, Keys(keys)), root_path=root_path)
+    transport = httpx2.ASGITransport(create_app(service, Keys(keys)))
     return httpx2.AsyncClient(transport=transport, base_url="http://server"), service
 
 
@@ -246,12 +246,44 @@ def test_keys() -> None:
             refused = await client.get("/version")
             assert refused.json()["error"]["code"] == "invalid_api_key"
             assert refused.headers["www-authenticate"] == "Bearer"
-        open_metrics, _ = not_loaded(keys=["k"], metrics_without_key=True, root_path="/llm")
-        async with open_metrics as client:
-            assert (await client.get("/llm/metrics")).status_code == 200
-            assert (await client.get("/llm/version")).status_code == 401
 
     asyncio.run(main())
+
+
+def test_under_a_path_that_a_proxy_strips_or_leaves(caplog: pytest.LogCaptureFixture) -> None:
+    """Keys are asked for on the same paths in both forms; nothing is served under any other."""
+    open_paths = ("/health", "/ready", "/ping", "/metrics", "/")
+    closed = ("/version", "/v1/models", "/ui/state")
+    odd = (
+        "/llm/llm/health", "//llm/health", "/llm//health", "/%6clm/health", "/llm%2fhealth", "/llm/%68ealth",
+        "/llmhealth", "/other/health", "/llm",
+    )  # fmt: skip
+
+    async def main() -> None:
+        client, _ = not_loaded(keys=["k"], metrics_without_key=True, root_path="/llm")
+        key = {"authorization": "Bearer k"}
+        async with client:
+
+            async def status(path: str, **headers: str) -> int:
+                return (await client.get(f"http://server{path}", headers=headers)).status_code
+
+            for root in ("", "/llm"):
+                for path in open_paths:
+                    assert await status(root + path) in (200, 503), root + path
+                for path in closed:
+                    assert await status(root + path) == 401, root + path
+                    assert await status(root + path, **key) == 200, root + path
+            for path in odd:
+                assert await status(path) == 401, path
+            for path in ("/llm/llm/health", "/llmhealth", "/other/health", "/llm%2fhealth"):
+                assert await status(path, **key) == 404, path
+            moved = await client.get("/version/", headers=key)
+            assert moved.headers["location"] == "http://server/llm/version"
+
+    with caplog.at_level(logging.INFO, "jaxllm.server.requests"):
+        asyncio.run(main())
+    assert "GET '/llm/v1/models' 200" in caplog.text
+    assert "GET '/llm/' 200" in caplog.text
 
 
 def test_keys_share_no_prefix_cache(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
