@@ -17,6 +17,7 @@ from jaxllm.plan.options import PLANNED
 
 if TYPE_CHECKING:
     from jaxllm.plan.planner import Planner
+    from jaxllm.plan.search import Outcome
     from pallas_kernels.targets import Target
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -210,13 +211,10 @@ def _plan(arguments: argparse.Namespace, planner: "Planner", target: "Target") -
 
 def _search(arguments: argparse.Namespace, planner: "Planner", targets: "list[Target]") -> int:
     from jaxllm.plan.picture import draw_plan
-    from jaxllm.plan.search import Outcome, search
-    from jaxllm.plan.table import outcome_line, search_table
+    from jaxllm.plan.search import search
+    from jaxllm.plan.table import search_table
 
-    def tell(where: str, outcome: Outcome) -> None:
-        if planner.progress:
-            print(outcome_line(where, outcome), file=sys.stderr)
-
+    tell = _tell if planner.progress else None
     found = search(planner, targets, _prices(arguments), tell)
     report: dict[str, Any] = {
         "plans": [plan.to_dict() for plan in found.plans],
@@ -226,3 +224,16 @@ def _search(arguments: argparse.Namespace, planner: "Planner", targets: "list[Ta
     if arguments.plot:
         draw_plan(found.plans[0], arguments.plot)
     return 0
+
+
+def _tell(where: str, outcome: "Outcome") -> None:
+    """Says on stderr what came of one layout of a search."""
+    from jaxllm.plan.search import Refusal
+
+    if isinstance(outcome, Refusal):
+        found = outcome.reason
+    else:
+        found = f"{outcome.estimate.output_tokens_per_second:,.0f} output tokens/s"
+        if (worth := outcome.estimate.tokens_per_dollar) is not None:
+            found += f", {worth:,.0f} a dollar"
+    print(f"{where}: {found}", file=sys.stderr)

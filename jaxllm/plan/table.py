@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from jaxllm.plan.plan import Plan
-from jaxllm.plan.search import Outcome, Search
+from jaxllm.plan.search import Search
 from pallas_kernels.targets.compiled import Traffic
 
 NOTE = (
@@ -35,15 +35,6 @@ def search_table(found: Search) -> str:
     if note := next(filter(None, map(_extrapolated, found.plans)), None):
         lines.append(note)
     return "\n".join(lines)
-
-
-def outcome_line(where: str, outcome: Outcome) -> str:
-    """What came of one layout of a search."""
-    if not isinstance(outcome, Plan):
-        return f"{where}: {outcome.reason}"
-    found = outcome.estimate
-    dollar = "" if found.tokens_per_dollar is None else f", {found.tokens_per_dollar:,.0f} a dollar"
-    return f"{where}: {found.output_tokens_per_second:,.0f} output tokens/s{dollar}"
 
 
 def _search_row(plan: Plan) -> list[str]:
