@@ -110,7 +110,7 @@ dev: $(VENV)/.has-demo $(VENV)/.has-test $(VENV)/.has-ui $(VENV)/.has-dev $(VENV
 	$(VENV)/bin/pre-commit install
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) $(VENV)-aot $(VENV)-parity $(VENV)-clients $(VENV)-fuzz $(VENV)-ray .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-aot $(VENV)-parity $(VENV)-clients $(VENV)-fuzz $(VENV)-ray $(VENV)-plan .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' || { \

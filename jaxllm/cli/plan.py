@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxllm.plan.options import PLANNED
 
 if TYPE_CHECKING:
     from jaxllm.plan.planner import Planner
+    from jaxllm.plan.search import Outcome
     from pallas_kernels.targets import Target
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -86,7 +88,8 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--search",
         action="store_true",
-        help="try all layouts of the targets that fit, and rank them; experts are cut or whole",
+        help="try all layouts of the targets that fit, and rank them; experts are cut or whole. A layout "
+        "takes minutes, with --few-layers one or two; stderr says how many there are and what comes of each",
     )
     group.add_argument(
         "--price-per-chip-hour",
@@ -122,9 +125,26 @@ def run(arguments: argparse.Namespace) -> int:
         for target in targets:
             target.devices()
     planner = planner_of(arguments.model, workload, few_layers=arguments.few_layers, options=options)
-    if arguments.search:
-        return _search(arguments, planner, targets)
-    return _plan(arguments, planner, targets[0])
+    with _ended_by_signals():
+        if arguments.search:
+            return _search(arguments, planner, targets)
+        return _plan(arguments, planner, targets[0])
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process at once, as they do with programs that say nothing about them.
+
+    Python would raise KeyboardInterrupt when the compiler is back, which takes minutes, and libtpu prints its
+    own stack at SIGTERM. Nothing is left half written: programs that are kept get their names last.
+    """
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -194,7 +214,8 @@ def _search(arguments: argparse.Namespace, planner: "Planner", targets: "list[Ta
     from jaxllm.plan.search import search
     from jaxllm.plan.table import search_table
 
-    found = search(planner, targets, _prices(arguments))
+    tell = _tell if planner.progress else None
+    found = search(planner, targets, _prices(arguments), tell)
     report: dict[str, Any] = {
         "plans": [plan.to_dict() for plan in found.plans],
         "refused": [vars(refusal) for refusal in found.refusals],
@@ -203,3 +224,16 @@ def _search(arguments: argparse.Namespace, planner: "Planner", targets: "list[Ta
     if arguments.plot:
         draw_plan(found.plans[0], arguments.plot)
     return 0
+
+
+def _tell(where: str, outcome: "Outcome") -> None:
+    """Says on stderr what came of one layout of a search."""
+    from jaxllm.plan.search import Refusal
+
+    if isinstance(outcome, Refusal):
+        found = outcome.reason
+    else:
+        found = f"{outcome.estimate.output_tokens_per_second:,.0f} output tokens/s"
+        if (worth := outcome.estimate.tokens_per_dollar) is not None:
+            found += f", {worth:,.0f} a dollar"
+    print(f"{where}: {found}", file=sys.stderr)

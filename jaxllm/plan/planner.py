@@ -43,6 +43,7 @@ class Planner:
     Attributes:
         few_layers: compile models of a few layers, and extrapolate from them.
         progress: say on stderr what is being compiled.
+        where: said there instead of the layout's chips; of a search, how far it is and which layout it tries.
     """
 
     config: EngineConfig
@@ -51,6 +52,7 @@ class Planner:
     workload: Workload
     few_layers: bool = False
     progress: bool = True
+    where: str | None = None
 
     def layout(self, target: Target, data: int | None, *, data_parallel_experts: bool) -> Layout:
         """Cut as the config says; see `Layout.make`."""
@@ -165,8 +167,8 @@ class Planner:
         self, programs: StepPrograms, kind: str, layout: Layout, tokens: int, pages: int
     ) -> tuple[Step, ...]:
         size = programs.lowerings[0].buckets.fit(tokens).tokens
-        what = f"Compiling for {layout.replica}, {layout.replica_chips} chips: {kind}, {size} tokens"
-        with waiting(what, progress=self.progress):
+        where = self.where or f"Compiling for {layout.replica}, {layout.replica_chips} chips"
+        with waiting(f"{where}: {kind}, {size} tokens", progress=self.progress):
             return programs.steps(tokens, pages)
 
 

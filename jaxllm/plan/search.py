@@ -1,7 +1,7 @@
 """Which layouts of which chips serve a model best."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jaxllm.plan.layout import Layout, chips_per_host, divisors
@@ -34,30 +34,43 @@ class Search:
     refusals: Sequence[Refusal]
 
 
-def search(planner: Planner, targets: Sequence[Target], prices: Sequence[float | None]) -> Search:
+Outcome = Plan | Refusal
+"""Of a layout that was tried."""
+
+
+def search(
+    planner: Planner,
+    targets: Sequence[Target],
+    prices: Sequence[float | None],
+    tell: Callable[[str, Outcome], None] | None = None,
+) -> Search:
     """Plans every layout of the targets.
 
     Args:
         prices: of a chip-hour, for each target.
+        tell: is given what came of each layout as soon as it is known, after how far the search is and which
+            layout it was, such as "3 of 9, v5e:2x4, tensor 4, expert 1, stages 1".
 
     Raises:
         RuntimeError: the compiler for a target is not installed.
         ValueError: no layout serves the model; the message has the reasons.
     """
-    plans, refusals = [], []
-    for target, price in zip(targets, prices, strict=True):
-        for sizes in _sizes(planner, target):
-            try:
-                layout = Layout.make(
-                    target,
-                    sizes.tensor,
-                    sizes.expert,
-                    pipeline=sizes.stages,
-                    data_parallel_experts=sizes.groups > 1,
-                )
-                plans.append(planner.plan(layout, price))
-            except (NotImplementedError, ValueError) as error:
-                refusals.append(Refusal(f"{target}, {sizes}", str(error)))
+    tried = [
+        (target, sizes, price)
+        for target, price in zip(targets, prices, strict=True)
+        for sizes in _sizes(planner, target)
+    ]
+    plans: list[Plan] = []
+    refusals: list[Refusal] = []
+    for number, (target, sizes, price) in enumerate(tried, 1):
+        where = f"{number} of {len(tried)}, {target}, {sizes}"
+        outcome = _try(replace(planner, where=where), target, sizes, price)
+        if isinstance(outcome, Plan):
+            plans.append(outcome)
+        else:
+            refusals.append(outcome)
+        if tell is not None:
+            tell(where, outcome)
     if not plans:
         reasons = "\n".join(f"  {one.layout}: {one.reason}" for one in refusals)
         raise ValueError(f"no layout serves {planner.config.model.model}:\n{reasons}")
@@ -75,6 +88,20 @@ class Sizes(NamedTuple):
     def __str__(self) -> str:
         groups = f", data groups {self.groups}" if self.groups > 1 else ""
         return f"tensor {self.tensor}, expert {self.expert}, stages {self.stages}{groups}"
+
+
+def _try(planner: Planner, target: Target, sizes: Sizes, price: float | None) -> Outcome:
+    try:
+        layout = Layout.make(
+            target,
+            sizes.tensor,
+            sizes.expert,
+            pipeline=sizes.stages,
+            data_parallel_experts=sizes.groups > 1,
+        )
+        return planner.plan(layout, price)
+    except (NotImplementedError, ValueError) as error:
+        return Refusal(f"{target}, {sizes}", str(error))
 
 
 def _sizes(planner: Planner, target: Target) -> Iterator[Sizes]:

@@ -40,6 +40,8 @@ def require(problem: Problem) -> None:
     Raises:
         NotImplementedError: they do not; the message says why.
     """
+    if problem.platform != "tpu":
+        raise NotImplementedError(f"platform {problem.platform}: serves tpu")
     require_values(problem)
     geometry = problem.geometry
     _require_shapes(geometry.page_size, geometry.head_dim, problem.dtype, geometry.dtype)

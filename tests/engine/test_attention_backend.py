@@ -96,6 +96,12 @@ def test_llm_takes_a_kernel() -> None:
 
 BAD = {
     "no such name": ("magic", ValueError, "attention_backend='magic': .*there are auto, .*xla"),
+    "for a TPU": (
+        "tpu",
+        NotImplementedError,
+        "'tpu' does not serve this model on cpu: .*serves tpu",
+    ),
+    "for a GPU": ("gpu", NotImplementedError, "'gpu' does not serve this model on cpu: .*only Hopper GPUs"),
     "a number": (3, ValueError, "attention_backend=3: must be a name, a Backend .*, or a function"),
     "a class": (Backend, TypeError, "attention_backend=.*Backend.*must be one of auto, .*or a function"),
     "other arguments": (old_form, TypeError, r"attention_backend=old_form\(.*cannot be called as \(q, k, v,"),

@@ -167,6 +167,7 @@ def test_what_require_refuses() -> None:
     problem = Problem("tpu", "TPU v5 lite", 4, geometry, jnp.dtype(jnp.bfloat16))
     BACKEND.require(problem)
     for change, words in (
+        ({"platform": "cpu"}, "platform cpu: serves tpu"),
         ({"geometry": dataclasses.replace(geometry, page_size=24)}, "page_size=24"),
         ({"geometry": dataclasses.replace(geometry, head_dim=512)}, "head_dim=512"),
         ({"geometry": dataclasses.replace(geometry, dtype=jnp.dtype(jnp.int8))}, "32 or more"),

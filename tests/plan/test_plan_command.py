@@ -3,7 +3,9 @@
 import json
 import os
 import re
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from plan_cases import step
 from jaxllm import Engine
 from jaxllm.cli import plan as command
 from jaxllm.cli.main import main
+from jaxllm.plan import programs
 from jaxllm.plan.step import Step
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.lowering import Lowering
@@ -219,6 +222,48 @@ def test_search(model: Callable[..., str], capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert printed.startswith("target")
     assert "v5e:2x2, tensor 4, expert 1, stages 1: num_attention_heads=2" in printed
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_search_says_how_far_it_is(
+    model: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    @contextmanager
+    def waiting(what: str, *, progress: bool) -> Iterator[None]:
+        compiled.append(what)
+        yield
+
+    monkeypatch.setattr("jaxllm.plan.planner.waiting", waiting)
+    small = [flag for flag in SMALL if flag != "--no-progress"]
+    flags = ["--target", "v5e:1x1", "--target", "v6e:1x1", "--search", "--price-per-chip-hour", "1", "--json"]
+    assert main(["plan", model(), *flags, *small]) == 0
+    output = capsys.readouterr()
+    assert len(json.loads(output.out)["plans"]) == 2
+    first, second = (f"{n} of 2, v{n + 4}e:1x1, tensor 1, expert 1, stages 1: " for n in (1, 2))
+    assert compiled == [
+        f"{where}{step}" for where in (first, second) for step in ("prefill, 16 tokens", "decode, 8 tokens")
+    ]
+    for where, line in zip((first, second), output.err.splitlines()[-2:], strict=True):
+        assert re.fullmatch(r"[\d,]+ output tokens/s, [\d,]+ a dollar", line.removeprefix(where)), line
+
+
+@pytest.mark.usefixtures("steps")
+def test_signals_end_a_compilation(model: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handlers in Python would not run before the compiler is back."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    made, seen = programs.compile_step, []
+
+    def compile_step(lowering: Lowering, bucket: Bucket, num_pages: int) -> Step:
+        seen.append([signal.getsignal(number) for number in numbers])
+        return made(lowering, bucket, num_pages)
+
+    monkeypatch.setattr(programs, "compile_step", compile_step)
+    assert main(["plan", model(), "--target", "v5e", *SMALL]) == 0
+    assert seen == [[signal.SIG_DFL, signal.SIG_DFL]] * 2
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.mark.usefixtures("steps")
