@@ -1,76 +1,22 @@
 """`jaxllm plan` from end to end, with this machine's CPUs in the place of chips."""
 
 import json
-import os
 import re
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
-from plan_cases import step
+from plan_cases import CONFIG, SMALL
 
 from jaxllm import Engine
-from jaxllm.cli import plan as command
 from jaxllm.cli.main import main
 from jaxllm.plan import programs
 from jaxllm.plan.step import Step
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.lowering import Lowering
 from pallas_kernels.targets import Target
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "torch_dtype": "bfloat16",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
-SMALL = (
-    "--input-len", "32", "--output-len", "8", "--max-num-seqs", "4", "--max-num-batched-tokens", "16",
-    "--no-progress",
-)  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the command sets does not outlive the test."""
-    for name in (*command.ENVIRONMENT, *command.QUIET):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
-
-
-@pytest.fixture
-def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chips are CPUs, but the process does not live in their memory."""
-    monkeypatch.setattr("jaxllm.runner.memory.PROCESS_BYTES", 0)
-    monkeypatch.setattr(Target, "devices", lambda self: jax.devices()[: self.num_chips])
-
-
-@pytest.fixture
-def steps(cpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is compiled."""
-
-    def made(lowering: Lowering, bucket: Bucket, num_pages: int) -> Step:
-        layers = lowering.model.num_layers
-        return step(bucket.tokens, flops=1e12 * layers * bucket.tokens, nbytes=1e9, layers=layers)
-
-    monkeypatch.setattr("jaxllm.plan.programs.compile_step", made)
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Callable[..., str]:
-    def make(**fields: Any) -> str:
-        path = tmp_path / "small.json"
-        path.write_text(json.dumps(CONFIG | fields))
-        return str(path)
-
-    return make
 
 
 @pytest.mark.usefixtures("cpus")
@@ -204,52 +150,6 @@ def test_data_groups(model: Callable[..., str], tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.usefixtures("steps")
-def test_search(model: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
-    targets = ("--target", "v5e:2x2", "--target", "v6e:1x1")
-    prices = ("--price-per-chip-hour", "1", "--price-per-chip-hour", "2")
-    heads = {"num_attention_heads": 2, "hidden_size": 16}
-    assert main(["plan", model(**heads), *targets, *prices, "--search", "--json", *SMALL]) == 0
-    found = json.loads(capsys.readouterr().out)
-    sizes = [(plan["layout"]["tensor_parallel_size"], len(plan["stages"])) for plan in found["plans"]]
-    assert sorted(sizes) == [(1, 1), (1, 1), (1, 2), (2, 1), (2, 2)]
-    worth = [plan["estimate"]["tokens_per_dollar"] for plan in found["plans"]]
-    assert worth == sorted(worth, reverse=True)
-    [refused] = found["refused"]
-    assert refused["layout"] == "v5e:2x2, tensor 4, expert 1, stages 1"
-    assert "num_attention_heads=2: must be a multiple of tensor_parallel_size=4" in refused["reason"]
-
-    assert main(["plan", model(**heads), *targets, "--search", *SMALL]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("target")
-    assert "v5e:2x2, tensor 4, expert 1, stages 1: num_attention_heads=2" in printed
-
-
-@pytest.mark.usefixtures("steps")
-def test_a_search_says_how_far_it_is(
-    model: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled = []
-
-    @contextmanager
-    def waiting(what: str, *, progress: bool) -> Iterator[None]:
-        compiled.append(what)
-        yield
-
-    monkeypatch.setattr("jaxllm.plan.planner.waiting", waiting)
-    small = [flag for flag in SMALL if flag != "--no-progress"]
-    flags = ["--target", "v5e:1x1", "--target", "v6e:1x1", "--search", "--price-per-chip-hour", "1", "--json"]
-    assert main(["plan", model(), *flags, *small]) == 0
-    output = capsys.readouterr()
-    assert len(json.loads(output.out)["plans"]) == 2
-    first, second = (f"{n} of 2, v{n + 4}e:1x1, tensor 1, expert 1, stages 1: " for n in (1, 2))
-    assert compiled == [
-        f"{where}{step}" for where in (first, second) for step in ("prefill, 16 tokens", "decode, 8 tokens")
-    ]
-    for where, line in zip((first, second), output.err.splitlines()[-2:], strict=True):
-        assert re.fullmatch(r"[\d,]+ output tokens/s, [\d,]+ a dollar", line.removeprefix(where)), line
-
-
-@pytest.mark.usefixtures("steps")
 def test_signals_end_a_compilation(model: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Handlers in Python would not run before the compiler is back."""
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -301,23 +201,6 @@ def test_weights_beside_pages_that_were_counted(
     larger = model(vocab_size=1_100_000, hidden_size=4096, num_attention_heads=32)
     assert main(["plan", larger, "--target", "v5e", "--num-pages", "20", *SMALL]) == 1
     assert re.search(r"GB more than its 16\.9 GB", capsys.readouterr().err)
-
-
-@pytest.mark.usefixtures("steps")
-def test_experts_are_tried_whole_where_the_config_leaves_their_number_out(
-    model: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """So are data groups: those of one chip, and of two that cut experts or do not."""
-    mixtral = model(architectures=["MixtralForCausalLM"], num_key_value_heads=4)
-    assert main(["plan", mixtral, "--target", "v5e:2x2", "--search", *SMALL]) == 0
-    assert len(re.findall(r"\d groups", capsys.readouterr().out)) == 3
-    assert main(["plan", mixtral, "--target", "v5e:2x2", "--search", "--json", *SMALL]) == 0
-    found = json.loads(capsys.readouterr().out)
-    layouts = [plan["layout"] for plan in found["plans"]]
-    assert 4 in [layout["expert_parallel_size"] for layout in layouts]
-    sizes = ("data_parallel_size", "expert_parallel_size", "tensor_parallel_size")
-    grouped = [tuple(map(layout.get, sizes)) for layout in layouts if layout["data_parallel_experts"]]
-    assert sorted(grouped) == [(2, 1, 2), (2, 2, 1), (4, 1, 1)]
 
 
 @pytest.mark.usefixtures("steps")
