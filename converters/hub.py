@@ -79,9 +79,8 @@ def _explain(model: str, revision: str | None, error: Exception) -> str:
         case errors.GatedRepoError():
             why = "the repo is gated: accept its terms, then pass token=... or run `hf auth login`"
         case errors.RepositoryNotFoundError():
-            why = "no such file, folder or Hugging Face repo (a private repo needs token=...)" + _nearest(
-                model
-            )
+            why = "no such file, folder or Hugging Face repo (a private repo needs token=...)"
+            why += _nearest(model)
         case errors.RevisionNotFoundError():
             why = "the repo has no such revision"
         case errors.RemoteEntryNotFoundError():
@@ -99,12 +98,9 @@ def _nearest(name: str) -> str:
     """The name that is known here, for one that no owner's repo has; they have a slash."""
     if "/" in name:
         return ""
-    near = difflib.get_close_matches(name, [DEMO_MODEL])
-    return (
-        f"; did you mean {near[0]}?"
-        if near
-        else f"; a repo id is owner/name, and the demo model {DEMO_MODEL}"
-    )
+    if near := difflib.get_close_matches(name, [DEMO_MODEL]):
+        return f"; did you mean {near[0]}?"
+    return f"; a repo id is owner/name, and the demo model {DEMO_MODEL}"
 
 
 def _what_else(repo: str, revision: str | None, token: str | None, offline: bool) -> str:
