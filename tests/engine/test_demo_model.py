@@ -95,12 +95,9 @@ def test_golden_tokens_of_chats_and_streams() -> None:
     assert chat.outputs[0].text == streamed
 
 
-@pytest.mark.parametrize("sizes", [(3, 1), (1, 2)])
-def test_golden_tokens_on_several_devices(sizes: tuple[int, int]) -> None:
+def test_golden_tokens_on_three_devices() -> None:
     """Vocabularies of other tests are so small that samplers take other ways."""
-    tensor, pipeline = sizes
-    parallel = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
-    check(_engine(**parallel).generate(PROMPTS, GREEDY))
+    check(_engine(tensor_parallel_size=3).generate(PROMPTS, GREEDY))
 
 
 def test_the_same_tokens_whatever_happens_around_them() -> None:
