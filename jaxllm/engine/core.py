@@ -202,9 +202,8 @@ class EngineCore:
             self.failure = error
             return self.abort_all("error")
         self._in_flight.clear()
-        failed = {
-            self.unfinished.samples[r.request_id].assembler.request_id for r in self.scheduler.abandon()
-        }
+        abandoned = self.scheduler.abandon()
+        failed = {self.unfinished.samples[r.request_id].assembler.request_id for r in abandoned}
         outputs = list(filter(None, [self.abort(request_id, "error") for request_id in failed]))
         self.balancer.abandon_round()
         try:
@@ -242,8 +241,7 @@ class EngineCore:
         """Ends every request, and gives their last outputs."""
         self._in_flight.clear()
         self.scheduler.abandon()
-        outputs = [self.abort(request_id, reason) for request_id in list(self.unfinished)]
-        return [output for output in outputs if output is not None]
+        return list(filter(None, [self.abort(request_id, reason) for request_id in list(self.unfinished)]))
 
     # To the device
 
@@ -348,8 +346,7 @@ class EngineCore:
             if new and not sample.assembler.finished:
                 self._add_tokens(sample, new, logprobs, row_of.get(request.request_id))
                 touched[sample.assembler.request_id] = sample.assembler
-        taken = [self._take(assembler) for assembler in touched.values()]
-        outputs += [output for output in taken if output is not None]
+        outputs += filter(None, [self._take(assembler) for assembler in touched.values()])
 
     def _add_tokens(
         self, sample: Sample, tokens: Sequence[int], logprobs: StepLogprobs, row: int | None
